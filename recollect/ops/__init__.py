@@ -1,0 +1,17 @@
+"""Pure functions on tensors: any dtype, any device, fp64-capable on CPU. Each has an oracle and a fast exact form.
+
+Importing this module also offers the compiled kernels of `recollect.kernels` to the ops when the package is imported as a whole.
+"""
+
+from recollect.ops.attention import differential_attention, rotary, softmax_attention
+from recollect.ops.multi_token import Mixing, Rows, multi_token_attention, multi_token_rows
+
+__all__ = [
+    "Mixing",
+    "Rows",
+    "differential_attention",
+    "multi_token_attention",
+    "multi_token_rows",
+    "rotary",
+    "softmax_attention",
+]

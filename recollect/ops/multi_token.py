@@ -1,0 +1,377 @@
+"""Multi-Token Attention: convolutions over queries, keys and heads of the attention map, before and after the softmax.
+
+    S = mask_0(scale Q K^T)                 raw logits, zero where a query does not see a key
+    L = mask_-inf(mix_pre(conv_pre(S)))     one weight depends on c_q queries, c_k keys and c_h heads
+    P = softmax(L)
+    A = mix_post(mask_0(conv_post(P)))
+    O = dropout(A) V
+
+Every form of the op computes exactly this: `materialized` (the oracle: T x T tensors, automatic differentiation), `blocked`
+(blocks of query rows over the causal part, recomputed in the backward pass: memory linear in T) and `native` (the same blocks with
+a compiled kernel and a backward written by hand, `recollect.kernels`). Decoding is the same call with few queries and the carried
+`Rows`.
+
+Axis legend: B batch, T queries, S keys (the queries are the last T of the S positions), H query heads, Hkv key-value heads,
+G groups of c_h heads, K key dim, V value dim.
+Source: Golovneva et al. 2025, arXiv 2504.00927, Eq. 3-7.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from recollect.ops.attention import check_shapes, visible
+
+DROPOUT_TILE = 32  # rows that share one draw of the dropout mask, so that every block size sees the same mask
+
+
+class Mixing(NamedTuple):
+    """The learned parts. kq_*: [H, c_q, c_k], or [H, c_h, c_q, c_k] for the merged 3-D convolution; head_*: [G, c_h, c_h]; None = off."""
+
+    kq_pre: Tensor | None = None
+    head_pre: Tensor | None = None
+    kq_post: Tensor | None = None
+    head_post: Tensor | None = None
+
+
+class Rows(NamedTuple):
+    """What a decoder needs beside keys and values: the last c_q - 1 rows that each convolution reads.
+
+    raw: [B, H, c_q - 1, S] raw logits for `kq_pre` (None without it); weights: the same of the softmax for `kq_post`.
+    """
+
+    raw: Tensor | None = None
+    weights: Tensor | None = None
+
+
+class Settings(NamedTuple):
+    """What is fixed in one call: logit scale, keys reached to the left by the convolution, dropout and its seed."""
+
+    scale: float
+    pad_key: str
+    dropout_p: float = 0.0
+    seed: int = 0
+
+
+Backend = Callable[[Tensor, Tensor, Tensor, Mixing, Settings, "Tensor | None", Rows], "tuple[Tensor, Rows]"]
+BACKENDS: dict[str, Backend] = {}
+# Faster equals register here: (name, can it run on these tensors and options?). The first that can is the default.
+PREFERRED: list[tuple[str, Callable[[Tensor, Mixing], bool]]] = []
+
+
+def multi_token_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    kq_pre: Tensor | None = None,
+    head_pre: Tensor | None = None,
+    kq_post: Tensor | None = None,
+    head_post: Tensor | None = None,
+    scale: float | None = None,
+    document_ids: Tensor | None = None,
+    start: Tensor | None = None,
+    pad_key: str = "both",
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Causal Multi-Token Attention with double masking.
+
+    Args:
+        q: [B, T, H, K], the last T of the S positions.
+        k: [B, S, Hkv, K], v: [B, S, Hkv, V]; Hkv divides H.
+        kq_pre, kq_post: key-query kernels [H, c_q, c_k] on raw logits and on softmax weights, in conv2d's orientation: row c_q - 1 is
+            the current query, earlier rows earlier queries; with pad_key "both", column c_k // 2 is the same key. [H, c_h, c_q, c_k] is
+            the merged 3-D convolution: head o of a group sums over the group's heads p with kernel [o, p].
+        head_pre, head_post: [G, c_h, c_h], H = G c_h; row = output head inside the group.
+        scale: factor on the logits; default K^(-1/2).
+        document_ids: int [B, S], equal within a contiguous document: attention and convolutions stay inside it. None: one document.
+        start: int [B, T], first visible key of each query, instead of document_ids (non-decreasing, at most the query's position).
+        pad_key: keys reached: "both" j - c_k // 2 .. j + c_k // 2 (c_k odd), "left" j - c_k + 1 .. j, "right" j .. j + c_k - 1.
+        dropout_p: dropout of the final weights, in [0, 1).
+        seed: of the dropout; None draws one from torch's global generator.
+        backend: "materialized" | "blocked" | "native" | None (the fastest that can run here).
+    Returns:
+        [B, T, H, V].
+    Raises:
+        ValueError: shapes that do not fit, an unknown backend or pad_key.
+        RuntimeError: the named backend cannot run on these inputs.
+    Source: arXiv 2504.00927, Eq. 5-7; the 3-D form: section 3.3.
+    """
+    if document_ids is not None:
+        if start is not None:
+            raise ValueError("give document_ids or start, not both: start is what document_ids is turned into")
+        start = document_starts(document_ids)[:, k.shape[1] - q.shape[1] :]
+    mixing = Mixing(kq_pre, head_pre, kq_post, head_post)
+    options = {"scale": scale, "start": start, "pad_key": pad_key, "dropout_p": dropout_p, "seed": seed, "backend": backend}
+    return multi_token_rows(q, k, v, mixing, Rows(), **options)[0]  # type: ignore[arg-type]
+
+
+def multi_token_rows(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mixing: Mixing,
+    rows: Rows,
+    *,
+    scale: float | None = None,
+    start: Tensor | None = None,
+    pad_key: str = "both",
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Rows]:
+    """`multi_token_attention` that continues from carried rows and returns the rows to carry on with.
+
+    Args:
+        rows: what the call on the previous T' positions returned (S - T keys wide); `Rows()` at the start of the sequence.
+    Returns:
+        [B, T, H, V], and the rows of the last c_q - 1 positions, S wide.
+    """
+    check_shapes(q, k, v)
+    check_mixing(mixing, q.shape[2], pad_key)
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p lies in [0, 1); got {dropout_p}")
+    if seed is None:
+        seed = int(torch.randint(2**62, ()).item()) if dropout_p else 0
+    settings = Settings(q.shape[-1] ** -0.5 if scale is None else scale, pad_key, dropout_p, seed)
+    rows = _fit(rows, mixing, q, k.shape[1])
+    return choose(q, mixing, backend)(q, k, v, mixing, settings, start, rows)
+
+
+def choose(q: Tensor, mixing: Mixing, backend: str | None = None) -> Backend:
+    """The form that will run: `backend` if named (RuntimeError when it cannot), else the first preferred one that can, else blocked."""
+    able = {name: can for name, can in PREFERRED}
+    if backend is None:
+        backend = next((name for name, can in PREFERRED if can(q, mixing)), "blocked")
+    elif backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}; known: {', '.join(sorted(BACKENDS))}")
+    elif backend in able and not able[backend](q, mixing):
+        where = f"{q.dtype} on {q.device.type}"
+        raise RuntimeError(f"backend {backend!r} cannot run multi_token_attention here ({where}); pass backend='blocked'")
+    return BACKENDS[backend]
+
+
+def materialized(
+    q: Tensor, k: Tensor, v: Tensor, mixing: Mixing, settings: Settings, start: Tensor | None, rows: Rows
+) -> tuple[Tensor, Rows]:
+    """The oracle: the equations of this file's head on whole [B, H, T, S] tensors. Memory O(T S)."""
+    n_queries, n_keys, dtype = q.shape[1], k.shape[1], torch.promote_types(q.dtype, torch.float32)
+    seen = visible(n_queries, n_keys, start=start, device=q.device)
+    raw = scores(q, k, settings.scale).to(dtype).masked_fill(~seen, 0)
+    logits, rows_raw = raw, rows.raw
+    if mixing.kq_pre is not None:
+        logits, rows_raw = convolve(raw, mixing.kq_pre.to(dtype), rows.raw, start, settings.pad_key)
+    if mixing.head_pre is not None:
+        logits = mix_heads(logits, mixing.head_pre.to(dtype))
+    weights = logits.masked_fill(~seen, float("-inf")).softmax(-1)
+    out, rows_weights = weights, rows.weights
+    if mixing.kq_post is not None:
+        out, rows_weights = convolve(weights, mixing.kq_post.to(dtype), rows.weights, start, settings.pad_key)
+        out = out.masked_fill(~seen, 0)
+    if mixing.head_post is not None:
+        out = mix_heads(out, mixing.head_post.to(dtype))
+    if settings.dropout_p:
+        out = out * dropout_mask(out, settings, n_keys - n_queries)
+    return read(out.to(q.dtype), v), Rows(rows_raw, rows_weights)
+
+
+def scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """scale q.k for every query and key: [B, T, H, K], [B, S, Hkv, K] -> [B, H, T, S]."""
+    batch, n_queries, n_heads, size = q.shape
+    groups = k.shape[2]
+    grouped = q.transpose(1, 2).reshape(batch, groups, n_heads // groups * n_queries, size)
+    return (grouped * scale @ k.permute(0, 2, 3, 1)).view(batch, n_heads, n_queries, k.shape[1])
+
+
+def read(weights: Tensor, v: Tensor) -> Tensor:
+    """weights [B, H, T, S], v [B, S, Hkv, V] -> [B, T, H, V]."""
+    batch, n_heads, n_queries, n_keys = weights.shape
+    grouped = weights.reshape(batch, v.shape[2], -1, n_keys) @ v.transpose(1, 2)
+    return grouped.view(batch, n_heads, n_queries, v.shape[-1]).transpose(1, 2)
+
+
+def convolve(x: Tensor, kernel: Tensor, before: Tensor | None, start: Tensor | None, pad_key: str) -> tuple[Tensor, Tensor]:
+    """Key-query convolution of attention maps: past queries, keys around the current one, zeros outside.
+
+    Args:
+        x: [B, H, T, S]; kernel: [H, c_q, c_k] or [H, c_h, c_q, c_k]; before: [B, H, c_q - 1, S], the rows above x.
+        start: int [B, T]; a query at position i reads only rows from start_i on (document cuts). None: all.
+    Returns:
+        [B, H, T, S], and the last c_q - 1 rows of (before, x).
+    """
+    kernel = kernel if kernel.dim() == 4 else kernel[:, None]
+    n_heads, group, c_q, c_k = kernel.shape
+    n_queries, n_keys = x.shape[-2:]
+    tall = x if c_q == 1 or before is None else torch.cat((before.to(x.dtype), x), dim=2)
+    wide = F.pad(tall, key_padding(pad_key, c_k))
+    if start is None:
+        return F.conv2d(wide, kernel, groups=n_heads // group), tall[:, :, n_queries:]
+    position = torch.arange(n_keys - n_queries, n_keys, device=x.device)
+    out = x.new_zeros(())
+    for a in range(c_q):  # a = how far back; the row is read only if it belongs to the query's document
+        shifted = wide[:, :, c_q - 1 - a : c_q - 1 - a + n_queries]
+        reached = (position - a >= start)[:, None, :, None]
+        out = out + F.conv2d(shifted * reached, kernel[:, :, c_q - 1 - a : c_q - a], groups=n_heads // group)
+    return out, tall[:, :, n_queries:]
+
+
+def mix_heads(x: Tensor, matrix: Tensor) -> Tensor:
+    """x [B, H, T, S], matrix [G, c_h, c_h] (row = output head) -> [B, H, T, S]."""
+    groups, size, _ = matrix.shape
+    grouped = x.reshape(x.shape[0], groups, size, -1)
+    return (matrix @ grouped).view_as(x)
+
+
+def key_padding(pad_key: str, c_k: int) -> tuple[int, int]:
+    """Keys reached to the (left, right) of the current one."""
+    return {"both": (c_k // 2, c_k // 2), "left": (c_k - 1, 0), "right": (0, c_k - 1)}[pad_key]
+
+
+def dropout_mask(like: Tensor, settings: Settings, first: int) -> Tensor:
+    """Scaled keep mask [B, H, T, S] for rows at positions first .. first + T: a function of seed and position only."""
+    batch, n_heads, n_queries, n_keys = like.shape
+    mask = like.new_zeros(like.shape)
+    generator = torch.Generator(device=like.device)
+    for tile in range(first // DROPOUT_TILE, (first + n_queries - 1) // DROPOUT_TILE + 1):
+        top = tile * DROPOUT_TILE
+        generator.manual_seed(settings.seed + tile)
+        drawn = torch.rand(batch, n_heads, DROPOUT_TILE, top + DROPOUT_TILE, generator=generator, device=like.device)
+        low, high, width = max(top, first), min(top + DROPOUT_TILE, first + n_queries), min(top + DROPOUT_TILE, n_keys)
+        keep = drawn[:, :, low - top : high - top, :width] >= settings.dropout_p
+        mask[:, :, low - first : high - first, :width] = keep / (1 - settings.dropout_p)
+    return mask
+
+
+def document_starts(document_ids: Tensor) -> Tensor:
+    """First position of each token's document: int [B, S] -> int64 [B, S]."""
+    index = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)
+    fresh = F.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0), value=True)
+    return torch.where(fresh, index, 0).cummax(dim=1).values
+
+
+def halo(mixing: Mixing) -> int:
+    """How many earlier queries an output row depends on: c_q - 1 for each convolution used."""
+    return sum(kernel.shape[-2] - 1 for kernel in (mixing.kq_pre, mixing.kq_post) if kernel is not None)
+
+
+class _Blocked(torch.autograd.Function):
+    """Blocks of query rows, each the oracle on a slice with a halo of rows above it; the backward pass recomputes them one by one."""
+
+    @staticmethod
+    def forward(ctx, settings, start, block, q, k, v, kq_pre, head_pre, kq_post, head_post, raw, weights):  # type: ignore[override]
+        mixing, rows = Mixing(kq_pre, head_pre, kq_post, head_post), Rows(raw, weights)
+        n_queries, earlier = q.shape[1], k.shape[1] - q.shape[1]
+        out, last = q.new_empty(*q.shape[:3], v.shape[-1]), rows
+        for low, top, bottom in spans(n_queries, block, halo(mixing)):
+            piece = _slice(q, k, v, start, rows, low, bottom, earlier)
+            values, last = materialized(piece[0], piece[1], piece[2], mixing, settings, piece[3], piece[4])
+            out[:, top:bottom] = values[:, top - low :]
+        ctx.save_for_backward(q, k, v, *mixing, *rows)
+        ctx.settings, ctx.start, ctx.block = settings, start, block
+        return out, *last
+
+    @staticmethod
+    def backward(ctx, grad_out, grad_raw, grad_weights):  # type: ignore[override]
+        q, k, v, *rest = ctx.saved_tensors
+        mixing, rows = Mixing(*rest[:4]), Rows(*rest[4:])
+        n_queries, earlier = q.shape[1], k.shape[1] - q.shape[1]
+        tensors = [q, k, v, *mixing, *rows]
+        totals = [None if t is None else torch.zeros_like(t) for t in tensors]
+        for low, top, bottom in spans(n_queries, ctx.block, halo(mixing)):
+            with torch.enable_grad():
+                leaf = [None if t is None else t.detach().requires_grad_() for t in tensors]
+                piece = _slice(*leaf[:3], ctx.start, Rows(*leaf[7:]), low, bottom, earlier)
+                values, last = materialized(piece[0], piece[1], piece[2], Mixing(*leaf[3:7]), ctx.settings, piece[3], piece[4])
+                pairs = [(values[:, top - low :], grad_out[:, top:bottom])]
+                if bottom == n_queries:
+                    pairs += [(t, g) for t, g in zip(last, (grad_raw, grad_weights), strict=True) if t is not None]
+                pairs = [(t, g) for t, g in pairs if t.requires_grad and g is not None]
+                wanted = [t for t in leaf if t is not None]
+                grads = iter(torch.autograd.grad([t for t, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True))
+            for total in totals:
+                if total is not None and (grad := next(grads)) is not None:
+                    total += grad
+        return None, None, None, *totals
+
+
+def blocked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mixing: Mixing,
+    settings: Settings,
+    start: Tensor | None,
+    rows: Rows,
+    *,
+    block: int | None = None,
+) -> tuple[Tensor, Rows]:
+    """Blocks of `block` query rows over all heads, only the causal part, recomputed in the backward pass. Memory O(block S + T)."""
+    if block is None:  # about 64 MiB a map
+        block = max(16, min(q.shape[1], 2**24 // max(1, q.shape[0] * q.shape[2] * k.shape[1])))
+    out, raw, weights = _Blocked.apply(settings, start, block, q, k, v, *mixing, *rows)
+    return out, Rows(raw, weights)
+
+
+def spans(n_queries: int, block: int, reach: int) -> list[tuple[int, int, int]]:
+    """(low, top, bottom) of every block: it yields rows top .. bottom and reads rows from low = top - reach on."""
+    return [(max(0, top - reach), top, min(top + block, n_queries)) for top in range(0, n_queries, block)]
+
+
+def _slice(q, k, v, start, rows, low, bottom, earlier):
+    """The inputs of query rows low .. bottom: keys up to the last of them; carried rows only where the slice begins at the first row."""
+    n_keys = earlier + bottom
+    start = None if start is None else start[:, low:bottom]
+
+    def above(row: Tensor | None) -> Tensor | None:
+        if row is None:
+            return None
+        # Rows above a later slice: it drops its first `halo` rows, the only ones that would read them.
+        return row[..., :n_keys] if low == 0 else torch.zeros_like(row[..., :n_keys])
+
+    return q[:, low:bottom], k[:, :n_keys], v[:, :n_keys], start, Rows(above(rows.raw), above(rows.weights))
+
+
+def _fit(rows: Rows, mixing: Mixing, q: Tensor, n_keys: int) -> Rows:
+    """Carried rows widened with zeros to S keys; zeros where nothing is carried; None where no convolution reads them."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+
+    def fit(kernel: Tensor | None, row: Tensor | None) -> Tensor | None:
+        if kernel is None:
+            return None
+        if row is None:
+            return q.new_zeros(q.shape[0], q.shape[2], kernel.shape[-2] - 1, n_keys, dtype=dtype)
+        if row.shape[2] != kernel.shape[-2] - 1 or row.shape[3] > n_keys:
+            raise ValueError(f"carried rows {tuple(row.shape)} do not fit c_q={kernel.shape[-2]} and {n_keys} keys")
+        return F.pad(row, (0, n_keys - row.shape[3]))
+
+    return Rows(fit(mixing.kq_pre, rows.raw), fit(mixing.kq_post, rows.weights))
+
+
+def check_mixing(mixing: Mixing, n_heads: int, pad_key: str) -> None:
+    """Raise ValueError, naming the sizes, unless the kernels and matrices fit H heads."""
+    if pad_key not in ("both", "left", "right"):
+        raise ValueError(f"pad_key is 'both', 'left' or 'right'; got {pad_key!r}")
+    for name, kernel in (("kq_pre", mixing.kq_pre), ("kq_post", mixing.kq_post)):
+        if kernel is None:
+            continue
+        if kernel.dim() not in (3, 4) or kernel.shape[0] != n_heads:
+            raise ValueError(f"{name} is [H, c_q, c_k] or [H, c_h, c_q, c_k] with H={n_heads}; got {tuple(kernel.shape)}")
+        if kernel.dim() == 4 and n_heads % kernel.shape[1]:
+            raise ValueError(f"{name}: groups of c_h={kernel.shape[1]} heads do not divide H={n_heads}")
+        if pad_key == "both" and kernel.shape[-1] % 2 == 0:
+            raise ValueError(f"{name}: pad_key 'both' centres the kernel, so c_k must be odd; got {kernel.shape[-1]}")
+    for name, matrix in (("head_pre", mixing.head_pre), ("head_post", mixing.head_post)):
+        if matrix is not None and (
+            matrix.dim() != 3 or matrix.shape[1] != matrix.shape[2] or matrix.shape[0] * matrix.shape[1] != n_heads
+        ):
+            raise ValueError(f"{name} is [G, c_h, c_h] with G c_h = H = {n_heads}; got {tuple(matrix.shape)}")
+
+
+BACKENDS.update(materialized=materialized, blocked=blocked)
