@@ -8,6 +8,7 @@
 Importing this needs torch only; models, tasks and the command line are imported when they are used.
 """
 
+from recollect import kernels as _kernels  # noqa: F401 (offers the compiled kernels to the ops)
 from recollect import mixers, ops, state
 from recollect.mixers import Mixer, available, build
 
