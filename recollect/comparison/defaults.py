@@ -1,0 +1,101 @@
+"""What `recollect compare TASK` does when nothing else is said: one entry per task."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+Options = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Defaults:
+    """Sizes, recipe and budget of one task.
+
+    Attributes:
+        mixers: who is compared.
+        task_options: fields of the task (of the text stream: `seq_len`, `holdout`).
+        mixer_options: task options -> options per mixer name; what the user writes after the mixer's name wins.
+        layers, width, heads: of the model; None for `intermediate` is the model's own rule (about 8/3 of the width).
+        batch_size, lr, schedule, warmup, end_lr, weight_decay, dropout: recipe.
+        budget: as on the command line.
+        n_evaluations: points of the learning curve; evaluations come every steps / n_evaluations steps.
+        n_eval: held-out examples of the last evaluation; n_eval_curve: of the earlier ones (the first of the same examples).
+    """
+
+    mixers: tuple[str, ...] = ("attention", "talking_heads", "diff", "mta")
+    task_options: Options = dataclasses.field(default_factory=dict)
+    mixer_options: Callable[[Options], Mapping[str, Options]] = lambda task_options: {}
+    layers: int
+    width: int
+    heads: int
+    intermediate: int | None = None
+    batch_size: int
+    lr: float
+    schedule: str = "cosine"
+    warmup: float = 0.02
+    end_lr: float = 0.0
+    weight_decay: float = 0.0
+    dropout: float = 0.0
+    budget: str
+    n_evaluations: int = 20
+    n_eval: int
+    n_eval_curve: int
+
+
+def _find_block_kernels(task: Options) -> dict[str, Options]:
+    """The paper's module for this task: in every layer one convolution before the softmax and nothing else.
+
+    Its kernel spans as many queries as the question has letters, and keys to one block's length on either side.
+    """
+    kernel = {"c_q": int(task["n_question"]), "c_k": 2 * int(task["n_letters"]) - 1}
+    mta = {**kernel, "kq": True, "kq_post": False, "head_pre": False, "head_post": False, "norm": "none"}
+    return {"mta": mta, "mta_toy": kernel}
+
+
+DEFAULTS: dict[str, Defaults] = {
+    "find-block": Defaults(
+        task_options={"n_blocks": 6, "n_letters": 4, "n_question": 2},
+        mixer_options=_find_block_kernels,
+        layers=3,
+        width=64,
+        heads=2,
+        batch_size=64,
+        lr=4e-3,
+        warmup=0.02,
+        budget="1500steps",
+        n_eval=2000,
+        n_eval_curve=500,
+    ),
+    "recall": Defaults(
+        layers=2,
+        width=64,
+        heads=2,
+        batch_size=64,
+        lr=3e-3,
+        budget="1500steps",
+        n_eval=2000,
+        n_eval_curve=500,
+    ),
+    "text": Defaults(
+        task_options={"seq_len": 256, "holdout": 0.1},
+        layers=4,
+        width=128,
+        heads=4,
+        batch_size=16,
+        lr=2e-3,
+        warmup=0.05,
+        end_lr=0.1,
+        weight_decay=0.1,
+        budget="1000steps",
+        n_evaluations=10,
+        n_eval=512,
+        n_eval_curve=64,
+    ),
+}
+
+
+def defaults_of(task: str) -> Defaults:
+    """Defaults of a task; a task that has no entry of its own (a user's) gets those of `recall`."""
+    return DEFAULTS.get(task, DEFAULTS["recall"])

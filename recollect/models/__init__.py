@@ -1,0 +1,8 @@
+"""One causal language model for every mixer. Importing it registers the model with Hugging Face's Auto classes."""
+
+from recollect.models.cache import RecollectCache
+from recollect.models.configuration import RecollectConfig
+from recollect.models.modeling import RecollectForCausalLM, RecollectModel
+from recollect.models.sizes import SIZES, n_parameters, size
+
+__all__ = ["SIZES", "RecollectCache", "RecollectConfig", "RecollectForCausalLM", "RecollectModel", "n_parameters", "size"]

@@ -1,0 +1,32 @@
+"""Test bootstrap: quiet threads, seeds, and `slow` tests only on request."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch is imported: spinning OpenMP threads on a busy machine slow small tensors down by orders of magnitude.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import numpy as np
+import pytest
+import torch
+
+# Tiny tensors gain nothing from a second thread, and results then do not depend on the machine's core count.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    """Every test starts from the same global seeds, so none depends on the order in which they run."""
+    torch.manual_seed(0)
+    np.random.seed(0)  # noqa: NPY002 (for code under test that should not, but might, use it)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect `slow` tests unless the command names a marker expression or test ids itself."""
+    if config.option.markexpr or any("::" in argument for argument in config.args):
+        return
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    if slow:
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]
