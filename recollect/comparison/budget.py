@@ -115,7 +115,7 @@ def choose_steps(
     if min(steps.values()) < LEAST_STEPS:
         needed = spent + (ends(dict.fromkeys(costs, LEAST_STEPS)) + REPORT_SECONDS) / SAFETY
         raise ValueError(
-            f"the budget {plan.budget!r} is too short: {LEAST_STEPS} steps of every run need about {needed:.0f} s here; give more time"
+            f"the budget {plan.budget!r} is too short: {LEAST_STEPS} steps of every run need about {needed:.0f} s here"
         )
     rounded = {label: _two_digits(n) for label, n in steps.items()}
     return rounded if plan.equal == "time" else next(iter(rounded.values()))

@@ -1,4 +1,5 @@
-"""Compiles `stencil.c` for one shape of the mixing with the machine's C compiler, once, and loads it with ctypes.
+"""Compiles the C kernels with the machine's C compiler, once, and loads them with ctypes: `stencil.c` for each shape of the mixing,
+`products.c` for each precision.
 
 A build takes one to three seconds and is kept in the user's cache folder under the hash of source, flags, compiler and processor.
 """
@@ -15,7 +16,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name("stencil.c")
+FOLDER = Path(__file__).parent
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fPIC", "-shared", "-fno-math-errno", "-ffp-contract=fast")
 POINTER, SIZE = ctypes.c_void_p, ctypes.c_ssize_t
 
@@ -37,6 +38,9 @@ class Geometry(ctypes.Structure):
     )
 
 
+GEOMETRY = ctypes.POINTER(Geometry)
+
+
 @functools.lru_cache(maxsize=1)
 def compiler() -> str | None:
     """The C compiler found on the PATH (cc, gcc or clang), None if there is none."""
@@ -44,42 +48,17 @@ def compiler() -> str | None:
 
 
 @functools.lru_cache(maxsize=64)
-def library(c_q: int, c_k: int, c_h: int, double: bool) -> ctypes.CDLL | None:
-    """The kernel for this shape of the mixing, built if need be; None where it cannot be built or loaded.
+def stencil(c_q: int, c_k: int, c_h: int, double: bool) -> ctypes.CDLL | None:
+    """The kernel of one side for this shape of the mixing, built if need be; None where it cannot be built or loaded.
 
     Args:
         c_q, c_k: kernel size (0, 0: no convolution on this side); c_h: heads mixed (1: none); double: fp64 instead of fp32.
     """
-    found = compiler()
-    if found is None:
+    loaded = _build("stencil.c", (f"-DCQ={c_q}", f"-DCK={c_k}", f"-DCH={c_h}"), double)
+    if loaded is None:
         return None
-    shape = (f"-DCQ={c_q}", f"-DCK={c_k}", f"-DCH={c_h}", *(("-DREAL64",) if double else ()))
-    # Without OpenMP (Apple's clang) the same kernel runs on one thread.
-    return _build(found, (*FLAGS, "-fopenmp", *shape)) or _build(found, (*FLAGS, *shape))
-
-
-def _build(found: str, flags: tuple[str, ...]) -> ctypes.CDLL | None:
-    """Compile to the cache (atomically: several processes may build at once) and load; None if either fails."""
-    key = hashlib.sha256("\0".join((SOURCE.read_text(), *flags, found, _processor())).encode()).hexdigest()[:20]
-    folder = _cache_folder()
-    target = folder / f"stencil-{key}.so"
-    try:
-        if not target.exists():
-            with tempfile.TemporaryDirectory(dir=folder) as scratch:
-                built = Path(scratch) / target.name
-                command = [found, *flags, str(SOURCE), "-o", str(built), "-lm"]
-                subprocess.run(command, check=True, capture_output=True, timeout=120)
-                os.replace(built, target)
-        return _declare(ctypes.CDLL(str(target)))
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def _declare(loaded: ctypes.CDLL) -> ctypes.CDLL:
-    """Argument types of the four functions; see their comments in stencil.c."""
-    geometry = ctypes.POINTER(Geometry)
     loaded.forward.argtypes = [
-        geometry,
+        GEOMETRY,
         POINTER,
         SIZE,
         POINTER,
@@ -92,14 +71,58 @@ def _declare(loaded: ctypes.CDLL) -> ctypes.CDLL:
         POINTER,
         SIZE,
     ]
-    loaded.mask.argtypes = [geometry, POINTER, SIZE]
-    loaded.mix_backward.argtypes = [geometry, POINTER, SIZE, POINTER, SIZE, POINTER, POINTER, SIZE]
     loaded.convolution_backward.argtypes = [
-        *(geometry, POINTER, SIZE, POINTER, SIZE, POINTER, POINTER, POINTER, SIZE, POINTER, SIZE),
+        *(GEOMETRY, POINTER, SIZE, POINTER, SIZE, POINTER, POINTER, POINTER, SIZE, POINTER, SIZE),
     ]
-    for name in ("forward", "mask", "mix_backward", "convolution_backward"):
-        getattr(loaded, name).restype = None
+    functions = [loaded.forward, loaded.convolution_backward]
+    if c_h > 1:
+        loaded.mix_backward.argtypes = [GEOMETRY, POINTER, SIZE, POINTER, SIZE, POINTER, POINTER, SIZE]
+        functions.append(loaded.mix_backward)
+    for function in functions:
+        function.restype = None
     return loaded
+
+
+@functools.lru_cache(maxsize=2)
+def products(double: bool) -> ctypes.CDLL | None:
+    """The matrix products around the stencil; None where they cannot be built or loaded."""
+    loaded = _build("products.c", (), double)
+    if loaded is None:
+        return None
+    loaded.pack.argtypes = [POINTER, SIZE, SIZE, SIZE, SIZE, SIZE, POINTER, ctypes.c_int]
+    loaded.logits.argtypes = [GEOMETRY, POINTER, SIZE, SIZE, SIZE, POINTER, SIZE, POINTER, SIZE]
+    loaded.read_rows.argtypes = [GEOMETRY, POINTER, SIZE, POINTER, SIZE, SIZE, SIZE, POINTER, SIZE, SIZE]
+    loaded.accumulate.argtypes = [GEOMETRY, POINTER, SIZE, POINTER, SIZE, SIZE, SIZE, POINTER, SIZE, SIZE]
+    for function in (loaded.pack, loaded.logits, loaded.read_rows, loaded.accumulate):
+        function.restype = None
+    return loaded
+
+
+def _build(source: str, shape: tuple[str, ...], double: bool) -> ctypes.CDLL | None:
+    """Compile one source file, with OpenMP if the compiler has it (else the kernel runs on one thread)."""
+    found = compiler()
+    if found is None:
+        return None
+    flags = (*FLAGS, *shape, *(("-DREAL64",) if double else ()))
+    return _load(found, source, (*flags, "-fopenmp")) or _load(found, source, flags)
+
+
+def _load(found: str, source: str, flags: tuple[str, ...]) -> ctypes.CDLL | None:
+    """Compile to the cache (atomically: several processes may build at once) and load; None if either fails."""
+    text = (FOLDER / "common.h").read_text() + (FOLDER / source).read_text()
+    key = hashlib.sha256("\0".join((text, *flags, found, _processor())).encode()).hexdigest()[:20]
+    folder = _cache_folder()
+    target = folder / f"{Path(source).stem}-{key}.so"
+    try:
+        if not target.exists():
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:
+                built = Path(scratch) / target.name
+                command = [found, *flags, str(FOLDER / source), "-o", str(built), "-lm"]
+                subprocess.run(command, check=True, capture_output=True, timeout=120)
+                os.replace(built, target)
+        return ctypes.CDLL(str(target))
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 @functools.lru_cache(maxsize=1)

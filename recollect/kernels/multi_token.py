@@ -1,4 +1,4 @@
-"""Multi-Token Attention on the CPU: matrix products by torch, everything between them by the compiled stencil.
+"""Multi-Token Attention on the CPU by compiled kernels: matrix products on the causal part (products.c) around the stencil (stencil.c).
 
 Faster equal of `recollect.ops.multi_token.materialized` (its oracle), forward and backward, fp32 and fp64. Error: that of the same
 computation in the same precision (exp is accurate to about 2 ulp in fp32). Blocks of query rows in turn; the backward pass recomputes
@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from recollect.kernels.compile import Geometry, library
+from recollect.kernels.compile import Geometry, products, stencil
 from recollect.ops.multi_token import Mixing, Rows, Settings, blocked, dropout_mask, key_padding
 
 LINEAR, SOFTMAX, SOFTMAX_KNOWN = 0, 1, 2
@@ -45,7 +45,7 @@ class Side(NamedTuple):
 def side(kernel: Tensor | None, matrix: Tensor | None, pad_key: str, dtype: torch.dtype) -> Side | None:
     """Compile what one side needs; None where that is impossible (no compiler)."""
     c_q, c_k = (0, 0) if kernel is None else kernel.shape[1:]
-    code = library(c_q, c_k, 1 if matrix is None else matrix.shape[1], dtype == torch.float64)
+    code = stencil(c_q, c_k, 1 if matrix is None else matrix.shape[1], dtype == torch.float64)
     if code is None:
         return None
     to = lambda t: None if t is None else t.detach().to(dtype).contiguous()  # noqa: E731
@@ -62,7 +62,7 @@ def can_run(q: Tensor, mixing: Mixing) -> bool:
     if q.device.type != "cpu" or not small or torch.compiler.is_compiling():
         return False
     dtype = torch.promote_types(q.dtype, torch.float32)
-    return all(
+    return products(dtype == torch.float64) is not None and all(
         side(kernel, matrix, "left", dtype) is not None
         for kernel, matrix in ((mixing.kq_pre, mixing.head_pre), (mixing.kq_post, mixing.head_post))
     )
@@ -78,7 +78,7 @@ class Block:
     def __init__(self, plan: Plan, top: int, bottom: int) -> None:
         self.plan, self.top, self.bottom = plan, top, bottom
         self.n_rows, self.n_keys = bottom - top, plan.earlier + bottom
-        self.width = 2 * plan.pad + -(-self.n_keys // 16) * 16
+        self.width = 2 * plan.pad + -(-self.n_keys // plan.panel) * plan.panel
 
     def map(self, name: str, rows: int) -> Tensor:
         """A map [BH, rows, W] in the buffer of that name."""
@@ -88,20 +88,48 @@ class Block:
             buffer = self.plan.buffers[name] = self.plan.q.new_empty(size)
         return buffer[:size].view(self.plan.n_maps, rows, self.width)
 
-    def geometry(self, part: Side, row: int, rows: int, group: int | None = None) -> Geometry:
-        """Geometry of `rows` rows from query `row` on, tasks being groups of the side's heads (or of `group`)."""
-        plan, size = self.plan, group or part.group
+    def geometry(self, row: int, rows: int, *, group: int = 1, left: int = 0) -> Geometry:
+        """Geometry of `rows` rows from query `row` on, a task being `group` heads, with `left` keys reached to the left."""
+        plan = self.plan
         start = None if plan.start is None else plan.start.data_ptr() + row * plan.start.element_size()
         stride = 0 if plan.start is None else plan.start.shape[1]
-        per_batch = plan.n_heads // size
+        per_batch = plan.n_heads // group
         return Geometry(
-            *(plan.batch * per_batch, per_batch, rows, plan.earlier + row, self.width, plan.pad, part.left),
+            *(plan.batch * per_batch, per_batch, rows, plan.earlier + row, self.width, plan.pad, left),
             *(start, stride, plan.threads),
         )
 
     def address(self, x: Tensor, row: int = 0) -> int:
         """Address of column 0 of a row of a map."""
         return x.data_ptr() + (row * self.width + self.plan.pad) * x.element_size()
+
+    def logits(self, x: Tensor, row: int, panels: Tensor, out: Tensor) -> None:
+        """Masked products of rows x [BH, T, K'] from query `row` to the block's last with packed keys, into a map."""
+        self.plan.code.logits(
+            *(
+                self.geometry(row, self.bottom - row),
+                x.data_ptr() + row * x.stride(1) * x.element_size(),
+                x.stride(0),
+                x.stride(1),
+            ),
+            *(x.shape[2], panels.data_ptr(), panels.stride(0), self.address(out), out.stride(0)),
+        )
+
+    def read(self, x: Tensor, values: Tensor, out: Tensor) -> None:
+        """Products of the block's rows of a map with values [BH, S, K'], into rows top .. bottom of out [BH, T, K']."""
+        to = out.data_ptr() + self.top * out.stride(1) * out.element_size()
+        self.plan.code.read_rows(
+            *(self.geometry(self.top, self.n_rows), self.address(x), x.stride(0), values.data_ptr(), values.stride(0)),
+            *(values.stride(1), values.shape[2], to, out.stride(0), out.stride(1)),
+        )
+
+    def accumulate(self, x: Tensor, rows: Tensor, out: Tensor) -> None:
+        """Add the transposed map times the block's rows of `rows` [BH, T, K'] to out [BH, S, K']."""
+        source = rows.data_ptr() + self.top * rows.stride(1) * rows.element_size()
+        self.plan.code.accumulate(
+            *(self.geometry(self.top, self.n_rows), self.address(x), x.stride(0), source, rows.stride(0)),
+            *(rows.stride(1), rows.shape[2], out.data_ptr(), out.stride(0), out.stride(1)),
+        )
 
     def columns(self, x: Tensor) -> Tensor:
         """The map without its padding: [BH, rows, n_keys]."""
@@ -121,20 +149,29 @@ class Plan:
         widest = max((part.kernel.shape[2] for part in (pre, post) if part.kernel is not None), default=1)
         self.pad = -(-widest // 16) * 16
         self.halo = pre.halo + post.halo
-        self.q = self.heads(q, self.halo, 0) * settings.scale
-        self.k = self.heads(k, self.pad, self.pad + 16)
-        self.v = self.heads(v, self.pad, self.pad + 16)
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        code = products(dtype == torch.float64)
+        assert code is not None
+        self.code, self.panel, self.lanes = code, code.panel_width(), code.lanes()
+        self.q, self.k, self.v = self.heads(q) * settings.scale, self.heads(k), self.heads(v)
         # Rows past the end exist for kernels that look at the next block's documents.
         self.start = None if start is None else torch.cat((start, start[:, -1:].expand(-1, 32)), 1).to(torch.int64).contiguous()
+        self.packed_k = self.panels(self.k)
         self.buffers: dict[str, Tensor] = {}
 
-    def heads(self, x: Tensor, above: int, below: int) -> Tensor:
-        """[B, L, Hx, K] -> [BH, above + L + below, K], rows of zeros around, key-value heads repeated to H."""
+    def heads(self, x: Tensor) -> Tensor:
+        """[B, L, Hx, K] -> [BH, L, K'], key-value heads repeated to H, K' = K padded with zeros to whole vectors."""
         batch, length, n_heads, size = x.shape
         dtype = torch.promote_types(x.dtype, torch.float32)
-        out = x.new_zeros(batch, n_heads, self.n_heads // n_heads, above + length + below, size, dtype=dtype)
-        out[:, :, :, above : above + length] = x.transpose(1, 2)[:, :, None]
-        return out.view(self.n_maps, -1, size)
+        out = x.new_zeros(batch, n_heads, self.n_heads // n_heads, length, -(-size // self.lanes) * self.lanes, dtype=dtype)
+        out[..., :size] = x.transpose(1, 2)[:, :, None]
+        return out.view(self.n_maps, length, -1)
+
+    def panels(self, x: Tensor) -> Tensor:
+        """Keys or values [BH, S, K'] packed for `logits`: [BH, panels, K', panel width]."""
+        out = x.new_empty(x.shape[0], -(-x.shape[1] // self.panel), x.shape[2], self.panel)
+        self.code.pack(x.data_ptr(), x.shape[0], x.shape[1], x.stride(0), x.stride(1), x.shape[2], out.data_ptr(), self.threads)
+        return out
 
     def blocks(self) -> list[Block]:
         """Blocks of rows, of about BLOCK_BYTES a map."""
@@ -158,19 +195,16 @@ def logits_and_weights(
     """raw [BH, halo + R, W], softmax weights [BH, halo_post + R, W], and the pre-convolution's output if its matrix needs it."""
     pre, post, top = plan.pre, plan.post, block.top
     raw = block.map("raw", plan.halo + block.n_rows)
-    torch.bmm(plan.q[:, top : block.bottom + plan.halo], plan.k[:, : block.width].transpose(1, 2), out=raw)
     missing = max(0, plan.halo - top)
     plan.above(raw, missing, block, rows.raw)
-    row = top - plan.halo + missing
-    geometry = block.geometry(pre, row, block.bottom - row)
-    pre.code.mask(geometry, block.address(raw, missing), raw.stride(0))
+    block.logits(plan.q, top - plan.halo + missing, plan.packed_k, raw[:, missing:])
     weights = block.map("weights", post.halo + block.n_rows)
     missing = max(0, post.halo - top)
     plan.above(weights, missing, block, rows.weights)
     row = top - post.halo + missing
     mid = block.map("mid_pre", post.halo + block.n_rows) if known and pre.matrix is not None else None
     pre.code.forward(
-        block.geometry(pre, row, block.bottom - row),
+        block.geometry(row, block.bottom - row, group=pre.group, left=pre.left),
         *(block.address(raw, missing), raw.stride(0), pointer(pre.kernel), pointer(pre.matrix)),
         *(block.address(weights, missing), weights.stride(0)),
         *(None if mid is None else block.address(mid, missing), weights.stride(0)),
@@ -187,7 +221,7 @@ def final_weights(plan: Plan, block: Block, weights: Tensor, *, keep: bool) -> t
         out = block.map("out", block.n_rows)
         mid = block.map("mid_post", block.n_rows) if keep and post.matrix is not None else None
         post.code.forward(
-            block.geometry(post, block.top, block.n_rows),
+            block.geometry(block.top, block.n_rows, group=post.group, left=post.left),
             *(block.address(weights), weights.stride(0), pointer(post.kernel), pointer(post.matrix)),
             *(block.address(out), out.stride(0), None if mid is None else block.address(mid), out.stride(0)),
             *(LINEAR, None, 0),
@@ -213,18 +247,20 @@ class _Native(torch.autograd.Function):
         assert post is not None
         plan = Plan(q, k, v, pre, post, settings, start)
         lse = plan.q.new_empty(plan.n_maps, plan.n_queries)
-        heads = plan.q.new_empty(plan.n_maps, plan.n_queries, v.shape[-1])
+        heads = plan.q.new_empty(plan.n_maps, plan.n_queries, plan.v.shape[-1])
         last_raw = last_weights = None
         for block in plan.blocks():
             raws, soft, _ = logits_and_weights(plan, block, Rows(raw, weights), lse, known=False)
             out, _, _ = final_weights(plan, block, soft, keep=False)
-            torch.bmm(block.columns(out), plan.v[:, plan.pad : plan.pad + block.n_keys], out=heads[:, block.top : block.bottom])
+            block.read(out, plan.v, heads)
             if block.bottom == plan.n_queries:
                 last_raw = last_rows(plan, block, raws, pre.halo, raw)
                 last_weights = last_rows(plan, block, soft, post.halo, weights)
         ctx.save_for_backward(q, k, v, kq_pre, head_pre, kq_post, head_post, raw, weights, lse)
         ctx.settings, ctx.start = settings, start
-        shaped = heads.view(plan.batch, plan.n_heads, plan.n_queries, -1).transpose(1, 2).to(q.dtype)
+        shaped = (
+            heads.view(plan.batch, plan.n_heads, plan.n_queries, -1)[..., : v.shape[-1]].transpose(1, 2).to(q.dtype, copy=True)
+        )
         return shaped, last_raw, last_weights
 
     @staticmethod
@@ -247,13 +283,11 @@ class Gradients:
 
     def __init__(self, plan: Plan, grad_out: Tensor, grad_raw: Tensor | None, grad_weights: Tensor | None) -> None:
         self.plan = plan
-        self.out = plan.heads(grad_out, 0, plan.post.halo + plan.pre.halo)
+        self.out = plan.heads(grad_out)
         self.raw = None if grad_raw is None else grad_raw.flatten(0, 1)
         self.weights = None if grad_weights is None else grad_weights.flatten(0, 1)
-        length = plan.earlier + plan.n_queries
-        self.q = plan.q.new_empty(plan.n_maps, plan.n_queries, plan.q.shape[-1])
-        self.k = plan.q.new_zeros(plan.n_maps, length, plan.q.shape[-1])
-        self.v = plan.q.new_zeros(plan.n_maps, length, plan.v.shape[-1])
+        self.packed_v = plan.panels(plan.v)
+        self.q, self.k, self.v = torch.empty_like(plan.q), torch.zeros_like(plan.k), torch.zeros_like(plan.v)
         self.handed: dict[str, Tensor] = {}
         self.sums: dict[str, Tensor] = {}
 
@@ -266,7 +300,7 @@ class Gradients:
         plan = self.plan
 
         def back(x: Tensor, like: Tensor) -> Tensor:
-            grouped = x.view(plan.batch, like.shape[2], -1, like.shape[1], like.shape[3])
+            grouped = x.view(plan.batch, like.shape[2], -1, like.shape[1], x.shape[-1])[..., : like.shape[3]]
             return grouped.sum(2).transpose(1, 2).to(like.dtype)
 
         parts: list[Tensor | None] = [back(self.q.mul_(plan.settings.scale), q), back(self.k, k), back(self.v, v)]
@@ -285,14 +319,11 @@ def backward_block(plan: Plan, block: Block, rows: Rows, lse: Tensor, grads: Gra
     last = block.bottom == plan.n_queries
     raw, weights, mid_pre = logits_and_weights(plan, block, rows, lse, known=True)
     out, mid_post, dropped = final_weights(plan, block, weights, keep=True)
-    grad_out = grads.out[:, block.top : block.bottom]
-    keys = slice(0, block.n_keys)
-    grads.v[:, keys].baddbmm_(block.columns(out).transpose(1, 2), grad_out)
-    # Gradient of the final weights; the rows below the block are overwritten by what the next block hands up.
+    block.accumulate(out, grads.out, grads.v)
+    # Gradient of the final weights. Below the block's rows there is room for what the next block hands up.
     below = post.halo if post.kernel is not None else pre.halo
     grad = block.map("grad_post" if post.kernel is not None else "grad_pre", block.n_rows + below)
-    padded = grads.out[:, block.top : block.bottom + below]
-    torch.bmm(padded, plan.v[:, : block.width].transpose(1, 2), out=grad)
+    block.logits(grads.out, block.top, grads.packed_v, grad)
     if dropped is not None:
         block.columns(grad[:, : block.n_rows]).mul_(dropped)
     mix_backward(plan, block, post, "post", grad, mid_post, grads)
@@ -315,18 +346,15 @@ def backward_block(plan: Plan, block: Block, rows: Rows, lse: Tensor, grads: Gra
         convolution_backward(plan, block, pre, "pre", grad_soft, raw[:, post.halo :], grad_raw, None, grads)
         if last and grads.raw is not None:
             add_last(block, grad_raw, grads.raw)
-    logits_grad = block.columns(grad_raw[:, : block.n_rows])
-    own = slice(plan.halo + block.top, plan.halo + block.bottom)
-    torch.bmm(logits_grad, plan.k[:, plan.pad : plan.pad + block.n_keys], out=grads.q[:, block.top : block.bottom])
-    grads.k[:, keys].baddbmm_(logits_grad.transpose(1, 2), plan.q[:, own])
+    block.read(grad_raw, plan.k, grads.q)
+    block.accumulate(grad_raw, plan.q, grads.k)
 
 
 def mix_backward(plan: Plan, block: Block, part: Side, name: str, grad: Tensor, mid: Tensor | None, grads: Gradients) -> None:
     """Head mixing backward, in place on the block's rows of grad; sums the matrix's gradient."""
-    geometry = block.geometry(part, block.top, block.n_rows)
     if part.matrix is None or mid is None:
-        part.code.mask(geometry, block.address(grad), grad.stride(0))
         return
+    geometry = block.geometry(block.top, block.n_rows, group=part.group)
     transposed = part.matrix.transpose(1, 2).contiguous()
     sums = grad.new_empty(geometry.groups, SLOTS, part.group, part.group)
     part.code.mix_backward(
@@ -356,7 +384,7 @@ def convolution_backward(
     grads: Gradients,
 ) -> None:
     """Convolution backward into grad_x (`grad` itself without a convolution), through the softmax where `soft` is given."""
-    geometry = block.geometry(part, block.top, block.n_rows, group=1)
+    geometry = block.geometry(block.top, block.n_rows, left=part.left)
     if part.kernel is None:
         flipped = sums = None
     else:

@@ -4,76 +4,16 @@
  * Compiled once per shape of the mixing and cached (compile.py):
  *   CQ, CK   kernel size in queries and keys; CQ = 0: this side has no convolution
  *   CH       heads mixed together; CH = 1: this side has no head mixing
- *   REAL64   double instead of float
- *
- * Layout. A map is [heads][rows][ld]; column j stands at index j of the pointers passed in (they point past the left padding), and
- * everything outside the visible keys, padding included, holds zeros, so the stencil needs no masks. Row r of a block is the query at
- * position first + r; it sees keys start[r] .. first + r (start = NULL: from 0). Heads of a group are consecutive; a task is a group.
+ * Maps are laid out as in common.h: the zeros outside the visible keys are why the stencil needs no masks. Heads of a group are
+ * consecutive; a task is a group.
  */
-#include <math.h>
-#include <stddef.h>
-#include <stdint.h>
-#include <string.h>
+#include "common.h"
 
-#ifdef REAL64
-typedef double real;
-typedef int64_t word;
-#else
-typedef float real;
-typedef int32_t word;
-#endif
-
-/* Register blocking: ROWS x VECS accumulators, VECS inputs and a broadcast weight have to fit the register file. */
-#if defined(__AVX512F__)
-#define BYTES 64
-#define ROWS 6
-#define VECS 4
-#elif defined(__AVX2__)
-#define BYTES 32
-#define ROWS 3
-#define VECS 3
-#else
-#define BYTES 16
-#define ROWS 4
-#define VECS 4
-#endif
-#define LANES ((int)(BYTES / sizeof(real)))
-#define STRIP ((ptrdiff_t)ROWS)
-#define INLINE static inline __attribute__((always_inline))
 #if CQ > 0
 #define HALO (CQ - 1)
 #else
 #define HALO 0
 #endif
-
-typedef real vec __attribute__((vector_size(BYTES)));
-typedef word ivec __attribute__((vector_size(BYTES)));
-typedef real loose __attribute__((vector_size(BYTES), aligned(sizeof(real)), may_alias));
-#define LOAD(p) ((vec)(*(const loose *)(p)))
-#define STORE(p, v) (*(loose *)(p) = (loose)(v))
-
-typedef struct {
-    ptrdiff_t groups;       /* tasks: batch * heads / CH */
-    ptrdiff_t per_batch;    /* groups of one batch element */
-    ptrdiff_t rows, first;  /* rows of the block, position of the first */
-    ptrdiff_t ld, pad;      /* row stride; zeros kept left and right of the columns */
-    ptrdiff_t left;         /* keys reached to the left of the current one */
-    const int64_t *start;   /* [batch][start_stride], NULL: all zero */
-    ptrdiff_t start_stride;
-    int threads;
-} Geometry;
-
-INLINE ptrdiff_t start_of(const Geometry *g, ptrdiff_t group, ptrdiff_t row) {
-    return g->start ? g->start[group / g->per_batch * g->start_stride + row] : 0;
-}
-
-INLINE vec splat(real x) { return (vec){0} + x; }
-
-INLINE real sum_of(vec x) {
-    real total = 0;
-    for (int i = 0; i < LANES; i++) total += x[i];
-    return total;
-}
 
 /* exp for x <= 0 up to rounding of the input; exactly 0 where float would be subnormal. */
 INLINE vec exp_of(vec x) {
@@ -97,12 +37,6 @@ INLINE vec exp_of(vec x) {
     ivec power = ((ivec)t - (ivec)magic + 127) << 23;
     return (vec)((ivec)(p * (vec)power) & (ivec)(x > -87.0f));
 #endif
-}
-
-/* Zero a row outside [low, high), from -pad to ld - pad. */
-INLINE void clear_outside(real *row, const Geometry *g, ptrdiff_t low, ptrdiff_t high) {
-    memset(row - g->pad, 0, (size_t)(low + g->pad) * sizeof(real));
-    memset(row + high, 0, (size_t)(g->ld - g->pad - high) * sizeof(real));
 }
 
 #if CQ > 0
@@ -232,8 +166,7 @@ void forward(const Geometry *g, const real *in, ptrdiff_t in_hs, const real *ker
     for (ptrdiff_t group = 0; group < g->groups; group++)
         for (ptrdiff_t strip = 0; strip < strips; strip++) {
             const ptrdiff_t top = strip * STRIP, nr = g->rows - top < STRIP ? g->rows - top : STRIP, head = group * CH;
-            const ptrdiff_t from = start_of(g, group, top) / LANES * LANES;
-            const ptrdiff_t to = from + (g->first + top + nr - from + LANES - 1) / LANES * LANES;
+            const ptrdiff_t from = span_from(g, group, top), to = span_to(g, from, top, nr);
             const real *source = in + head * in_hs + top * g->ld;
 #if CQ > 0
             const int cut = start_of(g, group, top + nr - 1) > g->first + top - HALO && start_of(g, group, top + nr - 1) > 0;
@@ -280,22 +213,13 @@ void forward(const Geometry *g, const real *in, ptrdiff_t in_hs, const real *ker
         }
 }
 
-/* Zero what the block's queries do not see: raw logits as they come out of the matrix product. */
-void mask(const Geometry *g, real *map, ptrdiff_t hs) {
-#pragma omp parallel for collapse(2) schedule(static) num_threads(g->threads) if (g->threads > 1)
-    for (ptrdiff_t group = 0; group < g->groups; group++)
-        for (ptrdiff_t row = 0; row < g->rows; row++)
-            for (int h = 0; h < CH; h++)
-                clear_outside(map + (group * CH + h) * hs + row * g->ld, g, start_of(g, group, row), g->first + row + 1);
-}
-
-/* Backward of the head mixing, in place: grad := matrix^T grad on the visible keys, zero elsewhere.
+#if CH > 1
+/* Backward of the head mixing, in place: grad := matrix^T grad. grad is zero outside the visible keys and stays so.
  *   transposed  [groups of a batch element][CH][CH], row = input head
  *   mid         input of the mixing; grad_matrix [groups][slots][CH][CH] receives sums of grad[o] * mid[p] over a slot's strips
  */
 void mix_backward(const Geometry *g, real *grad, ptrdiff_t grad_hs, const real *mid, ptrdiff_t mid_hs, const real *transposed,
                   real *grad_matrix, ptrdiff_t slots) {
-#if CH > 1
     const ptrdiff_t strips = (g->rows + STRIP - 1) / STRIP;
 #pragma omp parallel for collapse(2) schedule(static) num_threads(g->threads) if (g->threads > 1)
     for (ptrdiff_t group = 0; group < g->groups; group++)
@@ -304,13 +228,9 @@ void mix_backward(const Geometry *g, real *grad, ptrdiff_t grad_hs, const real *
             memset(total, 0, sizeof(total));
             for (ptrdiff_t strip = slot; strip < strips; strip += slots) {
                 const ptrdiff_t top = strip * STRIP, nr = g->rows - top < STRIP ? g->rows - top : STRIP;
-                const ptrdiff_t from = start_of(g, group, top) / LANES * LANES;
-                const ptrdiff_t to = from + (g->first + top + nr - from + LANES - 1) / LANES * LANES;
+                const ptrdiff_t from = span_from(g, group, top), to = span_to(g, from, top, nr);
                 real *dy = grad + group * CH * grad_hs + top * g->ld;
                 const real *x = mid + group * CH * mid_hs + top * g->ld;
-                for (int h = 0; h < CH; h++)
-                    for (ptrdiff_t r = 0; r < nr; r++)
-                        clear_outside(dy + h * grad_hs + r * g->ld, g, start_of(g, group, top + r), g->first + top + r + 1);
                 enum { WIDE = 8 * LANES };
                 for (ptrdiff_t c = from; c < to; c += WIDE) {
                     const ptrdiff_t end = to - c < WIDE ? to : c + WIDE;
@@ -347,11 +267,8 @@ void mix_backward(const Geometry *g, real *grad, ptrdiff_t grad_hs, const real *
             for (int o = 0; o < CH; o++)
                 for (int p = 0; p < CH; p++) grad_matrix[((group * slots + slot) * CH + o) * CH + p] = sum_of(total[o][p]);
         }
-#else
-    (void)mid, (void)mid_hs, (void)transposed, (void)grad_matrix, (void)slots;
-    mask(g, grad, grad_hs);
-#endif
 }
+#endif
 
 #if CQ > 0
 /* Sums of grad[i][j] * in[i - HALO + k][j + b - left] for b0 <= b < b0 + nb, every k, into out[k][b]. */
@@ -421,8 +338,7 @@ void convolution_backward(const Geometry *g, const real *grad, ptrdiff_t grad_hs
 #endif
         for (ptrdiff_t top = 0; top < g->rows; top += STRIP) {
             const ptrdiff_t nr = g->rows - top < STRIP ? g->rows - top : STRIP;
-            const ptrdiff_t from = start_of(g, head, top) / LANES * LANES;
-            const ptrdiff_t to = from + (g->first + top + nr - from + LANES - 1) / LANES * LANES;
+            const ptrdiff_t from = span_from(g, head, top), to = span_to(g, from, top, nr);
             real *y = grad_in + head * grad_in_hs + top * g->ld;
 #if CQ > 0
             const real *window = d + top * g->ld + from - (CK - 1 - g->left);

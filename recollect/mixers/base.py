@@ -53,7 +53,7 @@ class Mixer(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def reset_parameters(self) -> None:
-        """Initialise every parameter and non-persistent buffer in place; called again after loading, to fill what is missing."""
+        """Initialise every parameter and non-persistent buffer in place; called again after loading to fill what is missing."""
 
     @abc.abstractmethod
     def init_state(self, batch_size: int) -> State:

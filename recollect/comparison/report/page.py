@@ -179,10 +179,7 @@ def _example(card: Mapping[str, Any], metric: str) -> str:
     A text may go on in many ways, so continuations are shown without a verdict.
     """
     prompt, target, judged = card["prompt"], card["target"], metric == "error"
-    text = escape(prompt)
-    if judged and len(target) >= 3 and prompt.count(target) == 1:
-        before, after = prompt.split(target)
-        text = f"{escape(before)}<mark>{escape(target)}</mark>{escape(after)}"
+    text = _marked(prompt, target) if judged else escape(prompt)
     answers = "".join(_answer(answer, target, judged) for answer in card["answers"])
     tags = ", ".join(f"{key} {value}" for key, value in card["tags"].items()) if isinstance(card["tags"], Mapping) else ""
     note = f"<p class='note'>{escape(tags)}</p>" if tags else ""
@@ -191,6 +188,15 @@ def _example(card: Mapping[str, Any], metric: str) -> str:
         f"<article class='{kind}'><div><pre>{text}</pre>{note}</div>"
         f"<table><tr><th scope='row'>{name}</th><td><code>{escape(target)}</code></td>{blank}</tr>{answers}</table></article>"
     )
+
+
+def _marked(prompt: str, target: str) -> str:
+    """The prompt, the target (or all of it but an end sign) marked where it stands in it once; short ones do so by chance."""
+    for wanted in (target, target[:-1]):
+        if len(wanted) >= 3 and prompt.count(wanted) == 1:
+            before, after = prompt.split(wanted)
+            return f"{escape(before)}<mark>{escape(wanted)}</mark>{escape(after)}"
+    return escape(prompt)
 
 
 def _answer(answer: Mapping[str, Any], target: str, judged: bool) -> str:

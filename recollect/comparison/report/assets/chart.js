@@ -129,8 +129,8 @@ function drawCurves(root) {
     return points.reduce((best, point) => (Math.abs(point[state.x] - x) < Math.abs(best[state.x] - x) ? point : best));
   }
 
-  // Read all curves at data position x; the tip stands beside client position (cx, cy).
-  function read(x, cx, cy) {
+  // Read all curves at data position x; the tip stands beside them at client height cy.
+  function read(x, cy) {
     const cursor = svg.querySelector(".cursor");
     const curves = shown().filter((mixer) => usable(mixer.mean).length).map((mixer) => ({ mixer, point: nearest(usable(mixer.mean), x) }));
     if (!cursor || !curves.length) return;
@@ -142,11 +142,13 @@ function drawCurves(root) {
     for (const { mixer, point } of curves.sort((a, b) => b.point[state.y] - a.point[state.y])) {
       const y = view.y(point[state.y]);
       if (y >= view.box.top) cursor.append(node("circle", { class: "dot", cx: view.x(point[state.x]), cy: y, r: 4.5, style: `fill:${mixer.color}` }));
-      const seeds = mixer.runs.map((run) => run.points.find((other) => other[0] === point[0])).filter(Boolean).map((other) => show(other[state.y]));
-      lines.push(`${mixer.label}  ${show(point[state.y])}${seeds.length > 1 ? `  (${seeds.join(", ")})` : ""}`);
+      const seeds = mixer.runs.map((run) => run.points.find((other) => other[0] === point[0])).filter(Boolean);
+      const values = seeds.map((other) => show(other[state.y]).replace(" %", "")).join(", ");
+      lines.push(`${mixer.label}: ${show(point[state.y])}${seeds.length > 1 ? ` (seeds ${values})` : ""}`);
     }
     state.at = anchor;
-    showTip(lines.join("\n"), cx, cy);
+    const frame = svg.getBoundingClientRect();
+    showTip(lines.join("\n"), frame.left + px, view.wide ? cy : frame.bottom - 10);  // on a phone below the curves, not over them
   }
 
   const show = (value) => (state.y === 3 ? scoreText(value) : value === null ? "not finite" : String(+value.toPrecision(3)));
@@ -156,7 +158,7 @@ function drawCurves(root) {
     if (!view) return;
     const frame = svg.getBoundingClientRect();
     const x = ((event.clientX - frame.left - view.box.left) / (view.box.right - view.box.left)) * view.right;
-    read(x, event.clientX, event.clientY);
+    read(x, event.clientY);
   });
   svg.addEventListener("pointerleave", clear);
   svg.addEventListener("blur", clear);
@@ -168,8 +170,7 @@ function drawCurves(root) {
     if (next === undefined || !stops.length) return;
     event.preventDefault();
     const stop = stops[Math.max(0, Math.min(next, stops.length - 1))];
-    const frame = svg.getBoundingClientRect();
-    read(stop, frame.left + view.x(stop), frame.top + 40);
+    read(stop, svg.getBoundingClientRect().top + 40);
   });
   new ResizeObserver(render).observe(root);
   render();
