@@ -46,7 +46,7 @@ def part_of(path: Path) -> str:
 
 
 def imports(path: Path) -> Iterator[tuple[int, str]]:
-    """(line, dotted name) of every import in a file, inside functions and type-checking blocks too; `from a import b` is a.b."""
+    """(line, dotted name) of every import in a file, those inside functions too; `from a import b` is a.b."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)

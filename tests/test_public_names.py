@@ -1,4 +1,4 @@
-"""The public names and their parameters are frozen: people build on them. A change here is a change for them: say so in LOG.md."""
+"""The public names and their parameters are frozen: people build on them. Say so in LOG.md when one changes."""
 
 from __future__ import annotations
 

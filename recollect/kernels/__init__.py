@@ -1,4 +1,4 @@
-"""Faster equals of `recollect.ops`. Importing this package offers them to the ops; each names its oracle and its error bound."""
+"""Faster equals of `recollect.ops`, each naming its oracle and its error bound. Importing this package offers them to the ops."""
 
 from recollect.kernels import multi_token
 from recollect.ops.multi_token import BACKENDS, PREFERRED

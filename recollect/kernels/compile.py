@@ -1,7 +1,7 @@
-"""Compiles the C kernels with the machine's C compiler, once, and loads them with ctypes: `stencil.c` for each shape of the mixing,
-`products.c` for each precision.
+"""Compiles the C kernels with the machine's C compiler, once, and loads them with ctypes.
 
-A build takes one to three seconds and is kept in the user's cache folder under the hash of source, flags, compiler and processor.
+`stencil.c` is compiled for each shape of the mixing, `products.c` for each precision. A build takes one to three seconds and is kept
+in the user's cache folder under the hash of source, flags, compiler and processor.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Multi-Token Attention on the CPU by compiled kernels: matrix products on the causal part (products.c) around the stencil (stencil.c).
+"""Multi-Token Attention on the CPU by compiled kernels: products on the causal part (products.c) around the stencil (stencil.c).
 
-Faster equal of `recollect.ops.multi_token.materialized` (its oracle), forward and backward, fp32 and fp64. Error: that of the same
-computation in the same precision (exp is accurate to about 2 ulp in fp32). Blocks of query rows in turn; the backward pass recomputes
-each block from its logits' log-sum-exp and goes through the blocks from the last to the first, handing c_q - 1 gradient rows up.
+Faster equal of `recollect.ops.multi_token.materialized` (its oracle), forward and backward, fp32 and fp64. Error: that of the
+same computation in the same precision (exp is accurate to about 2 ulp in fp32). Blocks of query rows in turn; the backward pass
+recomputes each block from its logits' log-sum-exp, from the last block to the first, handing c_q - 1 gradient rows up.
 
 Axis legend: B batch, T queries, S keys, H heads, K key dim, V value dim, R rows of a block, W padded width of a map.
 """
@@ -240,7 +240,7 @@ class _Native(torch.autograd.Function):
     """Forward keeps q, k, v, the parameters and a log-sum-exp a row; backward recomputes block by block."""
 
     @staticmethod
-    def forward(ctx, settings, start, q, k, v, kq_pre, head_pre, kq_post, head_post, raw, weights):  # type: ignore[override]
+    def forward(ctx, settings, start, q, k, v, kq_pre, head_pre, kq_post, head_post, raw, weights):
         dtype = torch.promote_types(q.dtype, torch.float32)
         pre, post = side(kq_pre, head_pre, settings.pad_key, dtype), side(kq_post, head_post, settings.pad_key, dtype)
         assert pre is not None
@@ -264,7 +264,7 @@ class _Native(torch.autograd.Function):
         return shaped, last_raw, last_weights
 
     @staticmethod
-    def backward(ctx, grad_out, grad_raw, grad_weights):  # type: ignore[override]
+    def backward(ctx, grad_out, grad_raw, grad_weights):
         q, k, v, kq_pre, head_pre, kq_post, head_post, raw, weights, lse = ctx.saved_tensors
         dtype = torch.promote_types(q.dtype, torch.float32)
         pre, post = side(kq_pre, head_pre, ctx.settings.pad_key, dtype), side(kq_post, head_post, ctx.settings.pad_key, dtype)

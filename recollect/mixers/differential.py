@@ -27,8 +27,8 @@ class DifferentialConfig(MixerConfig):
     """Options of both versions.
 
     Attributes:
-        n_heads: heads of the Transformer of the same size. Version 1 makes n_heads / 2 pairs with values twice as wide; version 2 doubles
-            the query heads and subtracts pairwise.
+        n_heads: heads of the Transformer of the same size. Version 1 makes n_heads / 2 pairs with values twice as wide;
+            version 2 doubles the query heads and subtracts pairwise.
         n_kv_heads: key-value heads of that Transformer; None: n_heads. Version 1 pairs them too (even).
         head_dim: K; None: dim / n_heads.
         rope_theta: base of the rotary wavelengths.

@@ -31,7 +31,7 @@ DROPOUT_TILE = 32  # rows that share one draw of the dropout mask, so that every
 
 
 class Mixing(NamedTuple):
-    """The learned parts. kq_*: [H, c_q, c_k], or [H, c_h, c_q, c_k] for the merged 3-D convolution; head_*: [G, c_h, c_h]; None = off."""
+    """The learned parts. kq_*: [H, c_q, c_k], or [H, c_h, c_q, c_k] (merged 3-D convolution); head_*: [G, c_h, c_h]; None = off."""
 
     kq_pre: Tensor | None = None
     head_pre: Tensor | None = None
@@ -147,7 +147,7 @@ def multi_token_rows(
 
 def choose(q: Tensor, mixing: Mixing, backend: str | None = None) -> Backend:
     """The form that will run: `backend` if named (RuntimeError when it cannot), else the first preferred one that can, else blocked."""
-    able = {name: can for name, can in PREFERRED}
+    able = dict(PREFERRED)
     if backend is None:
         backend = next((name for name, can in PREFERRED if can(q, mixing)), "blocked")
     elif backend not in BACKENDS:
@@ -265,7 +265,7 @@ class _Blocked(torch.autograd.Function):
     """Blocks of query rows, each the oracle on a slice with a halo of rows above it; the backward pass recomputes them one by one."""
 
     @staticmethod
-    def forward(ctx, settings, start, block, q, k, v, kq_pre, head_pre, kq_post, head_post, raw, weights):  # type: ignore[override]
+    def forward(ctx, settings, start, block, q, k, v, kq_pre, head_pre, kq_post, head_post, raw, weights):
         mixing, rows = Mixing(kq_pre, head_pre, kq_post, head_post), Rows(raw, weights)
         n_queries, earlier = q.shape[1], k.shape[1] - q.shape[1]
         out, last = q.new_empty(*q.shape[:3], v.shape[-1]), rows
@@ -278,7 +278,7 @@ class _Blocked(torch.autograd.Function):
         return out, *last
 
     @staticmethod
-    def backward(ctx, grad_out, grad_raw, grad_weights):  # type: ignore[override]
+    def backward(ctx, grad_out, grad_raw, grad_weights):
         q, k, v, *rest = ctx.saved_tensors
         mixing, rows = Mixing(*rest[:4]), Rows(*rest[4:])
         n_queries, earlier = q.shape[1], k.shape[1] - q.shape[1]
@@ -287,7 +287,7 @@ class _Blocked(torch.autograd.Function):
         for low, top, bottom in spans(n_queries, ctx.block, halo(mixing)):
             with torch.enable_grad():
                 leaf = [None if t is None else t.detach().requires_grad_() for t in tensors]
-                piece = _slice(*leaf[:3], ctx.start, Rows(*leaf[7:]), low, bottom, earlier)
+                piece = _slice(leaf[0], leaf[1], leaf[2], ctx.start, Rows(*leaf[7:]), low, bottom, earlier)
                 values, last = materialized(piece[0], piece[1], piece[2], Mixing(*leaf[3:7]), ctx.settings, piece[3], piece[4])
                 pairs = [(values[:, top - low :], grad_out[:, top:bottom])]
                 if bottom == n_queries:
@@ -325,7 +325,7 @@ def spans(n_queries: int, block: int, reach: int) -> list[tuple[int, int, int]]:
 
 
 def _slice(q, k, v, start, rows, low, bottom, earlier):
-    """The inputs of query rows low .. bottom: keys up to the last of them; carried rows only where the slice begins at the first row."""
+    """The inputs of query rows low .. bottom: keys up to the last of them; carried rows only where the slice begins at row 0."""
     n_keys = earlier + bottom
     start = None if start is None else start[:, low:bottom]
 

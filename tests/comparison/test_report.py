@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from report_folder import HOSTILE, make_folder
 from rich.console import Console
 from safetensors.numpy import load_file, save_file
 
 from recollect.comparison.report import curves, markdown, units, write
 from recollect.comparison.report.records import read
 from recollect.comparison.report.summary import headline, mean_curve, rows
+from tests.comparison.report_folder import HOSTILE, make_folder
 
 FILES = ("table.txt", "curves.png", "curves.svg", "report.html")
 

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from report_folder import make_folder
 
 from recollect.comparison.report import write
+from tests.comparison.report_folder import make_folder
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (pip install 'recollect[dev]')")
 

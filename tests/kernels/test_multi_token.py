@@ -1,0 +1,132 @@
+"""The compiled form of Multi-Token Attention against its oracle where blocks, threads and rare shapes take other paths."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from recollect.kernels import multi_token as kernels
+from recollect.kernels.compile import compiler
+from recollect.ops import Mixing, Rows, multi_token_attention, multi_token_rows
+from recollect.ops.multi_token import document_starts
+from tests.ops.test_multi_token import module_inputs
+
+pytestmark = pytest.mark.skipif(compiler() is None, reason="no C compiler on this machine")
+
+EXACT = 1e-12
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of the smallest size (32 rows), so that short sequences have several."""
+    monkeypatch.setattr(kernels, "BLOCK_BYTES", 1)
+
+
+def assert_forms_agree(named: dict[str, Tensor], *, tolerance: float = EXACT, **options: object) -> None:
+    """Output and every gradient of the native form equal the oracle's, relative to the largest entry where that is above 1."""
+    results = []
+    for backend in ("native", "materialized"):
+        out = multi_token_attention(**named, **options, backend=backend)  # type: ignore[arg-type]
+        weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+        results.append([out, *torch.autograd.grad((out * weights).sum(), list(named.values()))])
+    for name, actual, expected in zip(("out", *named), *results, strict=True):
+        error = float(((actual - expected).abs().max() / expected.abs().max().clamp(min=1)).detach())
+        assert error <= tolerance, f"{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("length", [31, 32, 33, 64, 65, 131])
+def test_native_blocks_equal_the_oracle(length: int, small_blocks: None) -> None:
+    """Prevents a halo or a gradient that is lost between blocks, and a last block that is cut wrong."""
+    assert_forms_agree(module_inputs(length))
+
+
+@pytest.mark.parametrize(
+    "parts", [("kq_pre",), ("kq_post",), ("kq_pre", "head_pre"), ("kq_post", "head_post"), ("head_pre", "head_post")]
+)
+def test_native_parts_equal_the_oracle_over_blocks(parts: tuple[str, ...], small_blocks: None) -> None:
+    """Prevents paths for a missing part that only work in one block."""
+    named = module_inputs(70)
+    assert_forms_agree({name: named[name] for name in ("q", "k", "v", *parts)})
+
+
+def test_native_documents_equal_the_oracle_over_blocks(small_blocks: None) -> None:
+    """Prevents cuts that are read from the wrong row in a later block."""
+    ids = torch.stack([(torch.arange(100) >= 37).long() + (torch.arange(100) >= 64), torch.arange(100) // 7])
+    assert_forms_agree(module_inputs(100), document_ids=ids)
+
+
+def test_native_dropout_equals_the_oracle_over_blocks(small_blocks: None) -> None:
+    """Prevents a mask that depends on the block."""
+    assert_forms_agree(module_inputs(100), dropout_p=0.3, seed=5)
+
+
+@pytest.mark.parametrize("pad_key", ["left", "right"])
+def test_native_one_sided_kernels_equal_the_oracle_over_blocks(pad_key: str, small_blocks: None) -> None:
+    """Prevents a reach beyond the padding of the buffers."""
+    assert_forms_agree(module_inputs(70), pad_key=pad_key)
+
+
+@pytest.mark.parametrize("first", [3, 40, 69])
+@pytest.mark.parametrize("documents", [False, True])
+def test_native_rows_carry_over_blocks(first: int, documents: bool, small_blocks: None) -> None:
+    """Prevents wrong carried rows, or wrong gradients through them, where a piece is longer or shorter than a block."""
+    named = module_inputs(75)
+    mixing = Mixing(**{part: named[part] for part in Mixing._fields})
+    start = document_starts((torch.arange(75) // 38).expand(2, -1)) if documents else None
+    results = []
+    for backend in ("native", "materialized"):
+        rows, outs = Rows(), []
+        for low, high in ((0, first), (first, 75)):
+            piece = None if start is None else start[:, low:high]
+            q, k, v = named["q"][:, low:high], named["k"][:, :high], named["v"][:, :high]
+            out, rows = multi_token_rows(q, k, v, mixing, rows, start=piece, backend=backend)
+            outs.append(out)
+        out = torch.cat(outs, dim=1)
+        results.append([out, *rows, *torch.autograd.grad(out.sin().sum(), list(named.values()))])
+    for name, actual, expected in zip(("out", *Rows._fields, *named), *results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("n_heads", [1, 3, 5])
+def test_native_odd_numbers_of_heads_equal_the_oracle(n_heads: int, small_blocks: None) -> None:
+    """Prevents vector code that only works for groups of four: 1, 3 and 5 heads mixed together."""
+    assert_forms_agree(module_inputs(40, n_heads=n_heads, n_kv=n_heads, group=n_heads))
+
+
+def test_native_takes_any_layout_of_its_inputs(small_blocks: None) -> None:
+    """Prevents reading memory as contiguous that is not: transposed, strided and expanded inputs."""
+    named = {name: tensor.detach() for name, tensor in module_inputs(40).items()}
+    odd = {name: tensor.mT.contiguous().mT for name, tensor in named.items()}
+    odd["k"] = torch.stack([named["k"], named["k"]], dim=-1).flatten(-2)[..., ::2]
+    assert not any(tensor.is_contiguous() for name, tensor in odd.items() if name in ("q", "k", "v", "kq_pre"))
+    expected = multi_token_attention(**named, backend="native")
+    torch.testing.assert_close(multi_token_attention(**odd, backend="native"), expected, rtol=0, atol=EXACT)
+
+
+def test_native_results_do_not_depend_on_threads(small_blocks: None) -> None:
+    """Prevents sums in the order in which threads finish: one and three threads agree to rounding."""
+
+    def run(n_threads: int) -> list[Tensor]:
+        torch.set_num_threads(n_threads)
+        try:
+            named = module_inputs(70)
+            out = multi_token_attention(**named, backend="native")
+            return [out, *torch.autograd.grad(out.sin().sum(), list(named.values()))]
+        finally:
+            torch.set_num_threads(1)
+
+    names = ("out", *module_inputs(1))
+    for name, one, three in zip(names, run(1), run(3), strict=True):
+        torch.testing.assert_close(one, three, rtol=0, atol=1e-13, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_native_logits_of_any_size_stay_finite() -> None:
+    """Prevents an exponential that overflows: logits of +-300 in fp32, against fp64."""
+    named = {name: tensor.detach() for name, tensor in module_inputs(20).items()}
+    named["q"] = named["q"] * 100
+    exact = multi_token_attention(**named, backend="materialized")
+    low = multi_token_attention(**{name: tensor.float() for name, tensor in named.items()}, backend="native")
+    plain = multi_token_attention(**{name: tensor.float() for name, tensor in named.items()}, backend="materialized")
+    assert torch.isfinite(low).all()
+    assert (low - exact).abs().max() <= 2 * (plain - exact).abs().max() + 1e-6
