@@ -33,8 +33,6 @@ _BUDGET_HELP = (
 
 def main() -> None:
     """Entry point of the console script."""
-    # Two spinning OpenMP threads on busy cores cost up to 300 times; libgomp reads this once, when torch loads it.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     app()
 
 
@@ -122,6 +120,7 @@ def compare(
     progress = Console(stderr=True, force_terminal=False if os.environ.get("CI") else None)
     command = shlex.join(["recollect", *sys.argv[1:]])
     try:
+        _one_thread()
         from recollect.comparison import Request
         from recollect.comparison import compare as run
         from recollect.comparison.options import parse_options
@@ -170,7 +169,9 @@ def compare(
     for (label, seed), reason in outcome.failed.items():
         _say(progress, f"failed: {label} seed {seed}: {reason}")
     if outcome.failed:
-        raise SystemExit(SOME_FAILED)
+        from recollect.comparison.folder import DISK_FULL_TEXT
+
+        raise SystemExit(USER_ERROR if DISK_FULL_TEXT in outcome.failed.values() else SOME_FAILED)
 
 
 @app.command("list")
@@ -225,12 +226,21 @@ def generate(
 ) -> None:
     """Continue a text with a byte-level model."""
     try:
+        _one_thread()
         from recollect.comparison.generation import continue_text
 
         text = continue_text(model, prompt, n_tokens=tokens, temperature=temperature, seed=seed, imports=imports or [])
     except (ValueError, TypeError, OSError) as error:
         _refuse(error)
     print(text)
+
+
+def _one_thread() -> None:
+    """Nothing here is large enough for two threads, and idle ones that spin on busy cores cost up to 300 times (workers see to it
+    themselves, by OMP_WAIT_POLICY)."""
+    import torch
+
+    torch.set_num_threads(1)
 
 
 def _as_interrupt(*_: Any) -> NoReturn:

@@ -16,6 +16,7 @@ from recollect.comparison.journal import Event, append_line, clean, read_lines
 from recollect.comparison.plan import Plan, differences
 from recollect.training.checkpoint import replace_file
 
+DISK_FULL_TEXT = "the disk is full; free some space and run the same command again"
 PLAN, RESULTS, LOCK = "comparison.json", "results.jsonl", ".lock"
 
 
@@ -146,7 +147,7 @@ def is_done(out: Path, label: str, seed: int) -> bool:
 def explain(error: BaseException) -> str:
     """What went wrong, in words for a person: the type is left out where the message says it all."""
     if is_disk_full(error):
-        return "the disk is full; free some space and run the same command again"
+        return DISK_FULL_TEXT
     if isinstance(error, MemoryError):
         return "there is not enough memory; try a smaller --batch-size, --width or --seq-len"
     text = str(error).strip()

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from transformers.utils import logging as transformers_logging
 
 from recollect.comparison.user_modules import import_user_modules
 from recollect.data.text import DOCUMENT_START, VOCAB_SIZE, decode, encode
@@ -33,6 +34,7 @@ def continue_text(
     folder = folder / "model" if (folder / "model" / "config.json").is_file() else folder
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds no model; give OUT/runs/LABEL-seedK/model of a finished `recollect compare text`")
+    transformers_logging.disable_progress_bar()
     model = RecollectForCausalLM.from_pretrained(folder).eval()
     if model.config.vocab_size != VOCAB_SIZE:
         raise ValueError(f"{folder} is no byte-level model: it has {model.config.vocab_size} symbols, not {VOCAB_SIZE}")

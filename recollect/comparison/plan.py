@@ -167,9 +167,10 @@ def make_plan(request: Request, *, command: str = "") -> Plan:
         raise ValueError("the task 'text' needs data: --data FILE, folder or glob (repeatable)")
     defaults = defaults_of(request.task)
     task_options = _task_options(request, defaults)
-    data: dict[str, Any] = (
-        {"paths": list(request.data), "evaluation_paths": list(request.eval_data)} if request.task == "text" else {}
-    )
+    data: dict[str, Any] = {}
+    if request.task == "text":
+        paths, evaluation_paths = ([os.path.abspath(path) for path in given] for given in (request.data, request.eval_data))
+        data = {"paths": paths, "evaluation_paths": evaluation_paths}
     workload = make_workload(request.task, task_options, data)
     if workload.fingerprint:
         data["fingerprint"] = workload.fingerprint
@@ -226,6 +227,11 @@ def identity(plan: Plan) -> dict[str, Any]:
 def differences(old: Plan, new: Plan) -> list[str]:
     """What differs between two plans, as `name: old -> new`, outermost names first."""
     return list(_differences("", identity(old), identity(new)))
+
+
+def moved(stored: Plan, new: Plan) -> Plan:
+    """The stored plan with the new one's places: the same data and modules may lie elsewhere now, and the GPU be another one."""
+    return dataclasses.replace(stored, data=new.data, imports=new.imports, device=new.device)
 
 
 def _differences(name: str, old: Any, new: Any) -> list[str]:

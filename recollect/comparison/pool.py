@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from recollect.comparison.folder import explain, run_folder
+from recollect.comparison.folder import DISK_FULL_TEXT, run_folder
 from recollect.comparison.journal import DISK_FULL, DONE, STOPPED, Event, Listener
 from recollect.comparison.plan import Plan
 
@@ -57,7 +57,7 @@ class Worker:
         if self.failure:
             return self.failure
         if status == DISK_FULL:
-            return explain(OSError(28, "No space left on device"))
+            return DISK_FULL_TEXT
         if status < 0:
             name = signal.Signals(-status).name
             hint = " (out of memory?)" if -status == signal.SIGKILL else ""

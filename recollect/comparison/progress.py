@@ -69,6 +69,8 @@ class Status:
         """Time left, from the pace since this process began."""
         if self.note:
             return self.note
+        if self.step >= self.steps:
+            return "finishing"
         if self._begun is None or self.step <= self._begun[1]:
             return ""
         left = (time.monotonic() - self._begun[0]) / (self.step - self._begun[1]) * (self.steps - self.step)
@@ -89,7 +91,7 @@ class Bars:
         self.statuses = _statuses(plan)
         self.progress = Progress(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=max(8, min(24, console.width - 72))),
             TextColumn("{task.completed:>6.0f}/{task.total:.0f}"),
             TextColumn("{task.fields[result]:>13}"),
             TextColumn("{task.fields[loss]:>11}"),

@@ -14,7 +14,7 @@ from recollect.comparison.budget import choose_steps, measure
 from recollect.comparison.folder import Results
 from recollect.comparison.journal import Event, read_lines
 from recollect.comparison.options import parse_budget
-from recollect.comparison.plan import Plan, Request, make_plan, usable_cores
+from recollect.comparison.plan import Plan, Request, make_plan, moved, usable_cores
 from recollect.comparison.pool import run_all
 from recollect.comparison.progress import Display, Silent, make_display
 
@@ -65,10 +65,10 @@ def compare(
     try:
         with folders.locked(out):
             stored = folders.look(out, plan)  # again: another process may have been here in between
-            if stored is None:
+            _tell_beginning(plan, stored, out, console)
+            plan = moved(stored, plan) if stored else plan
+            if plan != stored:
                 folders.store(out, plan)
-            plan = stored or plan
-            _tell_beginning(plan, out, stored is not None, console)
             plan = _with_steps(out, plan, jobs, begun, console)
             failed = _train(out, plan, jobs, make_display(plan, console) if console else Silent())
     except folders.Busy as error:
@@ -83,9 +83,10 @@ def default_jobs(plan: Plan) -> int:
     return max(1, min(len(plan.runs()), usable_cores() // plan.threads))
 
 
-def _tell_beginning(plan: Plan, out: Path, known: bool, console: Console | None) -> None:
+def _tell_beginning(plan: Plan, stored: Plan | None, out: Path, console: Console | None) -> None:
     if console is None:
         return
+    known = stored is not None
     done = sum(folders.is_done(out, *key) for key in plan.runs())
     if known and done == len(plan.runs()):
         text = f"{out} holds this comparison, finished"
@@ -94,6 +95,14 @@ def _tell_beginning(plan: Plan, out: Path, known: bool, console: Console | None)
     else:
         n = len(plan.mixers)
         text = f"comparing {n} mixer{'s' * (n > 1)} on {plan.task}, {len(plan.runs())} runs, budget {plan.budget}, in {out}"
+    if stored and done < len(plan.runs()):
+        changed = [
+            f"{k} {stored.machine.get(k)} -> {plan.machine[k]}"
+            for k in plan.machine
+            if stored.machine.get(k) != plan.machine[k]
+        ]
+        if changed:
+            text += f"; begun under other conditions ({', '.join(changed)}), so numbers may differ in the last digits"
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 

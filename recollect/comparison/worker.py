@@ -126,6 +126,8 @@ def prepare(plan: Plan, label: str, seed: int) -> tuple[RecollectForCausalLM, Wo
     if workload.fingerprint != plan.data.get("fingerprint", ""):
         raise ValueError("the data have changed since the comparison began")
     model = make_model(plan.model, plan.mixer(label)["layers"], seed=seed, length=workload.length)
+    if plan.device.startswith("cuda"):
+        torch.cuda.set_device(torch.device(plan.device))  # its generator is the one that checkpoints hold
     torch.nn.Module.to(model, plan.device)
     return model, workload
 

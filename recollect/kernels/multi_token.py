@@ -14,8 +14,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from recollect.kernels.compile import Geometry, products, stencil
+from recollect.ops.attention import visible
 from recollect.ops.multi_token import Mixing, Rows, Settings, blocked, dropout_mask, key_padding
 
 LINEAR, SOFTMAX, SOFTMAX_KNOWN = 0, 1, 2
@@ -42,30 +44,34 @@ class Side(NamedTuple):
         return 1 if self.matrix is None else self.matrix.shape[1]
 
 
-def side(kernel: Tensor | None, matrix: Tensor | None, pad_key: str, dtype: torch.dtype) -> Side | None:
-    """Compile what one side needs; None where that is impossible (no compiler)."""
-    c_q, c_k = (0, 0) if kernel is None else kernel.shape[1:]
-    code = stencil(c_q, c_k, 1 if matrix is None else matrix.shape[1], dtype == torch.float64)
-    if code is None:
-        return None
-    to = lambda t: None if t is None else t.detach().to(dtype).contiguous()  # noqa: E731
-    return Side(to(kernel), to(matrix), code, key_padding(pad_key, c_k)[0] if c_k else 0)
+def side(kernel: Tensor | None, matrix: Tensor | None, pad_key: str, dtype: torch.dtype) -> Side:
+    """One side in the kernels' precision; `can_run` has shown that it compiles."""
+    code = compiled(kernel, matrix, dtype == torch.float64)
+    assert code is not None
+    kernel = None if kernel is None else kernel.detach().to(dtype).contiguous()
+    matrix = None if matrix is None else matrix.detach().to(dtype).contiguous()
+    return Side(kernel, matrix, code, 0 if kernel is None else key_padding(pad_key, kernel.shape[2])[0])
 
 
 def can_run(q: Tensor, mixing: Mixing) -> bool:
-    """CPU, a compiler, kernels per head (not merged over head pairs) of at most 16 x 32 taps, at most 32 heads mixed."""
+    """CPU, a compiler, kernels per head (not merged over head pairs) of at most 16 x 32 taps, 2 to 32 heads mixed."""
     kernels = [k for k in (mixing.kq_pre, mixing.kq_post) if k is not None]
     matrices = [m for m in (mixing.head_pre, mixing.head_post) if m is not None]
-    small = all(k.dim() == 3 and k.shape[1] <= 16 and k.shape[2] <= 32 for k in kernels) and all(
-        m.shape[1] <= 32 for m in matrices
-    )
-    if q.device.type != "cpu" or not small or torch.compiler.is_compiling():
+    if q.device.type != "cpu" or torch.compiler.is_compiling():
         return False
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    return products(dtype == torch.float64) is not None and all(
-        side(kernel, matrix, "left", dtype) is not None
-        for kernel, matrix in ((mixing.kq_pre, mixing.head_pre), (mixing.kq_post, mixing.head_post))
-    )
+    if any(k.dim() != 3 or k.shape[1] > 16 or k.shape[2] > 32 for k in kernels):
+        return False
+    if any(not 2 <= m.shape[1] <= 32 for m in matrices):
+        return False
+    double = q.dtype == torch.float64
+    sides = ((mixing.kq_pre, mixing.head_pre), (mixing.kq_post, mixing.head_post))
+    return products(double) is not None and all(compiled(*parts, double) is not None for parts in sides)
+
+
+def compiled(kernel: Tensor | None, matrix: Tensor | None, double: bool) -> ctypes.CDLL | None:
+    """The kernel for the shapes of one side; None where it cannot be built."""
+    c_q, c_k = (0, 0) if kernel is None else kernel.shape[1:]
+    return stencil(c_q, c_k, 1 if matrix is None else matrix.shape[1], double)
 
 
 class Block:
@@ -243,8 +249,6 @@ class _Native(torch.autograd.Function):
     def forward(ctx, settings, start, q, k, v, kq_pre, head_pre, kq_post, head_post, raw, weights):
         dtype = torch.promote_types(q.dtype, torch.float32)
         pre, post = side(kq_pre, head_pre, settings.pad_key, dtype), side(kq_post, head_post, settings.pad_key, dtype)
-        assert pre is not None
-        assert post is not None
         plan = Plan(q, k, v, pre, post, settings, start)
         lse = plan.q.new_empty(plan.n_maps, plan.n_queries)
         heads = plan.q.new_empty(plan.n_maps, plan.n_queries, plan.v.shape[-1])
@@ -264,12 +268,11 @@ class _Native(torch.autograd.Function):
         return shaped, last_raw, last_weights
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_out, grad_raw, grad_weights):
         q, k, v, kq_pre, head_pre, kq_post, head_post, raw, weights, lse = ctx.saved_tensors
         dtype = torch.promote_types(q.dtype, torch.float32)
         pre, post = side(kq_pre, head_pre, ctx.settings.pad_key, dtype), side(kq_post, head_post, ctx.settings.pad_key, dtype)
-        assert pre is not None
-        assert post is not None
         plan = Plan(q, k, v, pre, post, ctx.settings, ctx.start)
         grads = Gradients(plan, grad_out, grad_raw, grad_weights)
         for block in reversed(plan.blocks()):
@@ -284,7 +287,7 @@ class Gradients:
     def __init__(self, plan: Plan, grad_out: Tensor, grad_raw: Tensor | None, grad_weights: Tensor | None) -> None:
         self.plan = plan
         self.out = plan.heads(grad_out)
-        self.raw = None if grad_raw is None else grad_raw.flatten(0, 1)
+        self.raw = None if grad_raw is None else seen_rows(plan, grad_raw).flatten(0, 1)
         self.weights = None if grad_weights is None else grad_weights.flatten(0, 1)
         self.packed_v = plan.panels(plan.v)
         self.q, self.k, self.v = torch.empty_like(plan.q), torch.zeros_like(plan.k), torch.zeros_like(plan.v)
@@ -414,6 +417,14 @@ def hand_up(block: Block, name: str, grad: Tensor, halo: int, grads: Gradients) 
     else:
         grad[:, block.n_rows :] = handed[:, :, : block.width]
     grads.handed[name] = grad[:, :halo].clone()
+
+
+def seen_rows(plan: Plan, grad_raw: Tensor) -> Tensor:
+    """The gradient [B, H, halo, S] of the returned raw rows without what they do not see: those entries are constant zeros."""
+    n_rows, n_keys = min(grad_raw.shape[2], plan.n_queries), grad_raw.shape[3]
+    start = None if plan.start is None else plan.start[:, plan.n_queries - n_rows : plan.n_queries]
+    seen = visible(n_rows, n_keys, start=start, device=grad_raw.device)
+    return grad_raw[:, :, grad_raw.shape[2] - n_rows :].masked_fill(~seen, 0)
 
 
 def add_last(block: Block, grad: Tensor, extra: Tensor) -> None:

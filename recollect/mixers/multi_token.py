@@ -15,7 +15,16 @@ from recollect.mixers.attention import AttentionState, Projections, check_heads,
 from recollect.mixers.base import Mixer, MixerConfig, register
 from recollect.mixers.differential import depth_factor, rms_norm
 from recollect.ops.attention import visible
-from recollect.ops.multi_token import Mixing, Rows, check_mixing, key_padding, multi_token_attention, multi_token_rows, scores
+from recollect.ops.multi_token import (
+    BACKENDS,
+    Mixing,
+    Rows,
+    check_mixing,
+    key_padding,
+    multi_token_attention,
+    multi_token_rows,
+    scores,
+)
 
 INITS = ("identity", "zero", "const", "uniform", "normal", "diagonal")
 NORMS = ("none", "rms", "depth", "gate", "vector_gate")
@@ -77,6 +86,8 @@ class MultiTokenConfig(MixerConfig):
         ):
             if value not in known:
                 raise ValueError(f"{name} is one of {', '.join(known)}; got {value!r}")
+        if self.backend is not None and self.backend not in BACKENDS:
+            raise ValueError(f"backend is one of {', '.join(sorted(BACKENDS))} or None; got {self.backend!r}")
         check_mixing(Mixing(torch.empty(1, self.c_q, self.c_k)), 1, self.pad_key)
 
 

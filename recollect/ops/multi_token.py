@@ -24,9 +24,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from recollect.ops.attention import check_shapes, visible
 
+DECODE_QUERIES = 8  # at most so many new queries count as decoding
 DROPOUT_TILE = 32  # rows that share one draw of the dropout mask, so that every block size sees the same mask
 
 
@@ -142,13 +144,18 @@ def multi_token_rows(
         seed = int(torch.randint(2**62, ()).item()) if dropout_p else 0
     settings = Settings(q.shape[-1] ** -0.5 if scale is None else scale, pad_key, dropout_p, seed)
     rows = _fit(rows, mixing, q, k.shape[1])
-    return choose(q, mixing, backend)(q, k, v, mixing, settings, start, rows)
+    return choose(q, k, mixing, backend)(q, k, v, mixing, settings, start, rows)
 
 
-def choose(q: Tensor, mixing: Mixing, backend: str | None = None) -> Backend:
-    """The form that will run: `backend` if named (RuntimeError when it cannot), else the first preferred one that can, else blocked."""
+def choose(q: Tensor, k: Tensor, mixing: Mixing, backend: str | None = None) -> Backend:
+    """The form that will run: `backend` if named (RuntimeError when it cannot), else the first preferred one that can, else blocked.
+
+    Decoding, few queries against many keys, has nothing to save by blocks: the plain form on these rows is the fastest.
+    """
     able = dict(PREFERRED)
-    if backend is None:
+    if backend is None and q.shape[1] <= DECODE_QUERIES and q.shape[1] < k.shape[1]:
+        backend = "materialized"
+    elif backend is None:
         backend = next((name for name, can in PREFERRED if can(q, mixing)), "blocked")
     elif backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; known: {', '.join(sorted(BACKENDS))}")
@@ -278,6 +285,7 @@ class _Blocked(torch.autograd.Function):
         return out, *last
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_out, grad_raw, grad_weights):
         q, k, v, *rest = ctx.saved_tensors
         mixing, rows = Mixing(*rest[:4]), Rows(*rest[4:])

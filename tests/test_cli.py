@@ -1,0 +1,153 @@
+"""The command line: what it prints, where, and with which exit status."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from recollect.cli import app
+from recollect.comparison import compare
+from tests.comparison.small import small
+
+SMALL = {
+    "--mixers": "attention,mta",
+    "--budget": "300steps",
+    "--task-option": "n_blocks=3",
+    "-t": "n_letters=2",
+    "--layers": "1",
+    "--width": "16",
+    "--heads": "2",
+    "--intermediate": "16",
+    "--batch-size": "4",
+    "--dropout": "0.1",
+    "--eval-every": "100",
+    "--n-eval": "24",
+    "--n-eval-curve": "8",
+    "--device": "cpu",
+}
+
+
+def call(*words: str) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, list(words), env={"COLUMNS": "200"})
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_help_says_what_the_commands_do() -> None:
+    status, out, _ = call("--help")
+    assert status == 0
+    for command in ("compare", "list", "generate"):
+        assert command in out
+    assert "WHOLE command" in call("compare", "--help")[1]
+
+
+def test_list_shows_every_mixer_and_task() -> None:
+    from recollect.mixers import available
+    from recollect.tasks import TASKS
+
+    status, out, _ = call("list")
+    assert status == 0
+    for name in (*available(), *TASKS, "text"):
+        assert name in out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["find-blok"], "did you mean 'find-block'"),
+        (["find-block", "--mixers", "atention"], "did you mean 'attention'"),
+        (["find-block", "--mixers", "mta:c_qq=3"], "did you mean 'c_q'"),
+        (["find-block", "-t", "n_leters=3"], "did you mean 'n_letters'"),
+        (["find-block", "--budget", "17"], "budget '17'"),
+        (["find-block", "--jobs", "0"], "--jobs"),
+        (["find-block", "-t", "n_letters=30"], "n_letters"),
+        (["text"], "--data"),
+        (["text", "--data", "no_such_file.txt"], "no_such_file.txt"),
+        (["recall", "-t", "n_pairs=60"], "length=64 is too short"),
+    ],
+    ids=" ".join,
+)
+def test_a_users_mistake_is_one_sentence_on_stderr_and_status_2(
+    words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And nothing is written."""
+    monkeypatch.chdir(tmp_path)
+    status, out, err = call("compare", *words)
+    assert status == 2
+    assert out == ""
+    assert message in err
+    assert err.startswith("recollect: ")
+    assert err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "empty"), (b"\xff\xfe\x00", "not UTF-8"), (b"too short", "too little text")],
+)
+def test_unsuitable_text_is_refused(content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "data.txt").write_bytes(content)
+    status, _, err = call("compare", "text", "--data", str(tmp_path / "data.txt"), "--out", str(tmp_path / "out"))
+    assert status == 2
+    assert message in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_flag_is_status_2() -> None:
+    status, _, err = call("compare", "find-block", "--mixer", "mta")
+    assert status == 2
+    assert "--mixers" in err
+
+
+def test_ctrl_c_and_the_same_command_again_end_with_the_same_results(tmp_path: Path) -> None:
+    """Status 130 and how to go on; then the results of a comparison that was never interrupted."""
+    options = [*(word for pair in SMALL.items() for word in pair), "-t", "n_question=1"]
+    words = [sys.executable, "-m", "recollect.cli", "compare", "find-block", *options]
+    broken = subprocess.Popen([*words, "--out", "broken", "--jobs", "2"], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    journals = [tmp_path / "broken" / "runs" / f"{label}-seed0" / "progress.jsonl" for label in ("attention", "mta")]
+    while broken.poll() is None and not all(path.exists() for path in journals):
+        time.sleep(0.01)
+    broken.send_signal(signal.SIGINT)
+    _, err = broken.communicate(timeout=90)
+    assert broken.returncode == 130, err
+    assert "run the same command again" in err
+    assert not any(row["final"] for row in rows_of(tmp_path / "broken"))
+
+    request = small(budget="300steps", eval_every=100)
+    for name in ("broken", "whole"):
+        assert compare(request, out=tmp_path / name, jobs=2).failed == {}
+    keys = ("mixer", "seed", "step", "error", "loss", "n_eval", "final")
+    broken_rows, whole_rows = (
+        {tuple(row[key] for key in keys) for row in rows_of(tmp_path / name)} for name in ("broken", "whole")
+    )
+    assert broken_rows == whole_rows
+    assert len(whole_rows) == 8
+    assert len(rows_of(tmp_path / "broken")) == 8
+
+
+def rows_of(out: Path) -> list[dict[str, object]]:
+    path = out / "results.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def test_generate_continues_a_text(tmp_path: Path) -> None:
+    """The same seed gives the same bytes; something that is no model is refused."""
+    from recollect.models import RecollectConfig, RecollectForCausalLM
+
+    RecollectForCausalLM(
+        RecollectConfig(hidden_size=16, num_attention_heads=2, layers="mta", num_hidden_layers=1)
+    ).save_pretrained(tmp_path)
+    words = ("generate", str(tmp_path), "--prompt", "To be", "--tokens", "5", "--seed", "1")
+    status, out, _ = call(*words)
+    assert status == 0
+    assert out.startswith("To be")
+    assert call(*words)[1] == out
+    status, _, err = call("generate", str(tmp_path / "nowhere"), "--prompt", "x")
+    assert status == 2
+    assert "holds no model" in err
