@@ -16,8 +16,10 @@ PUBLIC: dict[str, dict[str, str]] = {
         "available": "",
         "build": "name, *, dim, n_heads, **options",
         "mixers": "",
+        "models": "",
         "ops": "",
         "state": "",
+        "tasks": "",
     },
     "recollect.ops": {
         "Mixing": "kq_pre, head_pre, kq_post, head_post",

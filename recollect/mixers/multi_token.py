@@ -16,9 +16,9 @@ from recollect.mixers.base import Mixer, MixerConfig, register
 from recollect.mixers.differential import depth_factor, rms_norm
 from recollect.ops.attention import visible
 from recollect.ops.multi_token import (
-    BACKENDS,
     Mixing,
     Rows,
+    backends,
     check_mixing,
     key_padding,
     multi_token_attention,
@@ -86,8 +86,8 @@ class MultiTokenConfig(MixerConfig):
         ):
             if value not in known:
                 raise ValueError(f"{name} is one of {', '.join(known)}; got {value!r}")
-        if self.backend is not None and self.backend not in BACKENDS:
-            raise ValueError(f"backend is one of {', '.join(sorted(BACKENDS))} or None; got {self.backend!r}")
+        if self.backend is not None and self.backend not in backends():
+            raise ValueError(f"backend is one of {', '.join(sorted(backends()))} or None; got {self.backend!r}")
         check_mixing(Mixing(torch.empty(1, self.c_q, self.c_k)), 1, self.pad_key)
 
 

@@ -1,7 +1,4 @@
-"""Pure functions on tensors: any dtype, any device, fp64-capable on CPU. Each has an oracle and a fast exact form.
-
-Importing this module also offers the compiled kernels of `recollect.kernels` to the ops when the package is imported as a whole.
-"""
+"""Pure functions on tensors: any dtype, any device, fp64-capable on CPU. Each has an oracle and a fast exact form."""
 
 from recollect.ops.attention import differential_attention, rotary, softmax_attention
 from recollect.ops.multi_token import Mixing, Rows, multi_token_attention, multi_token_rows

@@ -18,6 +18,8 @@ Source: Golovneva et al. 2025, arXiv 2504.00927, Eq. 3-7.
 
 from __future__ import annotations
 
+import functools
+import importlib
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -59,6 +61,10 @@ class Settings(NamedTuple):
     dropout_p: float = 0.0
     seed: int = 0
 
+
+# Faster equals of this file: packages that, when imported, add themselves to BACKENDS and PREFERRED. Loaded by name on first use, so
+# that the ops depend on no kernel.
+PLUGINS = ("recollect.kernels",)
 
 Backend = Callable[[Tensor, Tensor, Tensor, Mixing, Settings, "Tensor | None", Rows], "tuple[Tensor, Rows]"]
 BACKENDS: dict[str, Backend] = {}
@@ -152,17 +158,25 @@ def choose(q: Tensor, k: Tensor, mixing: Mixing, backend: str | None = None) -> 
 
     Decoding, few queries against many keys, has nothing to save by blocks: the plain form on these rows is the fastest.
     """
-    able = dict(PREFERRED)
+    known, able = backends(), dict(PREFERRED)
     if backend is None and q.shape[1] <= DECODE_QUERIES and q.shape[1] < k.shape[1]:
         backend = "materialized"
     elif backend is None:
         backend = next((name for name, can in PREFERRED if can(q, mixing)), "blocked")
-    elif backend not in BACKENDS:
-        raise ValueError(f"unknown backend {backend!r}; known: {', '.join(sorted(BACKENDS))}")
+    elif backend not in known:
+        raise ValueError(f"unknown backend {backend!r}; known: {', '.join(sorted(known))}")
     elif backend in able and not able[backend](q, mixing):
         where = f"{q.dtype} on {q.device.type}"
         raise RuntimeError(f"backend {backend!r} cannot run multi_token_attention here ({where}); pass backend='blocked'")
-    return BACKENDS[backend]
+    return known[backend]
+
+
+@functools.lru_cache(maxsize=1)
+def backends() -> dict[str, Backend]:
+    """Every form of the op by name, the plugins' included."""
+    for name in PLUGINS:
+        importlib.import_module(name)
+    return BACKENDS
 
 
 def materialized(
