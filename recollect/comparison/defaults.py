@@ -45,28 +45,30 @@ class Defaults:
 
 
 def _find_block_kernels(task: Options) -> dict[str, Options]:
-    """The paper's module for this task: in every layer one convolution before the softmax and nothing else.
+    """Multi-Token Attention for this task: key-query convolutions in every layer (the models are shallow), as wide as a block.
 
-    Its kernel spans as many queries as the question has letters, and keys to one block's length on either side.
+    `mta` is the paper's second version with kernels that reach a block's length to either side, 6 x 11 for blocks of five; `mta_toy`
+    is the paper's own module for the task: one L x (2N - 1) convolution before the softmax and nothing else.
     """
-    kernel = {"c_q": int(task["n_question"]), "c_k": 2 * int(task["n_letters"]) - 1}
-    mta = {**kernel, "kq": True, "kq_post": False, "head_pre": False, "head_post": False, "norm": "none"}
-    return {"mta": mta, "mta_toy": kernel}
+    n_question, n_letters = int(task["n_question"]), int(task["n_letters"])
+    wide = {"kq": True, "c_k": 2 * n_letters + 1}
+    return {"mta": wide, "mta_v1": wide, "mta_v2": wide, "mta_toy": {"c_q": n_question, "c_k": 2 * n_letters - 1}}
 
 
 DEFAULTS: dict[str, Defaults] = {
     "find-block": Defaults(
-        task_options={"n_blocks": 6, "n_letters": 4, "n_question": 2},
+        task_options={"n_blocks": 6, "n_letters": 5, "n_question": 2},
         mixer_options=_find_block_kernels,
         layers=3,
         width=64,
         heads=2,
+        intermediate=128,
         batch_size=64,
-        lr=4e-3,
-        warmup=0.02,
-        budget="1500steps",
+        lr=1e-2,
+        warmup=0.05,
+        budget="1000steps",
         n_eval=2000,
-        n_eval_curve=500,
+        n_eval_curve=250,
     ),
     "recall": Defaults(
         layers=2,

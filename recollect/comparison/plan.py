@@ -111,8 +111,12 @@ class Plan:
     created: str = ""
 
     def runs(self) -> list[tuple[str, int]]:
-        """(label, seed) of every run: seed by seed, so that an interrupted comparison has whole seeds to show."""
-        return [(mixer["label"], seed) for seed in self.seeds for mixer in self.mixers]
+        """(label, seed) of every run: seed by seed, so that an interrupted comparison has whole seeds to show.
+
+        Within a seed the model with the most parameters, likely the slowest, starts first: the last to start ends the command.
+        """
+        ordered = sorted(self.mixers, key=lambda mixer: -mixer["parameters"])
+        return [(mixer["label"], seed) for seed in self.seeds for mixer in ordered]
 
     def mixer(self, label: str) -> dict[str, Any]:
         return next(mixer for mixer in self.mixers if mixer["label"] == label)

@@ -335,8 +335,8 @@ def blocked(
     block: int | None = None,
 ) -> tuple[Tensor, Rows]:
     """Blocks of `block` query rows over all heads, only the causal part, recomputed in the backward pass. Memory O(block S + T)."""
-    if block is None:  # about 64 MiB a map
-        block = max(16, min(q.shape[1], 2**24 // max(1, q.shape[0] * q.shape[2] * k.shape[1])))
+    if block is None:  # about 2 million numbers a map
+        block = max(16, min(q.shape[1], 2**21 // max(1, q.shape[0] * q.shape[2] * k.shape[1])))
     out, raw, weights = _Blocked.apply(settings, start, block, q, k, v, *mixing, *rows)
     return out, Rows(raw, weights)
 
