@@ -159,7 +159,7 @@ class Plan:
         code = products(dtype == torch.float64)
         assert code is not None
         self.code, self.panel, self.lanes = code, code.panel_width(), code.lanes()
-        self.q, self.k, self.v = self.heads(q) * settings.scale, self.heads(k), self.heads(v)
+        self.q, self.k, self.v = self.heads(q).mul_(settings.scale), self.heads(k), self.heads(v)
         # Rows past the end exist for kernels that look at the next block's documents.
         self.start = None if start is None else torch.cat((start, start[:, -1:].expand(-1, 32)), 1).to(torch.int64).contiguous()
         self.packed_k = self.panels(self.k)
@@ -169,7 +169,9 @@ class Plan:
         """[B, L, Hx, K] -> [BH, L, K'], key-value heads repeated to H, K' = K padded with zeros to whole vectors."""
         batch, length, n_heads, size = x.shape
         dtype = torch.promote_types(x.dtype, torch.float32)
-        out = x.new_zeros(batch, n_heads, self.n_heads // n_heads, length, -(-size // self.lanes) * self.lanes, dtype=dtype)
+        width = -(-size // self.lanes) * self.lanes
+        out = x.new_empty(batch, n_heads, self.n_heads // n_heads, length, width, dtype=dtype)
+        out[..., size:] = 0
         out[..., :size] = x.transpose(1, 2)[:, :, None]
         return out.view(self.n_maps, length, -1)
 
@@ -182,7 +184,8 @@ class Plan:
     def blocks(self) -> list[Block]:
         """Blocks of rows, of about BLOCK_BYTES a map."""
         row_bytes = self.n_maps * (self.earlier + self.n_queries + 2 * self.pad) * self.q.element_size()
-        rows = max(32, BLOCK_BYTES // row_bytes // 6 * 6)
+        # Kernels work on strips of six rows: with the rows above that the second convolution reads, a block is whole strips.
+        rows = max(36, BLOCK_BYTES // row_bytes // 6 * 6) + -self.post.halo % 6
         return [Block(self, top, min(top + rows, self.n_queries)) for top in range(0, self.n_queries, rows)]
 
     def above(self, x: Tensor, rows: int, block: Block, carried: Tensor | None) -> None:
@@ -304,7 +307,8 @@ class Gradients:
 
         def back(x: Tensor, like: Tensor) -> Tensor:
             grouped = x.view(plan.batch, like.shape[2], -1, like.shape[1], x.shape[-1])[..., : like.shape[3]]
-            return grouped.sum(2).transpose(1, 2).to(like.dtype)
+            total = grouped[:, :, 0] if grouped.shape[2] == 1 else grouped.sum(2)
+            return total.transpose(1, 2).to(like.dtype)
 
         parts: list[Tensor | None] = [back(self.q.mul_(plan.settings.scale), q), back(self.k, k), back(self.v, v)]
         for name, part in (("pre", plan.pre), ("post", plan.post)):

@@ -66,10 +66,14 @@ void logits(const Geometry *g, const real *q, ptrdiff_t q_hs, ptrdiff_t stride, 
                     if (panel * PANEL >= g->first + top + nr) continue;
                     const real *rows = q + head * q_hs + top * stride, *keys = panels + head * panel_hs + panel * size * PANEL;
                     real *out = map + head * map_hs + top * g->ld + panel * PANEL;
-                    if (nr == ROWS)
-                        panel_product(rows, stride, keys, size, out, g->ld, ROWS);
-                    else
-                        for (ptrdiff_t r = 0; r < nr; r++) panel_product(rows + r * stride, stride, keys, size, out + r * g->ld, g->ld, 1);
+                    switch (nr) { /* a tile for every number of rows: blocks seldom hold whole strips */
+#define TILE(n) \
+    case n: \
+        panel_product(rows, stride, keys, size, out, g->ld, n < ROWS ? n : ROWS); \
+        break;
+                        TILE(1) TILE(2) TILE(3) TILE(4) TILE(5) TILE(6)
+#undef TILE
+                    }
                 }
             for (ptrdiff_t row = low; row < high; row++)
                 clear_outside(map + head * map_hs + row * g->ld, g, start_of(g, head, row), g->first + row + 1);

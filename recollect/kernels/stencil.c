@@ -79,7 +79,9 @@ static void stencil_cut(const real *in, ptrdiff_t in_ld, const real *kernel, rea
     }
 }
 
-/* Rows r0 .. r0 + nr of the convolution, columns c .. c + width (a multiple of LANES). */
+#define HALF (ROWS / 2)
+
+/* Rows 0 .. nr <= ROWS of the convolution, `width` columns (a multiple of LANES). */
 static void stencil_span(const real *in, ptrdiff_t in_ld, const real *kernel, real *out, ptrdiff_t out_ld, ptrdiff_t nr, ptrdiff_t width) {
     ptrdiff_t c = 0;
     if (nr == ROWS) {
@@ -87,11 +89,16 @@ static void stencil_span(const real *in, ptrdiff_t in_ld, const real *kernel, re
         for (; c < width; c += LANES) stencil(in + c, in_ld, kernel, out + c, out_ld, ROWS, 1);
         return;
     }
-    for (ptrdiff_t r = 0; r < nr; r++) {
-        const real *line = in + r * in_ld;
-        for (c = 0; c + VECS * LANES <= width; c += VECS * LANES)
-            stencil(line + c, in_ld, kernel, out + r * out_ld + c, out_ld, 1, VECS);
-        for (; c < width; c += LANES) stencil(line + c, in_ld, kernel, out + r * out_ld + c, out_ld, 1, 1);
+    if (nr > HALF) { /* the last rows of a block: half a strip, then one by one */
+        stencil_span(in, in_ld, kernel, out, out_ld, HALF, width);
+        stencil_span(in + HALF * in_ld, in_ld, kernel, out + HALF * out_ld, out_ld, nr - HALF, width);
+    } else if (nr == HALF) {
+        for (; c + VECS * LANES <= width; c += VECS * LANES) stencil(in + c, in_ld, kernel, out + c, out_ld, HALF, VECS);
+        for (; c < width; c += LANES) stencil(in + c, in_ld, kernel, out + c, out_ld, HALF, 1);
+    } else if (nr > 0) {
+        for (; c + VECS * LANES <= width; c += VECS * LANES) stencil(in + c, in_ld, kernel, out + c, out_ld, 1, VECS);
+        for (; c < width; c += LANES) stencil(in + c, in_ld, kernel, out + c, out_ld, 1, 1);
+        stencil_span(in + in_ld, in_ld, kernel, out + out_ld, out_ld, nr - 1, width);
     }
 }
 #endif
@@ -226,7 +233,7 @@ void mix_backward(const Geometry *g, real *grad, ptrdiff_t grad_hs, const real *
         for (ptrdiff_t slot = 0; slot < slots; slot++) {
             vec total[CH][CH];
             memset(total, 0, sizeof(total));
-            for (ptrdiff_t strip = slot; strip < strips; strip += slots) {
+            for (ptrdiff_t strip = strips * slot / slots; strip < strips * (slot + 1) / slots; strip++) {
                 const ptrdiff_t top = strip * STRIP, nr = g->rows - top < STRIP ? g->rows - top : STRIP;
                 const ptrdiff_t from = span_from(g, group, top), to = span_to(g, from, top, nr);
                 real *dy = grad + group * CH * grad_hs + top * g->ld;
