@@ -323,7 +323,6 @@ class Gradients:
 def backward_block(plan: Plan, block: Block, rows: Rows, lse: Tensor, grads: Gradients) -> None:
     """One block: recompute its maps, then gradients of values, weights, logits, queries and keys."""
     pre, post = plan.pre, plan.post
-    last = block.bottom == plan.n_queries
     raw, weights, mid_pre = logits_and_weights(plan, block, rows, lse, known=True)
     out, mid_post, dropped = final_weights(plan, block, weights, keep=True)
     block.accumulate(out, grads.out, grads.v)
@@ -339,10 +338,10 @@ def backward_block(plan: Plan, block: Block, rows: Rows, lse: Tensor, grads: Gra
     if post.kernel is not None:
         hand_up(block, "post", grad, post.halo, grads)
         grad_soft = block.map("grad_pre", block.n_rows + pre.halo)
-    extra = grads.weights if last else None
+    extra = returned(block, grads.weights)
     convolution_backward(plan, block, post, "post", grad, weights, grad_soft, soft if extra is None else None, grads)
     if extra is not None:  # someone also differentiates the carried rows
-        add_last(block, grad_soft[:, : block.n_rows], extra)
+        block.columns(grad_soft)[:, extra[0]] += extra[1]
         rows_grad = grad_soft[:, : block.n_rows]
         rows_grad.sub_((rows_grad * soft).sum(-1, keepdim=True)).mul_(soft)
     mix_backward(plan, block, pre, "pre", grad_soft, mid_pre, grads)
@@ -351,8 +350,8 @@ def backward_block(plan: Plan, block: Block, rows: Rows, lse: Tensor, grads: Gra
         hand_up(block, "pre", grad_soft, pre.halo, grads)
         grad_raw = block.map("grad_raw", block.n_rows)
         convolution_backward(plan, block, pre, "pre", grad_soft, raw[:, post.halo :], grad_raw, None, grads)
-        if last and grads.raw is not None:
-            add_last(block, grad_raw, grads.raw)
+        if (extra := returned(block, grads.raw)) is not None:
+            block.columns(grad_raw)[:, extra[0]] += extra[1]
     block.read(grad_raw, plan.k, grads.q)
     block.accumulate(grad_raw, plan.q, grads.k)
 
@@ -431,10 +430,15 @@ def seen_rows(plan: Plan, grad_raw: Tensor) -> Tensor:
     return grad_raw[:, :, grad_raw.shape[2] - n_rows :].masked_fill(~seen, 0)
 
 
-def add_last(block: Block, grad: Tensor, extra: Tensor) -> None:
-    """Add the gradient [BH, halo, S] of the returned rows to the block's last rows."""
-    n = min(extra.shape[1], block.n_rows)
-    block.columns(grad)[:, block.n_rows - n :] += extra[:, extra.shape[1] - n :]
+def returned(block: Block, extra: Tensor | None) -> tuple[slice, Tensor] | None:
+    """The block's rows that are among the returned ones, and the part of their gradient `extra` [BH, n, S] that belongs to them."""
+    if extra is None:
+        return None
+    first = block.plan.n_queries - extra.shape[1]
+    low = max(block.top, first)
+    if low >= block.bottom:
+        return None
+    return slice(low - block.top, block.n_rows), extra[:, low - first : block.bottom - first, : block.n_keys]
 
 
 def last_rows(plan: Plan, block: Block, x: Tensor, halo: int, like: Tensor | None) -> Tensor | None:
