@@ -29,7 +29,7 @@ def test_the_same_comparison_is_found_again(tmp_path: Path) -> None:
 
 def test_another_comparison_is_refused_with_the_difference(tmp_path: Path) -> None:
     store(tmp_path, make_plan(small()))
-    with pytest.raises(ValueError, match=r"another comparison \(training.lr: 0.004 -> 0.001\)"):
+    with pytest.raises(ValueError, match=r"another comparison \(training.lr: 0.01 -> 0.001\)"):
         look(tmp_path, make_plan(small(lr=1e-3)))
 
 

@@ -40,8 +40,11 @@ def test_task_examples_maps_and_kernels(label: str) -> None:
         assert values.shape[1:] == (workload.length, workload.length)
         assert torch.equal(values, values.tril())
     if label == "mta":
-        assert {(entry["layer"], entry["name"]) for entry in described["kernels"]} == {(0, "kq_pre"), (1, "kq_pre")}
-        assert tensors["layer0.kq_pre"].shape == (2, 1, 3)
+        assert {(entry["layer"], entry["name"]) for entry in described["kernels"]} == {
+            (layer, name) for layer in (0, 1) for name in ("kq_pre", "kq_post", "head_pre", "head_post")
+        }
+        assert tensors["layer0.kq_pre"].shape == (2, 6, 5)
+        assert tensors["layer0.head_pre"].shape == (1, 2, 2)
 
 
 def test_text_examples_are_greedy_continuations(tmp_path: Path) -> None:

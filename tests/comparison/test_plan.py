@@ -67,11 +67,12 @@ def test_changed_text_changes_the_hash_and_a_moved_file_does_not(tmp_path: Path)
 
 
 def test_options_typed_win_over_the_tasks_defaults() -> None:
-    """find-block gives mta the paper's kernel; what the user writes counts more, in every layer."""
-    plan = make_plan(small(mixers=["mta", "mta:c_k=5"], layers=2))
-    assert plan.mixer("mta")["options"]["c_k"] == 3
-    assert [layer["c_k"] for layer in plan.mixer("mta:c_k=5")["layers"]] == [5, 5]
-    assert plan.mixer("mta:c_k=5")["options"]["c_q"] == 1
+    """find-block gives mta kernels as wide as its blocks of two, mta_toy the paper's; what the user writes counts more, everywhere."""
+    plan = make_plan(small(mixers=["mta", "mta_toy", "mta:c_k=3"], layers=2))
+    assert {"kq": True, "c_k": 5}.items() <= plan.mixer("mta")["options"].items()
+    assert {"c_q": 1, "c_k": 3}.items() <= plan.mixer("mta_toy")["options"].items()
+    assert [layer["c_k"] for layer in plan.mixer("mta:c_k=3")["layers"]] == [3, 3]
+    assert plan.mixer("mta:c_k=3")["options"]["kq"] is True
 
 
 @pytest.mark.parametrize("task", sorted(DEFAULTS))
