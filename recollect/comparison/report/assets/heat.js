@@ -90,12 +90,15 @@ function kernelFigure(kernel, owner) {
   return node("figure", {}, node("figcaption", {}, node("strong", {}, name), `\u00b1${numberText(scale)}`), heat);
 }
 
+// What to show first: the run with the most learned kernels.
+const richest = (items) => items.reduce((a, b) => (b.kernels.length > a.kernels.length ? b : a));
+
 function drawKernels(section) {
   const found = DATA.inspections.filter((item) => item.kernels.length);
   if (!found.length) return;
   section.hidden = false;
   const controls = document.getElementById("kernel-controls"), grid = document.getElementById("kernel-grid");
-  let item = found[0], layer = "";
+  let item = richest(found), layer = "";
 
   function render() {
     const layers = [...new Set(item.kernels.map((kernel) => kernel.layer))];

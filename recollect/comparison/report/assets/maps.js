@@ -6,7 +6,7 @@ function drawMaps(section) {
   if (!found.length) return;
   section.hidden = false;
   const controls = document.getElementById("map-controls"), panels = document.getElementById("map-panels");
-  const state = { item: found.find((item) => item.maps.some((map) => map.name === "after")) ?? found[0], layer: 0, head: 0, query: null };
+  const state = { item: richest(found), layer: 0, head: 0, query: null };
   const decoded = new Map();
 
   // The whole square map of one head as [T * T]; keys after the query are blank.
