@@ -191,6 +191,7 @@ def list_(
     import recollect.tasks.find_block
     import recollect.tasks.recall  # noqa: F401 (each registers its task)
     from recollect.comparison.user_modules import import_user_modules
+    from recollect.kernels import describe
     from recollect.mixers import MIXERS, available
     from recollect.tasks.base import TASKS
 
@@ -213,6 +214,7 @@ def list_(
     console = Console()
     console.print(mixers)
     console.print(tasks)
+    console.print(f"Multi-Token Attention on the CPU: {describe()}", markup=False, highlight=False)
 
 
 @app.command()

@@ -26,7 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "data": {"tasks"},  # the type of a batch
     "training": {"data", "models", "tasks"},
     "evaluation": {"data", "models", "tasks", "training"},  # the loss that is reported is the one that is trained on
-    "comparison": {"data", "evaluation", "mixers", "models", "state", "tasks", "training"},
+    "comparison": {"data", "evaluation", "kernels", "mixers", "models", "state", "tasks", "training"},
     "cli": {"comparison", "data", "evaluation", "kernels", "mixers", "models", "ops", "state", "tasks", "training"},
 }
 

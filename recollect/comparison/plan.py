@@ -276,6 +276,7 @@ def resolve_device(name: str) -> str:
 def machine() -> dict[str, Any]:
     """What the numbers were made on."""
     import recollect
+    from recollect.kernels import describe
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
@@ -286,6 +287,7 @@ def machine() -> dict[str, Any]:
         "processor": _processor(),
         "cores": usable_cores(),
         "gpu": gpu,
+        "multi_token_attention": describe(),
     }
 
 

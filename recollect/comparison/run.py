@@ -17,6 +17,8 @@ from recollect.comparison.options import parse_budget
 from recollect.comparison.plan import Plan, Request, make_plan, moved, usable_cores
 from recollect.comparison.pool import run_all
 from recollect.comparison.progress import Display, Silent, make_display
+from recollect.mixers import entry
+from recollect.mixers.multi_token import MultiTokenAttention
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,6 +97,8 @@ def _tell_beginning(plan: Plan, stored: Plan | None, out: Path, console: Console
     else:
         n = len(plan.mixers)
         text = f"comparing {n} mixer{'s' * (n > 1)} on {plan.task}, {len(plan.runs())} runs, budget {plan.budget}, in {out}"
+    if any(issubclass(entry(layer["mixer"]).cls, MultiTokenAttention) for mixer in plan.mixers for layer in mixer["layers"]):
+        text += f"\nMulti-Token Attention on the CPU: {plan.machine['multi_token_attention']}"
     if stored and done < len(plan.runs()):
         changed = [
             f"{k} {stored.machine.get(k)} -> {plan.machine[k]}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 from collections.abc import Sequence
@@ -92,6 +93,26 @@ class RecollectConfig(PreTrainedConfig):
             _check_tokens(name, self.__dict__[name], self.vocab_size)
         self.layers = self._checked_layers()
         super().__post_init__(**kwargs)
+
+    def with_mixer_options(self, **options: Any) -> RecollectConfig:
+        """A copy with mixer options set in every layer that has them; weights that an option does not shape load into it unchanged.
+
+        `config.with_mixer_options(rope_theta=5e5)` is the change for longer contexts of arXiv 2504.00927, section 4.3:
+        `RecollectForCausalLM.from_pretrained(path, config=config.with_mixer_options(rope_theta=5e5))`.
+
+        Raises:
+            ValueError: no layer's mixer has an option of that name, or a mixer refuses the value.
+        """
+        known = [{field.name for field in dataclasses.fields(entry(layer["mixer"]).config)} for layer in self.layers]
+        for option in options:
+            if not any(option in names for names in known):
+                near = difflib.get_close_matches(option, sorted(set().union(*known)), n=1)
+                raise ValueError(f"no layer has an option {option!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        changed = copy.deepcopy(self)
+        for layer, names in zip(changed.layers, known, strict=True):
+            layer.update({name: value for name, value in options.items() if name in names})
+        changed.layers = changed._checked_layers()
+        return changed
 
     def _checked_layers(self) -> list[dict[str, Any]]:
         """`layers` as a list of dicts, each of which its mixer accepts."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -109,3 +110,22 @@ def test_layer_count_must_agree() -> None:
     """Two numbers that contradict each other are an error, not a choice."""
     with pytest.raises(ValueError, match="layers lists 2 mixers but num_hidden_layers is 3"):
         tiny_config([TOY, TOY], num_hidden_layers=3)
+
+
+def test_mixer_options_change_in_every_layer_that_has_them(tmp_path: Path) -> None:
+    """Prevents a longer context's theta from reaching some layers only, or from changing the weights that are loaded."""
+    config = tiny_config(layers=["attention", {"mixer": "mta", "c_q": 3, "c_k": 3}])
+    longer = config.with_mixer_options(rope_theta=5e5, c_q=3)
+    assert longer.layers == [
+        {"mixer": "attention", "rope_theta": 5e5},
+        {"mixer": "mta", "c_q": 3, "c_k": 3, "rope_theta": 5e5},
+    ]
+    assert "rope_theta" not in config.layers[0]
+    model = RecollectForCausalLM(config)
+    model.save_pretrained(tmp_path)
+    loaded = RecollectForCausalLM.from_pretrained(tmp_path, config=longer)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values(), strict=True))
+    tokens = torch.arange(12)[None]
+    assert not torch.equal(model(tokens).logits, loaded(tokens).logits)
+    with pytest.raises(ValueError, match=r"rope_thta.*rope_theta"):
+        config.with_mixer_options(rope_thta=5e5)
