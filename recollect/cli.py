@@ -6,6 +6,7 @@ import os
 import shlex
 import signal
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -186,10 +187,11 @@ def list_(
     import dataclasses
 
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     import recollect.tasks.find_block
     import recollect.tasks.recall  # noqa: F401 (each registers its task)
+    from recollect.comparison.defaults import defaults_of
     from recollect.comparison.user_modules import import_user_modules
     from recollect.kernels import describe
     from recollect.mixers import MIXERS, available
@@ -199,18 +201,32 @@ def list_(
         import_user_modules(imports or [])
     except ValueError as error:
         _refuse(error)
+
+    def said(options: Mapping[str, Any]) -> str:
+        return ", ".join(f"{name}={value}" for name, value in options.items())
+
     mixers = Table(
-        "mixer", "what", "source", "state", title="Mixers: recollect compare TASK --mixers a,b", title_justify="left"
+        Column("mixer", no_wrap=True),
+        "what",
+        "source",
+        "state",
+        title="Mixers: recollect compare TASK --mixers a,b",
+        title_justify="left",
     )
     for name in available():
         mixers.add_row(name, MIXERS[name].summary, MIXERS[name].source, MIXERS[name].state)
     tasks = Table(
-        "task", "what", "options (--task-option name=value)", title="Tasks: recollect compare TASK", title_justify="left"
+        Column("task", no_wrap=True),
+        "what",
+        "options (--task-option name=value)",
+        title="Tasks: recollect compare TASK",
+        title_justify="left",
     )
     for name, cls in sorted(TASKS.items()):
-        options = [f"{f.name}={f.default}" for f in dataclasses.fields(cls) if f.init]  # type: ignore[arg-type]
-        tasks.add_row(name, (cls.__doc__ or "").strip().splitlines()[0], ", ".join(options))
-    tasks.add_row("text", "any UTF-8 text, byte by byte: --data FILE, folder or glob", "seq_len=256, holdout=0.1")
+        fields = {f.name: f.default for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
+        tasks.add_row(name, (cls.__doc__ or "").strip().splitlines()[0], said({**fields, **defaults_of(name).task_options}))
+    text = said(defaults_of("text").task_options)
+    tasks.add_row("text", "any UTF-8 text, byte by byte: --data FILE, folder or glob", text)
     console = Console()
     console.print(mixers)
     console.print(tasks)

@@ -55,6 +55,7 @@ def test_list_shows_every_mixer_and_task() -> None:
     assert status == 0
     for name in (*available(), *TASKS, "text"):
         assert name in out
+    assert "n_blocks=6" in out, "the options are those that `compare` takes"
 
 
 @pytest.mark.parametrize(
@@ -151,3 +152,27 @@ def test_generate_continues_a_text(tmp_path: Path) -> None:
     status, _, err = call("generate", str(tmp_path / "nowhere"), "--prompt", "x")
     assert status == 2
     assert "holds no model" in err
+
+
+def test_generate_refuses_a_model_it_cannot_load_in_one_sentence(tmp_path: Path) -> None:
+    """A damaged file ends without a traceback; a mixer of the user's own asks for --import."""
+    from recollect.models import RecollectConfig, RecollectForCausalLM
+
+    RecollectForCausalLM(RecollectConfig(hidden_size=16, num_attention_heads=2, num_hidden_layers=1)).save_pretrained(tmp_path)
+    weights, config = tmp_path / "model.safetensors", tmp_path / "config.json"
+    weights.write_bytes(weights.read_bytes()[:100])
+    status, _, err = call("generate", str(tmp_path), "--prompt", "x")
+    assert (status, err.count("\n")) == (2, 1)
+    assert "damaged" in err
+    config.write_text(config.read_text().replace('"attention"', '"my_mixer"'))
+    status, _, err = call("generate", str(tmp_path), "--prompt", "x")
+    assert (status, err.count("\n")) == (2, 1)
+    assert "--import" in err
+
+
+def test_list_never_cuts_a_name() -> None:
+    """Or a narrow terminal shows names that cannot be typed."""
+    from recollect.mixers import available
+
+    out = CliRunner().invoke(app, ["list"], env={"COLUMNS": "60"}).stdout
+    assert [name for name in available() if name not in out] == []

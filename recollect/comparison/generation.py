@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from recollect.comparison.user_modules import import_user_modules
@@ -35,7 +37,7 @@ def continue_text(
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds no model; give OUT/runs/LABEL-seedK/model of a finished `recollect compare text`")
     transformers_logging.disable_progress_bar()
-    model = RecollectForCausalLM.from_pretrained(folder).eval()
+    model = _load(folder)
     if model.config.vocab_size != VOCAB_SIZE:
         raise ValueError(f"{folder} is no byte-level model: it has {model.config.vocab_size} symbols, not {VOCAB_SIZE}")
     tokens = torch.cat([torch.tensor([DOCUMENT_START]), encode(prompt)])[None]
@@ -43,3 +45,13 @@ def continue_text(
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     said = model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=n_tokens, top_k=0, **sampling)
     return decode(said[0])
+
+
+def _load(folder: Path) -> Any:  # Hugging Face's stubs refuse `generate` on a declared model
+    try:
+        return RecollectForCausalLM.from_pretrained(folder).eval()
+    except SafetensorError as error:
+        raise ValueError(f"{folder}: model.safetensors is damaged: {error}") from error
+    except ValueError as error:
+        hint = "; if it is a mixer of your own, name its file with --import" if "unknown mixer" in str(error) else ""
+        raise ValueError(f"{folder}: {error}{hint}") from error

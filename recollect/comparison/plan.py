@@ -250,6 +250,8 @@ def _differences(name: str, old: Any, new: Any) -> list[str]:
         old, new = ([mixer["label"] for mixer in mixers] for mixers in (old, new))
         if old == new:
             return ["options of the mixers"]
+    if name in ("data", "imports"):  # hashes say nothing to a person
+        return ["other data" if name == "data" else "other --import modules"]
     return [f"{name}: {_short(old)} -> {_short(new)}"]
 
 

@@ -107,7 +107,8 @@ def run_all(out: Path, plan: Plan, keys: Sequence[Key], *, jobs: int, hear: Hear
             for worker in list(active):
                 ended = worker.process.poll() is not None  # asked before listening, so that nothing is missed
                 for event in worker.hear():
-                    hear(*worker.key, event)
+                    if event["event"] != "failed":  # told once, below, whether or not the worker could say it
+                        hear(*worker.key, event)
                 if ended:
                     active.remove(worker)
                     worker.close()

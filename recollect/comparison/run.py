@@ -96,7 +96,10 @@ def _tell_beginning(plan: Plan, stored: Plan | None, out: Path, console: Console
         text = f"{out} holds this comparison, {done} of {len(plan.runs())} runs finished; going on"
     else:
         n = len(plan.mixers)
-        text = f"comparing {n} mixer{'s' * (n > 1)} on {plan.task}, {len(plan.runs())} runs, budget {plan.budget}, in {out}"
+        runs = len(plan.runs())
+        text = (
+            f"comparing {n} mixer{'s' * (n > 1)} on {plan.task}, {runs} run{'s' * (runs > 1)}, budget {plan.budget}, in {out}"
+        )
     if any(issubclass(entry(layer["mixer"]).cls, MultiTokenAttention) for mixer in plan.mixers for layer in mixer["layers"]):
         text += f"\nMulti-Token Attention on the CPU: {plan.machine['multi_token_attention']}"
     if stored and done < len(plan.runs()):

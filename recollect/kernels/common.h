@@ -12,10 +12,10 @@
 
 #ifdef REAL64
 typedef double real;
-typedef int64_t word;
+typedef uint64_t word;
 #else
 typedef float real;
-typedef int32_t word;
+typedef uint32_t word;
 #endif
 
 /* Register blocking: ROWS x VECS accumulators, VECS inputs and a broadcast weight have to fit the register file. */
@@ -37,7 +37,7 @@ typedef int32_t word;
 #define INLINE static inline __attribute__((always_inline))
 
 typedef real vec __attribute__((vector_size(BYTES)));
-typedef word ivec __attribute__((vector_size(BYTES)));
+typedef word uvec __attribute__((vector_size(BYTES)));
 typedef real loose __attribute__((vector_size(BYTES), aligned(sizeof(real)), may_alias));
 #define LOAD(p) ((vec)(*(const loose *)(p)))
 #define STORE(p, v) (*(loose *)(p) = (loose)(v))

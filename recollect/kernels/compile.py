@@ -1,11 +1,12 @@
 """Compiles the C kernels with the machine's C compiler, once, and loads them with ctypes.
 
 `stencil.c` is compiled for each shape of the mixing, `products.c` for each precision. A build takes one to three seconds and is kept
-in the user's cache folder under the hash of source, flags, compiler and processor.
+in the user's cache folder under the hash of source, flags, compiler and processor, and the hash of what the compiler wrote.
 """
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import functools
 import hashlib
@@ -54,7 +55,8 @@ def stencil(c_q: int, c_k: int, c_h: int, double: bool) -> ctypes.CDLL | None:
     Args:
         c_q, c_k: kernel size (0, 0: no convolution on this side); c_h: heads mixed (1: none); double: fp64 instead of fp32.
     """
-    loaded = _build("stencil.c", (f"-DCQ={c_q}", f"-DCK={c_k}", f"-DCH={c_h}"), double)
+    names = ("forward", "convolution_backward", *(("mix_backward",) if c_h > 1 else ()))
+    loaded = _build("stencil.c", (f"-DCQ={c_q}", f"-DCK={c_k}", f"-DCH={c_h}"), double, names)
     if loaded is None:
         return None
     loaded.forward.argtypes = [
@@ -74,19 +76,18 @@ def stencil(c_q: int, c_k: int, c_h: int, double: bool) -> ctypes.CDLL | None:
     loaded.convolution_backward.argtypes = [
         *(GEOMETRY, POINTER, SIZE, POINTER, SIZE, POINTER, POINTER, POINTER, SIZE, POINTER, SIZE),
     ]
-    functions = [loaded.forward, loaded.convolution_backward]
+    loaded.forward.restype = loaded.convolution_backward.restype = None
     if c_h > 1:
         loaded.mix_backward.argtypes = [GEOMETRY, POINTER, SIZE, POINTER, SIZE, POINTER, POINTER, SIZE]
-        functions.append(loaded.mix_backward)
-    for function in functions:
-        function.restype = None
+        loaded.mix_backward.restype = None
     return loaded
 
 
 @functools.lru_cache(maxsize=2)
 def products(double: bool) -> ctypes.CDLL | None:
     """The matrix products around the stencil; None where they cannot be built or loaded."""
-    loaded = _build("products.c", (), double)
+    names = ("panel_width", "lanes", "pack", "logits", "read_rows", "accumulate")
+    loaded = _build("products.c", (), double, names)
     if loaded is None:
         return None
     loaded.pack.argtypes = [POINTER, SIZE, SIZE, SIZE, SIZE, SIZE, POINTER, ctypes.c_int]
@@ -98,43 +99,58 @@ def products(double: bool) -> ctypes.CDLL | None:
     return loaded
 
 
-def _build(source: str, shape: tuple[str, ...], double: bool) -> ctypes.CDLL | None:
+def _build(source: str, shape: tuple[str, ...], double: bool, names: tuple[str, ...]) -> ctypes.CDLL | None:
     """Compile one source file, with OpenMP if the compiler has it (else the kernel runs on one thread)."""
     found = compiler()
     if found is None:
         return None
     flags = (*FLAGS, *shape, *(("-DREAL64",) if double else ()))
-    return _load(found, source, (*flags, "-fopenmp")) or _load(found, source, flags)
+    return _load(found, source, (*flags, "-fopenmp"), names) or _load(found, source, flags, names)
 
 
-def _load(found: str, source: str, flags: tuple[str, ...]) -> ctypes.CDLL | None:
-    """Compile to the cache (atomically: several processes may build at once) and load; None if either fails."""
-    text = (FOLDER / "common.h").read_text() + (FOLDER / source).read_text()
-    key = hashlib.sha256("\0".join((text, *flags, found, _processor())).encode()).hexdigest()[:20]
-    folder = _cache_folder()
-    target = folder / f"{Path(source).stem}-{key}.so"
+def _load(found: str, source: str, flags: tuple[str, ...], names: tuple[str, ...]) -> ctypes.CDLL | None:
+    """Compile to the cache (atomically: several processes may build at once) and load; None where that fails or lacks a function."""
     try:
-        if not target.exists():
+        text = (FOLDER / "common.h").read_text() + (FOLDER / source).read_text()
+        key = hashlib.sha256("\0".join((text, *flags, found, _processor())).encode()).hexdigest()[:20]
+        folder, stem = _cache_folder(), f"{Path(source).stem}-{key}"
+        # The name ends in the content's hash: loading a file that a crash or a full disk cut short would kill the process.
+        target = next((kept for kept in folder.glob(f"{stem}-*.so") if kept.name == f"{stem}-{_digest(kept)}.so"), None)
+        if target is None:
             with tempfile.TemporaryDirectory(dir=folder) as scratch:
-                built = Path(scratch) / target.name
+                built = Path(scratch) / "built.so"
                 command = [found, *flags, str(FOLDER / source), "-o", str(built), "-lm"]
                 subprocess.run(command, check=True, capture_output=True, timeout=120)
+                target = folder / f"{stem}-{_digest(built)}.so"
                 os.replace(built, target)
-        return ctypes.CDLL(str(target))
-    except (OSError, subprocess.SubprocessError):
+        loaded = ctypes.CDLL(str(target))
+        for name in names:
+            loaded[name]
+        return loaded
+    except (OSError, AttributeError, subprocess.SubprocessError):
         return None
+
+
+def _digest(path: Path) -> str:
+    """Hash of a file's content."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:20]
 
 
 @functools.lru_cache(maxsize=1)
 def _cache_folder() -> Path:
-    """A folder only this user can write: code is loaded from it. A temporary one where the home folder is not writable."""
+    """A folder only this user can write: code is loaded from it. A temporary one, for this process, where the home folder has none."""
     try:
         folder = Path.home() / ".cache" / "recollect"
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
+        status = folder.stat()
+        if os.name != "posix" or (status.st_uid == os.getuid() and not status.st_mode & 0o022):
+            with tempfile.TemporaryFile(dir=folder):
+                return folder
     except (OSError, RuntimeError):
-        return Path(tempfile.mkdtemp(prefix="recollect-"))
+        pass
+    own = tempfile.mkdtemp(prefix="recollect-")
+    atexit.register(shutil.rmtree, own, ignore_errors=True)
+    return Path(own)
 
 
 def _processor() -> str:

@@ -57,9 +57,9 @@ def can_run(q: Tensor, mixing: Mixing) -> bool:
     """CPU, a compiler, kernels per head (not merged over head pairs) of at most 16 x 32 taps, 2 to 32 heads mixed."""
     kernels = [k for k in (mixing.kq_pre, mixing.kq_post) if k is not None]
     matrices = [m for m in (mixing.head_pre, mixing.head_post) if m is not None]
-    if q.device.type != "cpu" or torch.compiler.is_compiling():
+    if any(x.device.type != "cpu" for x in (q, *kernels, *matrices)) or torch.compiler.is_compiling():
         return False
-    if any(k.dim() != 3 or k.shape[1] > 16 or k.shape[2] > 32 for k in kernels):
+    if any(k.dim() != 3 or not 1 <= k.shape[1] <= 16 or not 1 <= k.shape[2] <= 32 for k in kernels):
         return False
     if any(not 2 <= m.shape[1] <= 32 for m in matrices):
         return False
@@ -155,25 +155,40 @@ class Plan:
         widest = max((part.kernel.shape[2] for part in (pre, post) if part.kernel is not None), default=1)
         self.pad = -(-widest // 16) * 16
         self.halo = pre.halo + post.halo
-        dtype = torch.promote_types(q.dtype, torch.float32)
-        code = products(dtype == torch.float64)
+        self.dtype = torch.promote_types(q.dtype, torch.float32)  # of every buffer, whatever the dtypes of k and v
+        code = products(self.dtype == torch.float64)
         assert code is not None
         self.code, self.panel, self.lanes = code, code.panel_width(), code.lanes()
         self.q, self.k, self.v = self.heads(q).mul_(settings.scale), self.heads(k), self.heads(v)
-        # Rows past the end exist for kernels that look at the next block's documents.
-        self.start = None if start is None else torch.cat((start, start[:, -1:].expand(-1, 32)), 1).to(torch.int64).contiguous()
+        self.start = None if start is None else self.starts(start)
         self.packed_k = self.panels(self.k)
         self.buffers: dict[str, Tensor] = {}
 
     def heads(self, x: Tensor) -> Tensor:
         """[B, L, Hx, K] -> [BH, L, K'], key-value heads repeated to H, K' = K padded with zeros to whole vectors."""
         batch, length, n_heads, size = x.shape
-        dtype = torch.promote_types(x.dtype, torch.float32)
         width = -(-size // self.lanes) * self.lanes
-        out = x.new_empty(batch, n_heads, self.n_heads // n_heads, length, width, dtype=dtype)
+        out = x.new_empty(batch, n_heads, self.n_heads // n_heads, length, width, dtype=self.dtype, device="cpu")
         out[..., size:] = 0
         out[..., :size] = x.transpose(1, 2)[:, :, None]
         return out.view(self.n_maps, length, -1)
+
+    def starts(self, start: Tensor) -> Tensor:
+        """int64 [B, T + 32], checked because the kernels write where it says; the rows past the end are for looking ahead.
+
+        Raises:
+            ValueError: unless it broadcasts to [B, T], decreases nowhere and lies in 0 .. the query's position.
+        """
+        shape = (self.batch, self.n_queries)
+        if start.dim() != 2 or any(got not in (1, full) for got, full in zip(start.shape, shape, strict=True)):
+            raise ValueError(
+                f"start or document_ids must be [B, T] with B={shape[0]}, T={shape[1]} here; got {tuple(start.shape)}"
+            )
+        start = start.expand(shape).to(torch.int64)
+        position = torch.arange(self.earlier, self.earlier + self.n_queries)
+        if ((start < 0) | (start > position)).any() or (start.diff(dim=1) < 0).any():
+            raise ValueError("start must not decrease and must lie in 0 .. the query's position; it does not")
+        return torch.cat((start, start[:, -1:].expand(-1, 32)), 1)
 
     def panels(self, x: Tensor) -> Tensor:
         """Keys or values [BH, S, K'] packed for `logits`: [BH, panels, K', panel width]."""

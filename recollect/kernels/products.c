@@ -108,7 +108,7 @@ INLINE void accumulate_tile(const real *map, ptrdiff_t ld, const real *x, ptrdif
 #pragma GCC unroll 8
     for (int k = 0; k < nr; k++)
 #pragma GCC unroll 8
-        for (int v = 0; v < nv; v++) acc[k][v] = LOAD(y + k * y_stride + v * LANES);
+        for (int v = 0; v < nv; v++) acc[k][v] = splat(0);
     for (ptrdiff_t r = low; r < high; r++)
 #pragma GCC unroll 8
         for (int v = 0; v < nv; v++) {
@@ -119,7 +119,10 @@ INLINE void accumulate_tile(const real *map, ptrdiff_t ld, const real *x, ptrdif
 #pragma GCC unroll 8
     for (int k = 0; k < nr; k++)
 #pragma GCC unroll 8
-        for (int v = 0; v < nv; v++) STORE(y + k * y_stride + v * LANES, acc[k][v]);
+        for (int v = 0; v < nv; v++) { /* block sums first, then the total: less rounding than one long sum */
+            real *to = y + k * y_stride + v * LANES;
+            STORE(to, LOAD(to) + acc[k][v]);
+        }
 }
 
 /* Tiles of READ_ROWS rows, as wide as the accumulators allow; a width of n vectors goes in steps of 6, 4, 2 or 1. */

@@ -34,8 +34,8 @@ INLINE vec exp_of(vec x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * (r * r) + r + 1.0f;
-    ivec power = ((ivec)t - (ivec)magic + 127) << 23;
-    return (vec)((ivec)(p * (vec)power) & (ivec)(x > -87.0f));
+    uvec power = ((uvec)t - (uvec)magic + 127) << 23; /* unsigned: far below -87 it wraps */
+    return (vec)((uvec)(p * (vec)power) & ~(uvec)(x <= -87.0f)); /* a NaN stays one */
 #endif
 }
 
@@ -139,8 +139,8 @@ INLINE void finish_row(real *row, const Geometry *g, ptrdiff_t low, ptrdiff_t hi
             vec top = splat(none);
             for (ptrdiff_t j = from; j < to; j += LANES) {
                 vec x = LOAD(row + j);
-                ivec more = x > top;
-                top = (vec)(((ivec)x & more) | ((ivec)top & ~more));
+                uvec more = (uvec)(x > top);
+                top = (vec)(((uvec)x & more) | ((uvec)top & ~more));
             }
             shift = top[0];
             for (int i = 1; i < LANES; i++) shift = top[i] > shift ? top[i] : shift;
@@ -283,15 +283,16 @@ INLINE void correlate(const Geometry *g, ptrdiff_t group, const real *grad, cons
     enum { WIDE = 512 };
     static const real zeros[WIDE + 64];
     const ptrdiff_t columns = g->first + g->rows;
-    vec acc[CQ][4];
+    vec acc[CQ][4], total[CQ][4]; /* sums of a few rows, and of these: less rounding than one long sum */
 #pragma GCC unroll 40
     for (int k = 0; k < CQ; k++)
 #pragma GCC unroll 4
-        for (int b = 0; b < nb; b++) acc[k][b] = splat(0);
+        for (int b = 0; b < nb; b++) acc[k][b] = total[k][b] = splat(0);
     for (ptrdiff_t c = start_of(g, group, 0) / LANES * LANES; c < columns; c += WIDE)
         for (ptrdiff_t row = 0; row < g->rows + HALO; row++) { /* a row of `in`: position first - HALO + row */
             const ptrdiff_t position = g->first - HALO + row;
-            ptrdiff_t end = position + g->left + 1; /* further right, `in` is zero */
+            ptrdiff_t end = position + g->left + 1; /* further right, `in` is zero; past the last column, `grad` is (and the map may end) */
+            end = end < columns ? end : columns;
             end = end < c + WIDE ? end : c + WIDE;
             const real *below[CQ]; /* the rows of grad that read it, most recent kernel row last */
 #pragma GCC unroll 40
@@ -312,11 +313,19 @@ INLINE void correlate(const Geometry *g, ptrdiff_t group, const real *grad, cons
                     for (int k = 0; k < CQ; k++) acc[k][b] += d[k] * x;
                 }
             }
+            if (row % 8 != 7 && row != g->rows + HALO - 1) continue;
+#pragma GCC unroll 40
+            for (int k = 0; k < CQ; k++)
+#pragma GCC unroll 4
+                for (int b = 0; b < nb; b++) {
+                    total[k][b] += acc[k][b];
+                    acc[k][b] = splat(0);
+                }
         }
 #pragma GCC unroll 40
     for (int k = 0; k < CQ; k++)
 #pragma GCC unroll 4
-        for (int b = 0; b < nb; b++) out[k * CK + b0 + b] = sum_of(acc[k][b]);
+        for (int b = 0; b < nb; b++) out[k * CK + b0 + b] = sum_of(total[k][b]);
 }
 #endif
 

@@ -6,6 +6,7 @@ Axis legend: B batch, T time, S cached keys, D model dim, H heads, Hkv key-value
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 import torch
@@ -18,26 +19,48 @@ from recollect.ops.multi_token import scores
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AttentionConfig(MixerConfig):
-    """Options of softmax attention.
+class HeadConfig(MixerConfig):
+    """Options that every attention-like mixer has.
 
     Attributes:
         n_kv_heads: key-value heads Hkv, a divisor of n_heads; None: n_heads.
-        head_dim: K; None: dim / n_heads.
+        head_dim: K, even; None: dim / n_heads.
         rope_theta: base of the rotary wavelengths (1e5 as in the Multi-Token Attention paper; raise it for longer contexts).
-        window: keys that a query sees, its own included; None: all. The state then keeps window - 1 keys.
         dropout: of the attention weights, in training.
     """
 
     n_kv_heads: int | None = None
     head_dim: int | None = None
     rope_theta: float = 1e5
-    window: int | None = None
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_heads(self.dim, self.n_heads, self.n_kv_heads, self.head_dim, self.dropout)
+        dim, n_heads, size = self.dim, self.n_heads, self.head_dim or self.dim // self.n_heads
+        if self.head_dim is None and dim % n_heads:
+            raise ValueError(f"n_heads must divide dim: dim={dim}, n_heads={n_heads}")
+        if size < 2 or size % 2:
+            raise ValueError(f"rotary positions need an even head dim; got {size} (dim={dim}, n_heads={n_heads})")
+        if self.n_kv_heads is not None and (self.n_kv_heads < 1 or n_heads % self.n_kv_heads):
+            raise ValueError(f"n_kv_heads must divide n_heads: n_heads={n_heads}, n_kv_heads={self.n_kv_heads}")
+        if not 0.0 < self.rope_theta < math.inf:
+            raise ValueError(f"rope_theta must be positive and finite; got {self.rope_theta}")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout lies in [0, 1); got {self.dropout}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionConfig(HeadConfig):
+    """Options of softmax attention: those of `HeadConfig`, and
+
+    Attributes:
+        window: keys that a query sees, its own included; None: all. The state then keeps window - 1 keys.
+    """
+
+    window: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.window is not None and self.window < 1:
             raise ValueError(f"window counts the keys a query sees, its own included: at least 1; got {self.window}")
 
@@ -142,7 +165,13 @@ class Projections(nn.Module):
             nn.init.trunc_normal_(layer.weight, std=std, a=-3 * std, b=3 * std)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B, T, D] -> q [B, T, H, K], k [B, T, Hkv, K], v [B, T, n_value_heads, V]."""
+        """x [B, T, D] -> q [B, T, H, K], k [B, T, Hkv, K], v [B, T, n_value_heads, V].
+
+        Raises:
+            ValueError: x is not [B, T, D].
+        """
+        if x.dim() != 3 or x.shape[-1] != self.q.in_features:
+            raise ValueError(f"x is [B, T, D] with D={self.q.in_features}; got {tuple(x.shape)}")
         return (
             self.q(x).unflatten(-1, (self.n_heads, -1)),
             self.k(x).unflatten(-1, (self.n_kv_heads, -1)),
@@ -189,17 +218,3 @@ def forget_outside(state: AttentionState, window: int | None) -> AttentionState:
         return state
     place = state.place._replace(start=(state.place.start - surplus).clamp(min=0))
     return AttentionState(state.k[:, surplus:], state.v[:, surplus:], place)
-
-
-def check_heads(dim: int, n_heads: int, n_kv_heads: int | None, head_dim: int | None, dropout: float) -> None:
-    """Raise ValueError unless the head counts fit the width."""
-    if head_dim is None and dim % n_heads:
-        raise ValueError(f"n_heads must divide dim: dim={dim}, n_heads={n_heads}")
-    if (head_dim or dim // n_heads) % 2:
-        raise ValueError(
-            f"rotary positions need an even head dim; got {head_dim or dim // n_heads} (dim={dim}, n_heads={n_heads})"
-        )
-    if n_kv_heads is not None and (n_kv_heads < 1 or n_heads % n_kv_heads):
-        raise ValueError(f"n_kv_heads must divide n_heads: n_heads={n_heads}, n_kv_heads={n_kv_heads}")
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"dropout lies in [0, 1); got {dropout}")

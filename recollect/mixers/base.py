@@ -149,7 +149,7 @@ def entry(name: str) -> Entry:
         ValueError: unknown name; the message gives the nearest and all known ones.
     """
     if name not in MIXERS:
-        near = difflib.get_close_matches(name, MIXERS, n=1)
+        near = difflib.get_close_matches(name.lower(), MIXERS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else "."
         raise ValueError(f"unknown mixer {name!r}{hint} Known mixers: {', '.join(available())}")
     return MIXERS[name]
@@ -186,6 +186,6 @@ def _check_options(name: str, config: type[MixerConfig], options: Mapping[str, A
     known = [field.name for field in dataclasses.fields(config)]
     for option in options:
         if option not in known:
-            near = difflib.get_close_matches(option, known, n=1)
+            near = difflib.get_close_matches(option.lower(), known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else "."
             raise ValueError(f"mixer {name!r} has no option {option!r}{hint} Its options: {', '.join(known)}")

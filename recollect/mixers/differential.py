@@ -13,36 +13,22 @@ from torch import Tensor, nn
 
 from recollect.mixers.attention import (
     AttentionState,
+    HeadConfig,
     Projections,
-    check_heads,
     empty_cache,
     extend_cache,
 )
-from recollect.mixers.base import Mixer, MixerConfig, register
+from recollect.mixers.base import Mixer, register
 from recollect.ops.attention import differential_attention, visible
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DifferentialConfig(MixerConfig):
-    """Options of both versions.
+class DifferentialConfig(HeadConfig):
+    """Options of both versions: those of `HeadConfig`, where n_heads are the heads of the Transformer of the same size.
 
-    Attributes:
-        n_heads: heads of the Transformer of the same size. Version 1 makes n_heads / 2 pairs with values twice as wide;
-            version 2 doubles the query heads and subtracts pairwise.
-        n_kv_heads: key-value heads of that Transformer; None: n_heads. Version 1 pairs them too (even).
-        head_dim: K; None: dim / n_heads.
-        rope_theta: base of the rotary wavelengths.
-        dropout: of the attention weights, in training.
+    Version 1 makes n_heads / 2 pairs with values twice as wide (n_heads and n_kv_heads even); version 2 doubles the query heads and
+    subtracts pairwise.
     """
-
-    n_kv_heads: int | None = None
-    head_dim: int | None = None
-    rope_theta: float = 1e5
-    dropout: float = 0.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_heads(self.dim, self.n_heads, self.n_kv_heads, self.head_dim, self.dropout)
 
 
 def depth_factor(layer: int) -> float:

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from recollect.mixers.attention import AttentionState, Projections, check_heads, empty_cache, extend_cache
-from recollect.mixers.base import Mixer, MixerConfig, register
+from recollect.mixers.attention import AttentionState, HeadConfig, Projections, empty_cache, extend_cache
+from recollect.mixers.base import Mixer, register
 from recollect.mixers.differential import depth_factor, rms_norm
 from recollect.ops.attention import visible
 from recollect.ops.multi_token import (
@@ -31,14 +31,10 @@ NORMS = ("none", "rms", "depth", "gate", "vector_gate")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MultiTokenConfig(MixerConfig):
-    """Options of Multi-Token Attention; the defaults are the paper's second version.
+class MultiTokenConfig(HeadConfig):
+    """Options of Multi-Token Attention: those of `HeadConfig`, and the following. The defaults are the paper's second version.
 
     Attributes:
-        n_kv_heads: key-value heads Hkv, a divisor of n_heads; None: n_heads.
-        head_dim: K; None: dim / n_heads.
-        rope_theta: base of the rotary wavelengths.
-        dropout: of the final attention weights, in training.
         kq: whether this layer has key-query convolutions at all (the paper: every 4th); head mixing, norm and gate are on every layer.
         kq_pre, kq_post: key-query convolution before / after the softmax.
         c_q, c_k: its size in queries (current and earlier) and keys.
@@ -53,10 +49,6 @@ class MultiTokenConfig(MixerConfig):
         backend: form of the op; None: the fastest that can run.
     """
 
-    n_kv_heads: int | None = None
-    head_dim: int | None = None
-    rope_theta: float = 1e5
-    dropout: float = 0.0
     kq: bool = True
     kq_pre: bool = True
     kq_post: bool = True
@@ -74,7 +66,6 @@ class MultiTokenConfig(MixerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_heads(self.dim, self.n_heads, self.n_kv_heads, self.head_dim, self.dropout)
         if self.c_q < 1 or self.c_k < 1:
             raise ValueError(f"c_q and c_k are at least 1; got c_q={self.c_q}, c_k={self.c_k}")
         if self.c_h is not None and (self.c_h < 1 or self.n_heads % self.c_h):

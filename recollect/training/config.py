@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 
 SCHEDULES = ("constant", "linear", "cosine", "wsd")
 
@@ -45,7 +46,7 @@ class TrainingConfig:
             raise ValueError(f"unknown schedule {self.schedule!r}{hint} Known schedules: {', '.join(SCHEDULES)}")
         _require(self.steps >= 1, "steps", self.steps, "at least 1")
         _require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
-        _require(self.lr > 0, "lr", self.lr, "positive")
+        _require(0 < self.lr < math.inf, "lr", self.lr, "positive and finite")
         _require(self.warmup >= 0, "warmup", self.warmup, "0 or more")
         _require(0 <= self.end_lr <= 1, "end_lr", self.end_lr, "a share between 0 and 1")
         _require(0 < self.decay <= 1, "decay", self.decay, "a share above 0, at most 1")

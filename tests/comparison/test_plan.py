@@ -100,6 +100,7 @@ def test_every_tasks_defaults_make_a_plan(task: str, tmp_path: Path) -> None:
         ({"task_options": {"n_leters": 2}}, "did you mean 'n_letters'"),
         ({"seeds": 0}, "seeds must be at least 1"),
         ({"lr": 0.0}, "lr must be positive"),
+        ({"lr": float("inf")}, "lr must be positive and finite"),
         ({"schedule": "cosin"}, "did you mean 'cosine'"),
         ({"dropout": 1.0}, "dropout"),
         ({"equal": "luck"}, "--equal"),

@@ -114,7 +114,7 @@ def test_layer_count_must_agree() -> None:
 
 def test_mixer_options_change_in_every_layer_that_has_them(tmp_path: Path) -> None:
     """Prevents a longer context's theta from reaching some layers only, or from changing the weights that are loaded."""
-    config = tiny_config(layers=["attention", {"mixer": "mta", "c_q": 3, "c_k": 3}])
+    config = tiny_config(["attention", {"mixer": "mta", "c_q": 3, "c_k": 3}])
     longer = config.with_mixer_options(rope_theta=5e5, c_q=3)
     assert longer.layers == [
         {"mixer": "attention", "rope_theta": 5e5},
