@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from recollect.kernels import compile as building
-from recollect.kernels import multi_token as kernels
+from recollect.kernels import layout
 from recollect.ops import multi_token_attention
 from recollect.ops.multi_token import document_starts
 from tests.ops.test_multi_token import module_inputs
@@ -36,7 +36,7 @@ def fenced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         buffers.append((buffer, size))
         return buffer[FENCE : FENCE + size].view(sizes)
 
-    monkeypatch.setattr(kernels, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(layout, "BLOCK_BYTES", 1)
     monkeypatch.setattr(Tensor, "new_empty", new_empty)
     monkeypatch.setattr(torch, "empty_like", lambda x: new_empty(x, *x.shape))
     monkeypatch.setattr(torch, "zeros_like", lambda x: new_empty(x, *x.shape).zero_())

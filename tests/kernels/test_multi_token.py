@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from recollect.kernels import multi_token as kernels
+from recollect.kernels import layout
 from recollect.kernels.compile import compiler
 from recollect.ops import Mixing, Rows, multi_token_attention, multi_token_rows
 from recollect.ops.multi_token import document_starts
@@ -20,7 +20,7 @@ EXACT = 1e-12
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of the smallest size (32 rows), so that short sequences have several."""
-    monkeypatch.setattr(kernels, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(layout, "BLOCK_BYTES", 1)
 
 
 def assert_forms_agree(named: dict[str, Tensor], *, tolerance: float = EXACT, **options: object) -> None:
