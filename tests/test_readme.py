@@ -84,6 +84,11 @@ def test_readme_lists_every_mixer() -> None:
     assert not missing
 
 
+def test_readme_has_its_results() -> None:
+    """Prevents a table that was to be filled in later from being published empty."""
+    assert not re.findall(r"^[A-Z]+_TABLE$|<!-- RESULTS", README, flags=re.MULTILINE)
+
+
 def test_readme_links_lead_somewhere() -> None:
     """Prevents links and pictures that a reader finds broken: every relative target exists."""
     targets = re.findall(r"\]\((?!https?://|#)([^)#\s]+)", README)
