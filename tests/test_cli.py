@@ -110,7 +110,14 @@ def test_ctrl_c_and_the_same_command_again_end_with_the_same_results(tmp_path: P
     """Status 130 and how to go on; then the results of a comparison that was never interrupted."""
     options = [*(word for pair in SMALL.items() for word in pair), "-t", "n_question=1"]
     words = [sys.executable, "-m", "recollect.cli", "compare", "find-block", *options]
-    broken = subprocess.Popen([*words, "--out", "broken", "--jobs", "2"], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    broken = subprocess.Popen(
+        [*words, "--out", "broken", "--jobs", "2"],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A test runner in the background of a shell hands down an ignored SIGINT.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     journals = [tmp_path / "broken" / "runs" / f"{label}-seed0" / "progress.jsonl" for label in ("attention", "mta")]
     while broken.poll() is None and not all(path.exists() for path in journals):
         time.sleep(0.01)
