@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from recollect.kernels.compile import Geometry, products, stencil
-from recollect.ops.multi_token import Settings, key_padding
+from recollect.ops.multi_token import Mixing, Settings, key_padding
 
 BLOCK_BYTES = 2**23  # of one map of a block
 
@@ -122,17 +122,17 @@ class Block:
 class Plan:
     """One call: inputs in kernel layout, both sides, scratch buffers."""
 
-    def __init__(
-        self, q: Tensor, k: Tensor, v: Tensor, pre: Side, post: Side, settings: Settings, start: Tensor | None
-    ) -> None:
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, mixing: Mixing, settings: Settings, start: Tensor | None) -> None:
         self.batch, self.n_queries, self.n_heads, _ = q.shape
         self.earlier = k.shape[1] - q.shape[1]
+        self.dtype = torch.promote_types(q.dtype, torch.float32)  # of every buffer, whatever the dtypes of k and v
+        pre = side(mixing.kq_pre, mixing.head_pre, settings.pad_key, self.dtype)
+        post = side(mixing.kq_post, mixing.head_post, settings.pad_key, self.dtype)
         self.pre, self.post, self.settings = pre, post, settings
         self.n_maps, self.threads = self.batch * self.n_heads, torch.get_num_threads()
         widest = max((part.kernel.shape[2] for part in (pre, post) if part.kernel is not None), default=1)
         self.pad = -(-widest // 16) * 16
         self.halo = pre.halo + post.halo
-        self.dtype = torch.promote_types(q.dtype, torch.float32)  # of every buffer, whatever the dtypes of k and v
         code = products(self.dtype == torch.float64)
         assert code is not None
         self.code, self.panel, self.lanes = code, code.panel_width(), code.lanes()

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from recollect.kernels.compile import products
-from recollect.kernels.layout import Block, Plan, Side, compiled, pointer, side
+from recollect.kernels.layout import Block, Plan, Side, compiled, pointer
 from recollect.ops.attention import visible
 from recollect.ops.multi_token import Mixing, Rows, Settings, blocked, dropout_mask
 
@@ -89,9 +89,7 @@ class _Native(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, settings, start, q, k, v, kq_pre, head_pre, kq_post, head_post, raw, weights):
-        dtype = torch.promote_types(q.dtype, torch.float32)
-        pre, post = side(kq_pre, head_pre, settings.pad_key, dtype), side(kq_post, head_post, settings.pad_key, dtype)
-        plan = Plan(q, k, v, pre, post, settings, start)
+        plan = Plan(q, k, v, Mixing(kq_pre, head_pre, kq_post, head_post), settings, start)
         lse = plan.q.new_empty(plan.n_maps, plan.n_queries)
         heads = plan.q.new_empty(plan.n_maps, plan.n_queries, plan.v.shape[-1])
         last_raw = last_weights = None
@@ -100,8 +98,8 @@ class _Native(torch.autograd.Function):
             out, _, _ = final_weights(plan, block, soft, keep=False)
             block.read(out, plan.v, heads)
             if block.bottom == plan.n_queries:
-                last_raw = last_rows(plan, block, raws, pre.halo, raw)
-                last_weights = last_rows(plan, block, soft, post.halo, weights)
+                last_raw = last_rows(plan, block, raws, plan.pre.halo, raw)
+                last_weights = last_rows(plan, block, soft, plan.post.halo, weights)
         ctx.save_for_backward(q, k, v, kq_pre, head_pre, kq_post, head_post, raw, weights, lse)
         ctx.settings, ctx.start = settings, start
         shaped = (
@@ -113,9 +111,7 @@ class _Native(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_out, grad_raw, grad_weights):
         q, k, v, kq_pre, head_pre, kq_post, head_post, raw, weights, lse = ctx.saved_tensors
-        dtype = torch.promote_types(q.dtype, torch.float32)
-        pre, post = side(kq_pre, head_pre, ctx.settings.pad_key, dtype), side(kq_post, head_post, ctx.settings.pad_key, dtype)
-        plan = Plan(q, k, v, pre, post, ctx.settings, ctx.start)
+        plan = Plan(q, k, v, Mixing(kq_pre, head_pre, kq_post, head_post), ctx.settings, ctx.start)
         grads = Gradients(plan, grad_out, grad_raw, grad_weights)
         for block in reversed(plan.blocks()):
             backward_block(plan, block, Rows(raw, weights), lse, grads)

@@ -81,25 +81,25 @@ static void stencil_cut(const real *in, ptrdiff_t in_ld, const real *kernel, rea
 
 #define HALF (ROWS / 2)
 
-/* Rows 0 .. nr <= ROWS of the convolution, `width` columns (a multiple of LANES). */
-static void stencil_span(const real *in, ptrdiff_t in_ld, const real *kernel, real *out, ptrdiff_t out_ld, ptrdiff_t nr, ptrdiff_t width) {
+/* nr rows, known at compile time, of the convolution, `width` columns (a multiple of LANES). */
+INLINE void stencil_columns(const real *in, ptrdiff_t in_ld, const real *kernel, real *out, ptrdiff_t out_ld, ptrdiff_t width,
+                            const int nr) {
     ptrdiff_t c = 0;
+    for (; c + VECS * LANES <= width; c += VECS * LANES) stencil(in + c, in_ld, kernel, out + c, out_ld, nr, VECS);
+    for (; c < width; c += LANES) stencil(in + c, in_ld, kernel, out + c, out_ld, nr, 1);
+}
+
+/* Rows 0 .. nr <= ROWS of the convolution: a whole strip, or the last rows of a block as half a strip, then one by one. */
+static void stencil_span(const real *in, ptrdiff_t in_ld, const real *kernel, real *out, ptrdiff_t out_ld, ptrdiff_t nr, ptrdiff_t width) {
     if (nr == ROWS) {
-        for (; c + VECS * LANES <= width; c += VECS * LANES) stencil(in + c, in_ld, kernel, out + c, out_ld, ROWS, VECS);
-        for (; c < width; c += LANES) stencil(in + c, in_ld, kernel, out + c, out_ld, ROWS, 1);
+        stencil_columns(in, in_ld, kernel, out, out_ld, width, ROWS);
         return;
     }
-    if (nr > HALF) { /* the last rows of a block: half a strip, then one by one */
-        stencil_span(in, in_ld, kernel, out, out_ld, HALF, width);
-        stencil_span(in + HALF * in_ld, in_ld, kernel, out + HALF * out_ld, out_ld, nr - HALF, width);
-    } else if (nr == HALF) {
-        for (; c + VECS * LANES <= width; c += VECS * LANES) stencil(in + c, in_ld, kernel, out + c, out_ld, HALF, VECS);
-        for (; c < width; c += LANES) stencil(in + c, in_ld, kernel, out + c, out_ld, HALF, 1);
-    } else if (nr > 0) {
-        for (; c + VECS * LANES <= width; c += VECS * LANES) stencil(in + c, in_ld, kernel, out + c, out_ld, 1, VECS);
-        for (; c < width; c += LANES) stencil(in + c, in_ld, kernel, out + c, out_ld, 1, 1);
-        stencil_span(in + in_ld, in_ld, kernel, out + out_ld, out_ld, nr - 1, width);
+    if (nr >= HALF) {
+        stencil_columns(in, in_ld, kernel, out, out_ld, width, HALF);
+        in += HALF * in_ld, out += HALF * out_ld, nr -= HALF;
     }
+    for (ptrdiff_t r = 0; r < nr; r++) stencil_columns(in + r * in_ld, in_ld, kernel, out + r * out_ld, out_ld, width, 1);
 }
 #endif
 

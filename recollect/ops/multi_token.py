@@ -117,8 +117,10 @@ def multi_token_attention(
             raise ValueError("give document_ids or start, not both: start is what document_ids is turned into")
         start = document_starts(document_ids)[:, k.shape[1] - q.shape[1] :]
     mixing = Mixing(kq_pre, head_pre, kq_post, head_post)
-    options = {"scale": scale, "start": start, "pad_key": pad_key, "dropout_p": dropout_p, "seed": seed, "backend": backend}
-    return multi_token_rows(q, k, v, mixing, Rows(), **options)[0]  # type: ignore[arg-type]
+    out, _ = multi_token_rows(
+        q, k, v, mixing, Rows(), scale=scale, start=start, pad_key=pad_key, dropout_p=dropout_p, seed=seed, backend=backend
+    )
+    return out
 
 
 def multi_token_rows(
