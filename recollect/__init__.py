@@ -14,11 +14,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from recollect import mixers, models, ops, state, tasks
+    from recollect import mixers, models, ops, presets, state, tasks
     from recollect.mixers import Mixer, available, build
 
 __version__ = "0.1.0"
-__all__ = ["Mixer", "__version__", "available", "build", "mixers", "models", "ops", "state", "tasks"]
+__all__ = ["Mixer", "__version__", "available", "build", "mixers", "models", "ops", "presets", "state", "tasks"]
 
 
 def __getattr__(name: str) -> Any:

@@ -8,13 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 # A NamedTuple or tuple whose leaves are tensors [B, ...] or None; nesting is allowed.
@@ -66,19 +66,23 @@ def nbytes(state: State) -> int:
 
 
 def save(state: State, path: str | os.PathLike[str], *, fingerprint: str = "") -> None:
-    """Write the state to a safetensors file, atomically (temporary name, fsync, rename).
+    """Write the state to a safetensors file with a checksum, atomically (temporary name, fsync, rename).
 
     Args:
         state: any state.
         path: file to write; replaced if it exists.
         fingerprint: text that identifies the model; `load` refuses a file whose fingerprint differs.
+    Raises:
+        OSError: the file cannot be written; an older one is left as it was.
     """
     path = Path(path)
     tensors = {name: t.detach().contiguous().cpu().clone() for name, t in leaves(state)}
+    about = json.dumps({"fingerprint": fingerprint, "sha256": _checksum(tensors, fingerprint)})
     temporary = path.with_name(path.name + f".tmp{os.getpid()}")
     try:
-        save_file(tensors, temporary, metadata={"recollect": json.dumps({"fingerprint": fingerprint})})
-        with open(temporary, "rb+") as file:
+        with open(temporary, "wb") as file:
+            file.write(to_bytes(tensors, metadata={"recollect": about}))
+            file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
@@ -97,19 +101,40 @@ def load(path: str | os.PathLike[str], like: State, *, fingerprint: str = "") ->
     """
     try:
         with safe_open(str(path), framework="pt") as file:
-            meta = json.loads((file.metadata() or {}).get("recollect", "{}"))
+            about = json.loads((file.metadata() or {}).get("recollect", "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not a whole state file: {error}") from error
-    if meta.get("fingerprint", "") != fingerprint:
+    if not isinstance(about, dict) or not {"fingerprint", "sha256"} <= about.keys():
+        raise ValueError(f"{path} was not written by recollect.state.save, or its header is damaged: it has no checksum")
+    if about["sha256"] != _checksum(tensors, str(about["fingerprint"])):
+        raise ValueError(f"{path} is damaged: its content does not match its checksum; restore it from a copy or save it again")
+    if about["fingerprint"] != fingerprint:
         raise ValueError(
-            f"{path} was saved by another model (fingerprint {meta.get('fingerprint')!r}, expected {fingerprint!r})"
+            f"{path} was saved by another model (fingerprint {about['fingerprint']!r}, expected {fingerprint!r}); "
+            "load it into the model that saved it"
         )
     expected = [name for name, _ in leaves(like)]
     if sorted(tensors) != sorted(expected):
         raise ValueError(f"{path} holds tensors {sorted(tensors)}; this model's state has {sorted(expected)}")
     ordered = iter(expected)
     return map_state(lambda t: tensors[next(ordered)].to(device=t.device, dtype=t.dtype), like)
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 of named tensors, 64 hex digits: names, dtypes, shapes and bytes, in the order of the names."""
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach()
+        total.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        # A fresh copy: a view of one element may keep a stride that `contiguous` leaves and `view` refuses.
+        fresh = tensor.cpu().reshape(-1).clone(memory_format=torch.contiguous_format)
+        total.update(fresh.view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+def _checksum(tensors: Mapping[str, Tensor], fingerprint: str) -> str:
+    return hashlib.sha256(f"{digest(tensors)} {fingerprint}".encode()).hexdigest()
 
 
 def fingerprint(config: dict[str, Any]) -> str:

@@ -10,6 +10,10 @@ from tests.laws import Maker, maker
 SMALL: dict[str, dict[str, Any]] = {
     # Presets whose own size is beyond the laws' short sequences.
     "sliding_window": {"window": 5},
+    **{name: {"chunk_size": 4} for name in ("atlas", "miras", "moneta", "omega", "titans", "ttt_linear", "ttt_mlp", "yaad")},
+    **{name: {"window": 5, "memory_options": {"chunk_size": 4}} for name in ("memory_as_gate", "memory_as_layer")},
+    # A LayerNorm over the four channels of a head of 16 / 4 divides by almost nothing now and then; over eight it does not.
+    "memora": {"chunk_size": 4, "n_heads": 2},
 }
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -29,6 +33,36 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "mta, one query": ("mta", {"c_q": 1, "c_k": 5, "backend": "blocked"}),
     "mta, one key": ("mta", {"c_q": 4, "c_k": 1, "norm": "depth", "layer": 2, "backend": "blocked"}),
     "mta, no convolution": ("mta", {"kq": False}),
+    "miras, matrix memory, stale gradients": ("miras", {"memory": "matrix", "chunk_size": 4}),
+    "miras, matrix memory, decayed gradients": ("miras", {"memory": "matrix", "chunk_size": 1, "gradient_at": "decayed"}),
+    "miras, vector memory": (
+        "miras",
+        {"memory": "vector", "bias": "pseudo_huber", "retention": "towards_initial", "chunk_size": 4},
+    ),
+    "miras, gated memory": ("miras", {"memory": "gated_mlp", "bias": "value_shift", "chunk_size": 3}),
+    "miras, three layers, bare": (
+        "miras",
+        {
+            "memory": {"name": "mlp", "depth": 3, "expansion": 2, "activation": "silu", "residual": False},
+            "conv_width": None,
+            "rope_theta": None,
+            "channel_gates": False,
+            "chunk_size": 5,
+        },
+    ),
+    "miras, one token a chunk": ("miras", {"bias": "l1", "chunk_size": 1}),
+    "miras, coupled": ("miras", {"retention": "l2_coupled", "bias": "l_infinity", "chunk_size": 4}),
+    "miras, local elastic net": ("miras", {"retention": "elastic_net", "chunk_size": 4}),
+    "miras, elastic net": ("miras", {"retention": "elastic_net_ftrl", "read": "exact", "chunk_size": 4}),
+    "miras, f-divergence": ("miras", {"retention": "f_divergence", "read": "exact", "chunk_size": 4, "n_heads": 2}),
+    "miras, logit": ("miras", {"retention": "logit", "memory": "matrix", "chunk_size": 4}),
+    "miras, implicit": ("miras", {"memory": "matrix", "rule": "implicit", "chunk_size": 1}),
+    "miras, least squares": ("miras", {"memory": "matrix", "rule": "least_squares", "chunk_size": 1}),
+    "miras, muon": ("miras", {"memory": {"name": "mlp", "depth": 1}, "rule": "muon", "chunk_size": 3}),
+    "moneta, the paper's map": ("moneta", {"retention": {"name": "lq", "q": 4, "mode": "paper"}, "chunk_size": 4}),
+    "moneta, exact read": ("moneta", {"read": "exact", "chunk_size": 4, "head_dim": 6}),
+    "yaad, the paper's switch": ("yaad", {"bias": {"name": "huber", "kind": "switch_rms"}, "chunk_size": 4}),
+    "memora, exact read": ("memora", {"read": "exact", "chunk_size": 4, "n_heads": 2}),
 }
 
 

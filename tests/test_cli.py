@@ -42,18 +42,18 @@ def call(*words: str) -> tuple[int, str, str]:
 def test_help_says_what_the_commands_do() -> None:
     status, out, _ = call("--help")
     assert status == 0
-    for command in ("compare", "list", "generate"):
+    for command in ("compare", "list", "generate", "remember"):
         assert command in out
     assert "WHOLE command" in call("compare", "--help")[1]
 
 
-def test_list_shows_every_mixer_and_task() -> None:
-    from recollect.mixers import available
+def test_list_shows_every_mixer_pattern_and_task() -> None:
+    from recollect.mixers import PATTERNS, available
     from recollect.tasks import TASKS
 
     status, out, _ = call("list")
     assert status == 0
-    for name in (*available(), *TASKS, "text"):
+    for name in (*available(), *PATTERNS, *TASKS, "text"):
         assert name in out
     assert "n_blocks=6" in out, "the options are those that `compare` takes"
 
@@ -183,3 +183,77 @@ def test_list_never_cuts_a_name() -> None:
 
     out = CliRunner().invoke(app, ["list"], env={"COLUMNS": "60"}).stdout
     assert [name for name in available() if name not in out] == []
+
+
+@pytest.fixture
+def byte_model(tmp_path: Path) -> Path:
+    """A small byte-level model's folder."""
+    from recollect.models import RecollectConfig, RecollectForCausalLM
+
+    layers = ["attention", {"mixer": "sliding_window", "window": 6}]
+    RecollectForCausalLM(RecollectConfig(hidden_size=16, num_attention_heads=2, layers=layers)).save_pretrained(
+        tmp_path / "model"
+    )
+    return tmp_path / "model"
+
+
+def test_remembering_is_kept_and_continued(byte_model: Path, tmp_path: Path) -> None:
+    """Two texts at once, one after the other through a file, in other pieces: the same numbers; generation goes on from it."""
+    a, b = tmp_path / "a.txt", tmp_path / "b.txt"
+    a.write_text("Ein schöner Tag. " * 20, encoding="utf-8")
+    b.write_text("Noch einer.", encoding="utf-8")
+    n_bytes = a.stat().st_size + b.stat().st_size
+    model = str(byte_model)
+    one, two, both = (str(tmp_path / name) for name in ("one", "two", "both"))
+    status, whole, _ = call("remember", model, "--text", str(a), "--text", str(b), "--save", both)
+    assert status == 0
+    assert f"read {n_bytes:,} bytes at " in whole
+    assert f"seen {n_bytes + 2:,} tokens" in whole
+    assert f"written to {both}" in whole
+    assert call("remember", model, "--text", str(a), "--save", one, "--piece", "7")[0] == 0
+    status, then, _ = call("remember", model, "--text", str(b), "--load", one, "--save", two)
+    assert status == 0
+    assert f"seen {n_bytes + 2:,} tokens" in then
+    said = [call("generate", model, "--prompt", "Und", "--tokens", "6", "--memory", path)[1] for path in (both, two)]
+    assert said[0] == said[1]
+    assert said[0].startswith("Und")
+    assert "written" not in call("remember", model, "--text", str(b), "--load", one)[1], "numbers only"
+
+
+def test_what_cannot_be_remembered_is_one_sentence(byte_model: Path, tmp_path: Path) -> None:
+    """Wrong texts, folders, models and damaged memories: status 2, the reason, nothing written."""
+    from recollect.models import RecollectConfig, RecollectForCausalLM
+
+    good, bad, empty, memory = (tmp_path / name for name in ("good.txt", "bad.txt", "empty.txt", "memory"))
+    good.write_text("text")
+    bad.write_bytes(b"xy\xff")
+    empty.write_text("")
+    model = str(byte_model)
+    assert call("remember", model, "--text", str(good), "--save", str(memory))[0] == 0
+    RecollectForCausalLM(RecollectConfig(hidden_size=16, num_attention_heads=2, layers="mta")).save_pretrained(
+        tmp_path / "other"
+    )
+    damaged = tmp_path / "damaged"
+    damaged.write_bytes(memory.read_bytes()[:-1] + b"?")
+    new = str(tmp_path / "new")
+    for words, message in (
+        ([model, "--text", str(tmp_path / "none.txt")], "none.txt is no file"),
+        ([model, "--text", str(empty)], "empty.txt is empty"),
+        ([model, "--text", str(bad)], "not UTF-8: invalid start byte at offset 2"),
+        ([model, "--text", str(good), "--piece", "0"], "at least 1; got 0"),
+        ([str(tmp_path / "nowhere"), "--text", str(good)], "holds no model"),
+        ([str(tmp_path / "other"), "--text", str(good), "--load", str(memory)], "saved by another model"),
+        ([model, "--text", str(good), "--load", str(damaged)], "damaged"),
+        ([model, "--text", str(good), "--load", str(good)], "not a whole state file"),
+        ([model, "--text", str(good), "--load", str(tmp_path / "absent")], "absent"),
+    ):
+        status, out, err = call("remember", *words, "--save", new)
+        assert (status, out, err.count("\n")) == (2, "", 1), words
+        assert message in err
+    status, _, err = call("remember", model, "--text", str(good), "--save", str(tmp_path / "no" / "memory"))
+    assert (status, err.count("\n")) == (2, 1)
+    assert "there is no folder" in err
+    status, _, err = call("generate", model, "--prompt", "", "--memory", str(memory))
+    assert status == 2
+    assert "prompt must not be empty" in err
+    assert not Path(new).exists()

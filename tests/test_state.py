@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from recollect import state
@@ -161,6 +162,42 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.undo()
     assert_same(state.load(path, example()), example())
     assert os.listdir(tmp_path) == ["s"]
+
+
+def test_load_refuses_a_changed_byte(tmp_path: Path) -> None:
+    """Prevents a rotten disk or a bad copy from becoming what a model remembers: header, names and numbers are checked."""
+    path = tmp_path / "s"
+    state.save(example(), path, fingerprint="abc")
+    whole = path.read_bytes()
+    for place in range(0, len(whole), 3):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        with pytest.raises(ValueError, match=r"is damaged|is not a whole state file|was not written by"):
+            state.load(path, example(), fingerprint="abc")
+
+
+def test_load_refuses_files_of_others(tmp_path: Path) -> None:
+    """Prevents weights from being read as a state because the names fit."""
+    save_file({"0": torch.zeros(2)}, tmp_path / "s")
+    with pytest.raises(ValueError, match=r"was not written by recollect\.state\.save"):
+        state.load(tmp_path / "s", (torch.zeros(2),))
+
+
+def test_digest_sees_names_shapes_types_and_values_not_layout() -> None:
+    """Prevents a checksum that misses a change, or that depends on strides (a view of one element keeps its own)."""
+    base = torch.arange(6.0).view(2, 3)
+    known = state.digest({"a": base, "b": torch.zeros(())})
+    assert known == state.digest({"b": torch.zeros(()), "a": base.t().contiguous().t()})
+    assert state.digest({"a": base[:, 1][:1]}) == state.digest({"a": torch.ones(1)})
+    assert state.digest({"a": torch.ones(1, dtype=torch.bfloat16)}) == state.digest({"a": torch.ones(1, dtype=torch.bfloat16)})
+    others = [
+        {"a": base},
+        {"c": base, "b": torch.zeros(())},
+        {"a": base.reshape(3, 2), "b": torch.zeros(())},
+        {"a": base, "b": torch.zeros((), dtype=torch.int32)},
+        {"a": base + torch.tensor([0.0, 0.0, 1e-6]), "b": torch.zeros(())},
+        {"a": base, "b": torch.zeros(0)},
+    ]
+    assert len({known, *map(state.digest, others)}) == 7
 
 
 def test_fingerprint_is_stable_and_tells_configs_apart() -> None:

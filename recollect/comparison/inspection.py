@@ -17,6 +17,7 @@ from recollect.comparison.workload import Workload
 from recollect.evaluation.metrics import spread
 from recollect.mixers import Mixer
 from recollect.models import RecollectForCausalLM
+from recollect.models.layers import Block
 from recollect.tasks.base import IGNORE, Batch
 from recollect.training.checkpoint import replace_file
 from recollect.training.loss import labelled_logits
@@ -109,7 +110,7 @@ def _continuations(model: RecollectForCausalLM, workload: Workload, batch: Batch
 
 def _maps(model: RecollectForCausalLM, tokens: Tensor) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
     """Attention maps of one sequence [T], layer by layer."""
-    mixers = [module for module in model.modules() if isinstance(module, Mixer)]
+    mixers = _mixers(model)
     seen: dict[int, Tensor] = {}
 
     def keep(layer: int) -> Any:
@@ -133,11 +134,15 @@ def _maps(model: RecollectForCausalLM, tokens: Tensor) -> tuple[list[dict[str, A
 def _kernels(model: RecollectForCausalLM) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
     """Convolution kernels and head-mixing matrices of every layer."""
     described, tensors = [], {}
-    mixers = [module for module in model.modules() if isinstance(module, Mixer)]
-    for layer, mixer in enumerate(mixers):
+    for layer, mixer in enumerate(_mixers(model)):
         for name, values in mixer.named_parameters(recurse=False):
             if name in KERNELS:
                 key = f"layer{layer}.{name}"
                 described.append({"layer": layer, "name": name, "key": key})
                 tensors[key] = values.detach().float().cpu().contiguous().clone()
     return described, tensors
+
+
+def _mixers(model: RecollectForCausalLM) -> list[Mixer]:
+    """The mixer of every layer; those inside of another mixer belong to it."""
+    return [module.mixer for module in model.modules() if isinstance(module, Block)]

@@ -20,7 +20,9 @@ from recollect.comparison.model import make_model, n_parameters
 from recollect.comparison.options import check_types, parse_budget, parse_mixer
 from recollect.comparison.user_modules import import_user_modules
 from recollect.comparison.workload import make_workload
-from recollect.mixers.base import configure, entry, layer_options
+from recollect.mixers import entry, layer_options
+from recollect.mixers.base import option_names
+from recollect.mixers.patterns import with_options
 from recollect.training.config import TrainingConfig
 
 VERSION = 1
@@ -373,15 +375,15 @@ def _mixer(
     label: str, task_defaults: Mapping[str, Mapping[str, Any]], model: Mapping[str, Any], dropout: float
 ) -> dict[str, Any]:
     name, typed = parse_mixer(label)
-    config = entry(name).config
-    fields = {field.name for field in dataclasses.fields(config)}
     for option, flag in (("dim", "--width"), ("n_heads", "--heads"), ("layer", "")):
         if option in typed:
             raise ValueError(f"mixer {label!r}: {option} is the model's{f'; set it with {flag}' if flag else ''}")
-    check_types(config, typed, of=f"mixer {label!r}")
-    configure(name, dim=model["hidden_size"], n_heads=model["num_attention_heads"], **typed)
-    common = {"dropout": dropout} if dropout and "dropout" in fields else {}
-    options = {**common, **task_defaults.get(name, {}), **typed}
-    layers = [{**layer, **options} for layer in layer_options(name, model["num_hidden_layers"])]
-    spec = {"label": label, "mixer": name, "options": options, "layers": layers}
+    layers = layer_options(name, model["num_hidden_layers"])
+    given: dict[str, dict[str, Any]] = {}  # what no one typed, for each mixer of the model
+    for mixer in {layer["mixer"]: None for layer in layers}:
+        check_types(entry(mixer).config, typed, of=f"mixer {label!r}")
+        common = {"dropout": dropout} if dropout and "dropout" in option_names(mixer) else {}
+        given[mixer] = {**common, **task_defaults.get(mixer, {})}
+    layers = with_options([{**layer, **given[layer["mixer"]]} for layer in layers], typed)
+    spec = {"label": label, "mixer": name, "options": {**given.get(name, {}), **typed}, "layers": layers}
     return {**spec, "parameters": n_parameters(make_model(model, layers, seed=0))}

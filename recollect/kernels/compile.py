@@ -1,7 +1,8 @@
 """Compiles the C kernels with the machine's C compiler, once, and loads them with ctypes.
 
-`stencil.c` is compiled for each shape of the mixing, `products.c` for each precision. A build takes one to three seconds and is kept
-in the user's cache folder under the hash of source, flags, compiler and processor, and the hash of what the compiler wrote.
+`stencil.c` is compiled for each shape of the mixing, `memory.c` for each shape of the memory and each bias, `products.c` for each
+precision. A build takes one to three seconds and is kept in the user's cache folder under the hash of source, flags, compiler and
+processor, and the hash of what the compiler wrote.
 """
 
 from __future__ import annotations
@@ -96,6 +97,22 @@ def products(double: bool) -> ctypes.CDLL | None:
     loaded.accumulate.argtypes = [GEOMETRY, POINTER, SIZE, POINTER, SIZE, SIZE, SIZE, POINTER, SIZE, SIZE]
     for function in (loaded.pack, loaded.logits, loaded.read_rows, loaded.accumulate):
         function.restype = None
+    return loaded
+
+
+@functools.lru_cache(maxsize=64)
+def memory(key: int, hidden: int, bias: int, double: bool) -> ctypes.CDLL | None:
+    """The recurrence of a perceptron memory of these sizes with this bias (its number in memory.c); None where it cannot be built."""
+    loaded = _build(
+        "memory.c", (f"-DKEY={key}", f"-DHIDDEN={hidden}", f"-DBIAS={bias}"), double, ("plan", "forward", "backward")
+    )
+    if loaded is None:
+        return None
+    loaded.plan.argtypes = [SIZE, SIZE, SIZE, *(POINTER,) * 7]
+    loaded.forward.argtypes = [POINTER]
+    loaded.backward.argtypes = [POINTER, POINTER]
+    loaded.plan.restype = SIZE
+    loaded.forward.restype = loaded.backward.restype = None
     return loaded
 
 

@@ -15,30 +15,6 @@
 #define HALO 0
 #endif
 
-/* exp for x <= 0 up to rounding of the input; exactly 0 where float would be subnormal. */
-INLINE vec exp_of(vec x) {
-#ifdef REAL64
-    vec y;
-    for (int i = 0; i < LANES; i++) y[i] = exp(x[i]);
-    return y;
-#else
-    const vec magic = splat(12582912.0f); /* 1.5 * 2^23: adding it rounds to an integer held in the low mantissa bits */
-    vec t = x * 1.44269504088896341f + magic;
-    vec n = t - magic;
-    vec r = x - n * 0.693145751953125f;
-    r = r - n * 1.42860682030941723e-6f;
-    vec p = splat(1.9875691500e-4f);
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * (r * r) + r + 1.0f;
-    uvec power = ((uvec)t - (uvec)magic + 127) << 23; /* unsigned: far below -87 it wraps */
-    return (vec)((uvec)(p * (vec)power) & ~(uvec)(x <= -87.0f)); /* a NaN stays one */
-#endif
-}
-
 #if CQ > 0
 /* out[r][c] = sum over (k, b) of kernel[k][b] * in[r + k][c + b]: nr rows, nv vectors of columns, both known at compile time. */
 INLINE void stencil(const real *in, ptrdiff_t in_ld, const real *kernel, real *out, ptrdiff_t out_ld, const int nr, const int nv) {

@@ -96,7 +96,21 @@ class Entry(NamedTuple):
     state: str
 
 
+class Pattern(NamedTuple):
+    """A name for mixers that take turns over the layers of a model (recollect/mixers/patterns.py).
+
+    `layers` are the turns: mixers' names, which take their depth-dependent options, or dicts of a name and its options, which
+    stand as they are.
+    """
+
+    name: str
+    layers: tuple[str | Mapping[str, Any], ...]
+    summary: str
+    source: str
+
+
 MIXERS: dict[str, Entry] = {}
+PATTERNS: dict[str, Pattern] = {}
 M = TypeVar("M", bound=type[Mixer])
 
 
@@ -121,16 +135,18 @@ def register(
         options: preset values of config fields.
         pattern: (layer, n_layers) -> options that depend on the depth.
     Raises:
-        ValueError: the name is taken by another class, or an option is no field of `config`.
+        ValueError: the name is taken by another class or by a pattern of layers, or an option is no field of `config`.
     """
 
     def add(cls: M) -> M:
+        if name in PATTERNS:
+            raise ValueError(f"{name!r} is already registered, as a pattern of layers")
         if name in MIXERS and MIXERS[name].cls.__qualname__ != cls.__qualname__:
             raise ValueError(
                 f"mixer {name!r} is already registered by {MIXERS[name].cls.__module__}.{MIXERS[name].cls.__qualname__}"
             )
         fixed = dict(options or {})
-        _check_options(name, config, fixed)
+        check_options(name, config, fixed)
         MIXERS[name] = Entry(name, cls, config, fixed, pattern or (lambda layer, n_layers: {}), summary, source, state)
         return cls
 
@@ -149,7 +165,9 @@ def entry(name: str) -> Entry:
         ValueError: unknown name; the message gives the nearest and all known ones.
     """
     if name not in MIXERS:
-        near = difflib.get_close_matches(name.lower(), MIXERS, n=1)
+        if name in PATTERNS or "+" in name:
+            raise ValueError(f"{name!r} names the layers of a whole model; one mixer is needed here")
+        near = difflib.get_close_matches(name.lower(), [*MIXERS, *PATTERNS], n=1)
         hint = f"; did you mean {near[0]!r}?" if near else "."
         raise ValueError(f"unknown mixer {name!r}{hint} Known mixers: {', '.join(available())}")
     return MIXERS[name]
@@ -172,17 +190,17 @@ def build(name: str, *, dim: int, n_heads: int, **options: Any) -> Mixer:
 def configure(name: str, *, dim: int, n_heads: int, **options: Any) -> MixerConfig:
     """The config that `build` would use: checks the name, the options and their values without allocating a parameter."""
     found = entry(name)
-    _check_options(name, found.config, options)
+    check_options(name, found.config, options)
     return found.config(**{"dim": dim, "n_heads": n_heads, **found.options, **options})
 
 
-def layer_options(name: str, n_layers: int) -> list[dict[str, Any]]:
-    """A model's per-layer pattern for one mixer: `[{"mixer": name, ...depth-dependent options}, ...]` of length n_layers."""
-    found = entry(name)
-    return [{"mixer": name, **found.pattern(layer, n_layers)} for layer in range(n_layers)]
+def option_names(name: str) -> list[str]:
+    """The options of a registered mixer: the fields of its config, in their order."""
+    return [field.name for field in dataclasses.fields(entry(name).config)]
 
 
-def _check_options(name: str, config: type[MixerConfig], options: Mapping[str, Any]) -> None:
+def check_options(name: str, config: type[MixerConfig], options: Mapping[str, Any]) -> None:
+    """Raises ValueError if `config` lacks one of the options; the message gives the nearest and all that `name` has."""
     known = [field.name for field in dataclasses.fields(config)]
     for option in options:
         if option not in known:

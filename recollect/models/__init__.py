@@ -2,7 +2,19 @@
 
 from recollect.models.cache import RecollectCache
 from recollect.models.configuration import RecollectConfig
+from recollect.models.memory import load_memory, remember, save_memory
 from recollect.models.modeling import RecollectForCausalLM, RecollectModel
 from recollect.models.sizes import SIZES, n_parameters, size
 
-__all__ = ["SIZES", "RecollectCache", "RecollectConfig", "RecollectForCausalLM", "RecollectModel", "n_parameters", "size"]
+__all__ = [
+    "SIZES",
+    "RecollectCache",
+    "RecollectConfig",
+    "RecollectForCausalLM",
+    "RecollectModel",
+    "load_memory",
+    "n_parameters",
+    "remember",
+    "save_memory",
+    "size",
+]

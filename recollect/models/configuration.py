@@ -10,7 +10,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from recollect.mixers import configure, entry
+from recollect.mixers import configure
+from recollect.mixers.patterns import layer_item, turns, with_options
 
 # Keys that Hugging Face itself puts into a config's keywords or its JSON; every other unknown key is a mistake.
 _HUGGING_FACE_KEYS = frozenset(
@@ -41,9 +42,10 @@ class RecollectConfig(PreTrainedConfig):
         num_hidden_layers: layers L; None: as many as `layers` lists, else 4.
         num_attention_heads: heads; what a mixer makes of them is its own affair.
         intermediate_size: hidden size of the SwiGLU; None: 256 * ceil(8 D / 3 / 256).
-        layers: a mixer's name for every layer, or a list with one item per layer: a name, or a dict of its name and its
-            options, as in `[{"mixer": "mta", "c_q": 6}, {"mixer": "attention"}]`. A name alone also takes the mixer's
-            depth-dependent options (`mixers.layer_options`); a dict stands as it is. Stored as a list of dicts.
+        layers: one name for the whole model: a mixer, a pattern of layers ("moneta-h") or mixers that take turns
+            ("mta+moneta"); or a list with one item per layer: a mixer's name, or a dict of its name and its options, as in
+            `[{"mixer": "mta", "c_q": 6}, {"mixer": "attention"}]`. A name alone also takes the mixer's depth-dependent
+            options (`mixers.layer_options`); a dict stands as it is. Stored as a list of dicts.
         mlp: False leaves the SwiGLUs out, for models of mixers only.
         tie_word_embeddings: the output projection is the embedding.
         rms_norm_eps: added to the mean square in every RMSNorm of the model (mixers have their own).
@@ -103,21 +105,15 @@ class RecollectConfig(PreTrainedConfig):
         Raises:
             ValueError: no layer's mixer has an option of that name, or a mixer refuses the value.
         """
-        known = [{field.name for field in dataclasses.fields(entry(layer["mixer"]).config)} for layer in self.layers]
-        for option in options:
-            if not any(option in names for names in known):
-                near = difflib.get_close_matches(option, sorted(set().union(*known)), n=1)
-                raise ValueError(f"no layer has an option {option!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
         changed = copy.deepcopy(self)
-        for layer, names in zip(changed.layers, known, strict=True):
-            layer.update({name: value for name, value in options.items() if name in names})
+        changed.layers = with_options(changed.layers, options)
         changed.layers = changed._checked_layers()
         return changed
 
     def _checked_layers(self) -> list[dict[str, Any]]:
         """`layers` as a list of dicts, each of which its mixer accepts."""
         n_layers = self.num_hidden_layers
-        items = [self.layers] * n_layers if isinstance(self.layers, str) else list(self.layers)
+        items = turns(self.layers, n_layers) if isinstance(self.layers, str) else list(self.layers)
         if len(items) != n_layers:
             raise ValueError(
                 f"layers lists {len(items)} mixers but num_hidden_layers is {n_layers}; "
@@ -127,17 +123,14 @@ class RecollectConfig(PreTrainedConfig):
 
     def _checked_layer(self, layer: int, item: Any) -> dict[str, Any]:
         try:
-            if isinstance(item, str):
-                item = {"mixer": item, **entry(item).pattern(layer, self.num_hidden_layers)}
-            if not isinstance(item, dict) or not isinstance(item.get("mixer"), str):
-                raise ValueError(f"expected a mixer's name or a dict with the key 'mixer'; got {item!r}")
+            item = layer_item(item, layer, self.num_hidden_layers)
             options = {key: value for key, value in item.items() if key != "mixer"}
             configure(
                 item["mixer"], **{"dim": self.hidden_size, "n_heads": self.num_attention_heads, "layer": layer, **options}
             )
         except (ValueError, TypeError) as error:
             raise ValueError(f"layers[{layer}]: {error}") from error
-        return dict(item)
+        return item
 
 
 def swiglu_size(dim: int) -> int:

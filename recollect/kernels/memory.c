@@ -1,0 +1,723 @@
+/* The Miras recurrence of a two-layer residual perceptron memory, one head of one batch element at a time.
+ *
+ *   y(x) = x + scale * norm(W_out gelu(W_in x)) + shift;  Z_t = diag(alpha_t) Z_{t-1} - eta_t * gradient at the chunk's first state
+ *
+ * Tokens go in pieces of at most TOKENS, none across the start of a chunk or document. All reads of a piece come from its first state
+ * and an attention over the piece; its end is one rank-TOKENS update. Decays between two tokens of a piece are running products of
+ * alpha, never a ratio: nothing overflows whatever alpha is. The backward pass replays a segment of pieces from a saved state.
+ *
+ * Layout. KEY, HIDDEN are known at compile time. A state is [2][HIDDEN][KEY]: W_in, and W_out transposed. Per piece, what is KEY wide is
+ * [TOKENS][KEY], and [KEY][TOKENS] where it multiplies a state from the right; what is HIDDEN wide is [HIDDEN][TOKENS].
+ * Every product is one tile loop: out[m][:] = sum over c of w[m][c] * x[c][:].
+ */
+#include "common.h"
+#include <stdlib.h>
+
+#define TOKENS 16
+#define AREA (HIDDEN * KEY)
+#define STATE (2 * AREA)
+#define ACROSS (TOKENS / LANES)
+#define ALONG (KEY / LANES)
+#define SEGMENT 4 /* pieces between saved states */
+#if BYTES == 64
+#define TILES 16
+#else
+#define TILES 8
+#endif
+#define NORM_EPS ((real)1e-6)
+#define BIAS_EPS ((real)1e-6)
+
+enum { L2, LP3, HUBER, L1 };
+enum { CHUNK = 1, DOCUMENT = 2 };
+enum { SET, ADD, DECAY };
+
+typedef struct {
+    int32_t first, count, flags, segment, anchor; /* segment: where its state is saved, -1 inside one; anchor: segment its chunk starts at */
+} Entry;
+
+typedef struct {
+    ptrdiff_t batch, heads, length, rows, segments;           /* rows: of the table, per batch element */
+    ptrdiff_t eta_channels, alpha_channels, delta_channels;   /* 1 or KEY */
+    int threads;
+    double sharpness;
+    const int32_t *order;                                     /* [batch][length] tokens that count, in order */
+    const int32_t *n_entries, *closed;                        /* [batch]; closed: the last chunk is full */
+    const Entry *table;                                       /* [batch][rows] */
+    const real *q, *k, *v, *eta, *log_alpha, *delta;          /* [batch][length][heads][channels] */
+    const real *scale, *shift;                                /* [heads][KEY] */
+    const real *start_in, *start_out;                         /* [heads][HIDDEN][KEY], [heads][KEY][HIDDEN]: state of a new document */
+    real *in, *out, *anchor_in, *anchor_out;                  /* [batch][heads][...]: states, overwritten by the last ones */
+    real *y;                                                  /* [batch][length][heads][KEY] */
+    real *saved;                                              /* [batch][heads][segments][STATE], NULL: no backward pass to come */
+} Call;
+
+typedef struct { /* in: of the outputs; out: of the inputs, states overwritten */
+    const real *y;
+    real *q, *k, *v, *eta, *log_alpha, *delta;
+    real *scale, *shift;                                      /* [batch][heads][KEY] */
+    real *start_in, *start_out;                               /* [batch][heads][...] */
+    real *in, *out, *anchor_in, *anchor_out;
+} Gradients;
+
+typedef real wide[TOKENS][KEY] __attribute__((aligned(64)));
+typedef real turned[KEY][TOKENS] __attribute__((aligned(64)));
+typedef real hidden[HIDDEN][TOKENS] __attribute__((aligned(64)));
+typedef real square[TOKENS][TOKENS] __attribute__((aligned(64)));
+typedef real line[KEY] __attribute__((aligned(64)));
+
+/* What a piece writes with; kept from the replay to the backward pass. */
+typedef struct {
+    hidden act, slope, curve, back, gp;  /* gelu, gelu', gelu'' of the pre-activation; gradient of act; gradient of the pre-activation */
+    wide unit, phi, phi_slope, phi_delta, gu;
+    real rate[TOKENS], mean_g[TOKENS], mean_gu[TOKENS];
+    wide k, eta, alpha, f_in, f_out;     /* factors eta * k, eta * gu */
+    line total;                          /* product of alpha over the piece */
+} Writes;
+
+typedef struct {
+    hidden pre, act, slope;
+    wide q, decayed_q, u, unit, decay;   /* decay: product of alpha up to and with token t */
+    real rate[TOKENS];
+    square s, s_turned, a_turned;        /* s[t][i]: attention of the first layer; a_turned[i][t]: of the second */
+} Reads;
+
+/* ---- tiles ---- */
+
+INLINE void tile(real *out, ptrdiff_t ldo, const real *w, ptrdiff_t rs, ptrdiff_t cs, const real *x, ptrdiff_t ldx, ptrdiff_t depth, const int mode,
+                 const int sign, const real *keep, const int nr, const int nv) {
+    vec acc[TILES][4];
+#pragma GCC unroll 16
+    for (int r = 0; r < nr; r++)
+#pragma GCC unroll 4
+        for (int n = 0; n < nv; n++) {
+            acc[r][n] = mode == SET ? splat(0) : LOAD(out + r * ldo + n * LANES);
+            if (mode == DECAY) acc[r][n] *= LOAD(keep + n * LANES);
+        }
+    for (ptrdiff_t c = 0; c < depth; c++) {
+        vec value[4];
+#pragma GCC unroll 4
+        for (int n = 0; n < nv; n++) value[n] = LOAD(x + c * ldx + n * LANES);
+#pragma GCC unroll 16
+        for (int r = 0; r < nr; r++)
+#pragma GCC unroll 4
+            for (int n = 0; n < nv; n++) {
+                if (sign > 0) acc[r][n] += value[n] * w[r * rs + c * cs];
+                else acc[r][n] -= value[n] * w[r * rs + c * cs];
+            }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < nr; r++)
+#pragma GCC unroll 4
+        for (int n = 0; n < nv; n++) STORE(out + r * ldo + n * LANES, acc[r][n]);
+}
+
+/* out[m][:] (mode SET: =, ADD: +=, DECAY: = keep * out +) sign * sum over c of w[m * rs + c * cs] * x[c][:], `vecs` vectors wide. */
+INLINE void product(real *out, ptrdiff_t ldo, const ptrdiff_t rows, const int vecs, const real *w, const ptrdiff_t rs, const ptrdiff_t cs,
+                    const real *x, const ptrdiff_t ldx, const ptrdiff_t depth, const int mode, const int sign, const real *keep) {
+    int done = 0;
+#define BAND(nv)                                                                                                                   \
+    for (; done + nv <= vecs; done += nv)                                                                                          \
+        for (ptrdiff_t m = 0; m < rows; m += TILES / nv)                                                                           \
+            tile(out + m * ldo + done * LANES, ldo, w + m * rs, rs, cs, x + done * LANES, ldx, depth, mode, sign,                  \
+                 keep + (mode == DECAY ? done * LANES : 0), TILES / nv, nv);
+    BAND(4) BAND(2) BAND(1)
+#undef BAND
+}
+
+/* The five shapes of product. W: state half [HIDDEN][KEY]. */
+INLINE void through(hidden out, const real *state, const turned x, int mode, int sign) { /* out = W x */
+    product(out[0], TOKENS, HIDDEN, ACROSS, state, KEY, 1, x[0], TOKENS, KEY, mode, sign, NULL);
+}
+INLINE void gather(wide out, const hidden x, const real *state, int mode, int sign) { /* out = x^T W */
+    product(out[0], KEY, TOKENS, ALONG, x[0], 1, TOKENS, state, KEY, HIDDEN, mode, sign, NULL);
+}
+INLINE void update(real *state, const hidden x, const wide f, int mode, int sign, const real *keep) { /* W = keep W + x f */
+    product(state, KEY, HIDDEN, ALONG, x[0], TOKENS, 1, f[0], KEY, TOKENS, mode, sign, keep);
+}
+INLINE void mix(hidden out, const hidden x, const square s, int mode, int sign) { /* out = x s */
+    product(out[0], TOKENS, HIDDEN, ACROSS, x[0], TOKENS, 1, s[0], TOKENS, TOKENS, mode, sign, NULL);
+}
+INLINE void scores(square out, const hidden x, const hidden y, int mode, int sign) { /* out = x^T y */
+    product(out[0], TOKENS, TOKENS, ACROSS, x[0], 1, TOKENS, y[0], TOKENS, HIDDEN, mode, sign, NULL);
+}
+
+static void turn(turned out, const wide in) {
+    for (int c = 0; c < KEY; c++)
+        for (int t = 0; t < TOKENS; t++) out[c][t] = in[t][c];
+}
+
+#define EACH(n) for (ptrdiff_t n = 0; n < KEY; n += LANES)
+
+INLINE real dot(const real *a, const real *b) {
+    vec total = splat(0);
+    EACH(c) total += LOAD(a + c) * LOAD(b + c);
+    return sum_of(total);
+}
+
+INLINE real total_of(const real *a) {
+    vec total = splat(0);
+    EACH(c) total += LOAD(a + c);
+    return sum_of(total);
+}
+
+/* ---- element by element ---- */
+
+INLINE vec where(uvec mask, vec yes, vec no) { return (vec)(((uvec)yes & mask) | ((uvec)no & ~mask)); }
+
+INLINE vec root(vec x) {
+    vec y;
+    for (int i = 0; i < LANES; i++) y[i] = sizeof(real) == 4 ? sqrtf((float)x[i]) : sqrt(x[i]);
+    return y;
+}
+
+INLINE vec sigmoid(vec z) {
+    const uvec negative = (uvec)(z < 0);
+    const vec e = exp_of(where(negative, z, -z)), one = splat(1);
+    return where(negative, e, one) / (one + e);
+}
+
+/* gelu(x) = x sigmoid(z), z = 2 sqrt(2/pi) (x + 0.044715 x^3); first and second derivative. */
+INLINE void gelu(vec x, vec *value, vec *slope, vec *curve) {
+    const real c = (real)1.5957691216057308, a = (real)0.044715;
+    const vec xx = x * x, s = sigmoid(c * x * (1 + a * xx)), w = s * (1 - s), z1 = c * (1 + 3 * a * xx);
+    *value = x * s;
+    *slope = s + x * w * z1;
+    if (curve) *curve = w * (2 * z1 + x * ((1 - 2 * s) * z1 * z1 + 6 * c * a * x));
+}
+
+/* Gradient of the bias at residual r, its derivative by r and by delta. */
+INLINE void bias(vec r, vec delta, real sharpness, vec *value, vec *slope, vec *by_delta) {
+    *by_delta = splat(0);
+    if (BIAS == L2) {
+        *value = r;
+        *slope = splat(1);
+    } else if (BIAS == LP3) {
+        const vec size = root(r * r + BIAS_EPS);
+        *value = r * size;
+        *slope = size + r * r / size;
+    } else if (BIAS == L1) {
+        const vec s = sigmoid(2 * sharpness * r);
+        *value = 2 * s - 1;
+        *slope = 4 * sharpness * s * (1 - s);
+    } else {
+        const uvec above = (uvec)(r > delta), below = (uvec)(r < -delta);
+        *value = where(above, delta, where(below, -delta, r));
+        *slope = where(above | below, splat(0), splat(1));
+        *by_delta = where(above, splat(1), where(below, splat(-1), splat(0)));
+    }
+}
+
+/* unit = (u - mean) / sqrt(variance + eps) of a row; its rate. */
+INLINE real normalise(const real *u, real *unit) {
+    const vec mean = splat(total_of(u) / KEY);
+    EACH(c) STORE(unit + c, LOAD(u + c) - mean);
+    const real rate = 1 / (real)sqrt(dot(unit, unit) / KEY + NORM_EPS);
+    EACH(c) STORE(unit + c, LOAD(unit + c) * rate);
+    return rate;
+}
+
+/* Pullback of normalise: d = rate * (g - mean(g) - unit * mean(g * unit)). */
+INLINE void normalise_back(const real *g, const real *unit, real rate, real *d) {
+    const real mean = total_of(g) / KEY, along = dot(g, unit) / KEY;
+    EACH(c) STORE(d + c, rate * (LOAD(g + c) - mean - LOAD(unit + c) * along));
+}
+
+/* ---- tokens in and out ---- */
+
+typedef struct {
+    const Call *call;
+    const Entry *entry;
+    const int32_t *tokens;
+    ptrdiff_t batch, head;
+} Place;
+
+INLINE ptrdiff_t row_of(const Place *p, int t) {
+    return (p->batch * p->call->length + p->tokens[p->entry->first + t]) * p->call->heads + p->head;
+}
+
+static void load(const Place *p, const real *from, ptrdiff_t channels, wide out) {
+    for (int t = 0; t < TOKENS; t++) {
+        const real *row = t < p->entry->count ? from + row_of(p, t) * channels : NULL;
+        EACH(c) STORE(out[t] + c, row == NULL ? splat(0) : channels == 1 ? splat(row[0]) : LOAD(row + c));
+    }
+}
+
+static void store(const Place *p, const wide in, real *to, ptrdiff_t channels) {
+    for (int t = 0; t < p->entry->count; t++) {
+        real *row = to + row_of(p, t) * channels;
+        if (channels == 1) row[0] = total_of(in[t]);
+        else EACH(c) STORE(row + c, LOAD(in[t] + c));
+    }
+}
+
+/* ---- forward ---- */
+
+/* The factors of a piece's gradients at the chunk's first state. */
+static void write_piece(const Place *p, const real *anchor, Writes *w, const int again) {
+    const Call *call = p->call;
+    const real *scale = call->scale + p->head * KEY, *shift = call->shift + p->head * KEY;
+    wide v, delta, u;
+    turned x;
+    load(p, call->k, KEY, w->k);
+    load(p, call->v, KEY, v);
+    load(p, call->eta, call->eta_channels, w->eta);
+    load(p, call->log_alpha, call->alpha_channels, w->alpha);
+    if (BIAS == HUBER) load(p, call->delta, call->delta_channels, delta);
+    EACH(c) {
+        vec all = splat(1);
+        for (int t = 0; t < TOKENS; t++) {
+            const vec a = t < p->entry->count ? exp_of(LOAD(w->alpha[t] + c)) : splat(1);
+            STORE(w->alpha[t] + c, a);
+            all *= a;
+        }
+        STORE(w->total + c, all);
+    }
+    turn(x, w->k);
+    through(w->back, anchor, x, SET, 1);
+    for (int o = 0; o < HIDDEN; o++)
+        for (int t = 0; t < TOKENS; t += LANES) {
+            vec value, slope, curve;
+            gelu(LOAD(w->back[o] + t), &value, &slope, again ? &curve : NULL);
+            STORE(w->act[o] + t, value);
+            STORE(w->slope[o] + t, slope);
+            if (again) STORE(w->curve[o] + t, curve);
+        }
+    gather(u, w->act, anchor + AREA, SET, 1);
+    for (int t = 0; t < TOKENS; t++) {
+        line g;
+        w->rate[t] = normalise(u[t], w->unit[t]);
+        EACH(c) {
+            const vec gain = LOAD(scale + c), unit = LOAD(w->unit[t] + c);
+            vec value, slope, by_delta;
+            bias(LOAD(w->k[t] + c) + gain * unit + LOAD(shift + c) - LOAD(v[t] + c), BIAS == HUBER ? LOAD(delta[t] + c) : splat(0), call->sharpness,
+                 &value, &slope, &by_delta);
+            STORE(w->phi[t] + c, value);
+            if (again) {
+                STORE(w->phi_slope[t] + c, slope);
+                STORE(w->phi_delta[t] + c, by_delta);
+            }
+            STORE(g + c, gain * value);
+        }
+        w->mean_g[t] = total_of(g) / KEY;
+        w->mean_gu[t] = dot(g, w->unit[t]) / KEY;
+        EACH(c) {
+            const vec gu = w->rate[t] * (LOAD(g + c) - w->mean_g[t] - LOAD(w->unit[t] + c) * w->mean_gu[t]), eta = LOAD(w->eta[t] + c);
+            STORE(w->gu[t] + c, gu);
+            STORE(w->f_out[t] + c, eta * gu);
+            STORE(w->f_in[t] + c, eta * LOAD(w->k[t] + c));
+        }
+    }
+    turn(x, w->gu);
+    through(w->back, anchor + AREA, x, SET, 1);
+    for (int o = 0; o < HIDDEN; o++)
+        for (int t = 0; t < TOKENS; t += LANES) STORE(w->gp[o] + t, LOAD(w->back[o] + t) * LOAD(w->slope[o] + t));
+}
+
+/* Multiply the rows before `end` by the decay of token `end`. */
+INLINE void decay_rows(wide x, const wide alpha, int end) {
+    for (int i = 0; i < end; i++) EACH(c) STORE(x[i] + c, LOAD(x[i] + c) * LOAD(alpha[end] + c));
+}
+
+/* Reads of a piece that starts at `state`: everything up to the normalised output. */
+static void read_piece(const Place *p, const Writes *w, const real *state, Reads *r) {
+    wide f;
+    turned x;
+    load(p, p->call->q, KEY, r->q);
+    memcpy(f, w->f_in, sizeof f);
+    memset(r->s, 0, sizeof r->s);
+    memset(r->s_turned, 0, sizeof r->s_turned);
+    for (int t = 0; t < TOKENS; t++) {
+        EACH(c) {
+            const vec a = LOAD(w->alpha[t] + c), decay = t ? LOAD(r->decay[t - 1] + c) * a : a;
+            STORE(r->decay[t] + c, decay);
+            STORE(r->decayed_q[t] + c, LOAD(r->q[t] + c) * decay);
+        }
+        decay_rows(f, w->alpha, t);
+        for (int i = 0; i <= t; i++) r->s[t][i] = r->s_turned[i][t] = dot(r->q[t], f[i]);
+    }
+    turn(x, r->decayed_q);
+    through(r->pre, state, x, SET, 1);
+    mix(r->pre, w->gp, r->s_turned, ADD, -1);
+    for (int o = 0; o < HIDDEN; o++)
+        for (int t = 0; t < TOKENS; t += LANES) {
+            vec value, slope;
+            gelu(LOAD(r->pre[o] + t), &value, &slope, NULL);
+            STORE(r->act[o] + t, value);
+            STORE(r->slope[o] + t, slope);
+        }
+    scores(r->a_turned, w->act, r->act, SET, 1);
+    gather(r->u, r->act, state + AREA, SET, 1);
+    memcpy(f, w->f_out, sizeof f);
+    for (int t = 0; t < TOKENS; t++) {
+        decay_rows(f, w->alpha, t);
+        EACH(c) {
+            vec sum = LOAD(r->u[t] + c) * LOAD(r->decay[t] + c);
+            for (int i = 0; i <= t; i++) sum -= LOAD(f[i] + c) * r->a_turned[i][t];
+            STORE(r->u[t] + c, sum);
+        }
+        r->rate[t] = normalise(r->u[t], r->unit[t]);
+    }
+}
+
+/* Factors decayed to the end of the piece. */
+static void decay_to_end(const wide f, const wide alpha, wide out) {
+    memcpy(out, f, sizeof(wide));
+    for (int t = 1; t < TOKENS; t++) decay_rows(out, alpha, t);
+}
+
+/* The state after a piece. */
+static void carry_piece(const Writes *w, real *state) {
+    wide f;
+    decay_to_end(w->f_in, w->alpha, f);
+    update(state, w->gp, f, DECAY, -1, w->total);
+    decay_to_end(w->f_out, w->alpha, f);
+    update(state + AREA, w->act, f, DECAY, -1, w->total);
+}
+
+/* States between the tensors' layout and the kernel's. */
+static void load_state(const real *in, const real *out, real *state) {
+    memcpy(state, in, AREA * sizeof(real));
+    for (int c = 0; c < KEY; c++)
+        for (int o = 0; o < HIDDEN; o++) state[AREA + o * KEY + c] = out[c * HIDDEN + o];
+}
+
+static void store_state(const real *state, real *in, real *out) {
+    memcpy(in, state, AREA * sizeof(real));
+    for (int c = 0; c < KEY; c++)
+        for (int o = 0; o < HIDDEN; o++) out[c * HIDDEN + o] = state[AREA + o * KEY + c];
+}
+
+#define COPY(to, from) memcpy(to, from, STATE * sizeof(real))
+
+void forward(const Call *call) {
+    const ptrdiff_t heads = call->batch * call->heads;
+#pragma omp parallel num_threads(call->threads) if (call->threads > 1)
+    {
+        Writes *w = aligned_alloc(64, (sizeof *w + 63) / 64 * 64);
+        Reads *r = aligned_alloc(64, (sizeof *r + 63) / 64 * 64);
+        real *state = aligned_alloc(64, 2 * STATE * sizeof(real)), *anchor = state + STATE;
+#pragma omp for schedule(dynamic, 1)
+        for (ptrdiff_t h = 0; h < heads; h++) {
+            Place p = {call, NULL, call->order + h / call->heads * call->length, h / call->heads, h % call->heads};
+            const Entry *entries = call->table + p.batch * call->rows;
+            const real *scale = call->scale + p.head * KEY, *shift = call->shift + p.head * KEY;
+            load_state(call->anchor_in + h * AREA, call->anchor_out + h * AREA, anchor);
+            load_state(call->in + h * AREA, call->out + h * AREA, state);
+            for (int32_t n = 0; n < call->n_entries[p.batch]; n++) {
+                p.entry = entries + n;
+                if (p.entry->flags & DOCUMENT) load_state(call->start_in + p.head * AREA, call->start_out + p.head * AREA, state);
+                if (p.entry->flags & CHUNK) COPY(anchor, state);
+                if (p.entry->segment >= 0 && call->saved) COPY(call->saved + (h * call->segments + p.entry->segment) * STATE, state);
+                write_piece(&p, anchor, w, 0);
+                read_piece(&p, w, state, r);
+                for (int t = 0; t < p.entry->count; t++) {
+                    real *y = call->y + row_of(&p, t) * KEY;
+                    EACH(c) STORE(y + c, LOAD(r->q[t] + c) + LOAD(scale + c) * LOAD(r->unit[t] + c) + LOAD(shift + c));
+                }
+                carry_piece(w, state);
+            }
+            if (call->closed[p.batch]) COPY(anchor, state);
+            store_state(state, call->in + h * AREA, call->out + h * AREA);
+            store_state(anchor, call->anchor_in + h * AREA, call->anchor_out + h * AREA);
+        }
+        free(w), free(r), free(state);
+    }
+}
+
+/* ---- backward ---- */
+
+/* Gradients of what a piece writes with, gathered from its reads, its carry and itself. */
+typedef struct {
+    hidden act, gp;      /* of act, gp */
+    wide f_in, f_out;    /* of f_in, f_out */
+    wide q, k, v, eta, log_alpha, delta;
+    line total;          /* of the log of the decay over the piece */
+} Back;
+
+/* d[i] += sign * sum over t >= i of s[t][i] * g[t] * (decay between i and t). */
+INLINE void attend_back(wide d, const square s, const wide g, const wide alpha, const int sign) {
+    wide later;
+    memcpy(later, g, sizeof later);
+    for (int i = TOKENS - 1; i >= 0; i--) {
+        for (int t = i; t < TOKENS; t++)
+            EACH(c) {
+                vec x = LOAD(later[t] + c);
+                if (t > i && i + 1 < TOKENS) {
+                    x *= LOAD(alpha[i + 1] + c);
+                    STORE(later[t] + c, x);
+                }
+                if (sign > 0) STORE(d[i] + c, LOAD(d[i] + c) + s[t][i] * x);
+                else STORE(d[i] + c, LOAD(d[i] + c) - s[t][i] * x);
+            }
+    }
+}
+
+/* Gradient through a piece's carry; d_state, of the state after it, becomes that of the state before it (less what reads add). */
+static void carry_back(const Writes *w, const real *state, real *d_state, Back *b) {
+    wide f, d;
+    turned x;
+    for (int half = 0; half < 2; half++) {
+        const real *from = state + half * AREA;
+        real *grad = d_state + half * AREA;
+        const real(*factor)[KEY] = half ? w->f_out : w->f_in;
+        real(*d_factor)[KEY] = half ? b->f_out : b->f_in;
+        decay_to_end(factor, w->alpha, f);
+        turn(x, f);
+        through(half ? b->act : b->gp, grad, x, SET, -1);
+        gather(d, half ? w->act : w->gp, grad, SET, -1);
+        EACH(c) { /* back to each token's own factor */
+            vec a = splat(1), along = splat(0);
+            for (int t = TOKENS - 1; t >= 0; t--) {
+                const vec g = LOAD(d[t] + c) * a;
+                STORE(d_factor[t] + c, g);
+                along += g * LOAD(factor[t] + c);
+                a *= LOAD(w->alpha[t] + c);
+            }
+            const vec keep = LOAD(w->total + c);
+            for (int o = 0; o < HIDDEN; o++) {
+                const vec g = LOAD(grad + o * KEY + c) * keep;
+                along += g * LOAD(from + o * KEY + c);
+                STORE(grad + o * KEY + c, g);
+            }
+            STORE(b->total + c, half ? LOAD(b->total + c) + along : along);
+        }
+    }
+}
+
+/* Gradient through a piece's reads: to q, the state, and what the piece writes with. */
+static void read_back(const Place *p, const Gradients *out, const Writes *w, const real *state, const Reads *r, real *d_state, real *d_scale,
+                      real *d_shift, Back *b) {
+    const real *scale = p->call->scale + p->head * KEY;
+    wide d_y, d_u, f, moved;
+    hidden d_act;
+    square d_s, d_a, d_a_turned;
+    turned x;
+    load(p, out->y, KEY, d_y);
+    memset(d_a, 0, sizeof d_a);
+    memset(d_a_turned, 0, sizeof d_a_turned);
+    memcpy(f, w->f_out, sizeof f);
+    for (int t = 0; t < TOKENS; t++) {
+        line g;
+        EACH(c) {
+            const vec d = LOAD(d_y[t] + c);
+            STORE(g + c, d * LOAD(scale + c));
+            STORE(d_scale + c, LOAD(d_scale + c) + d * LOAD(r->unit[t] + c));
+            STORE(d_shift + c, LOAD(d_shift + c) + d);
+        }
+        normalise_back(g, r->unit[t], r->rate[t], d_u[t]);
+        decay_rows(f, w->alpha, t);
+        for (int i = 0; i <= t; i++) d_a[t][i] = d_a_turned[i][t] = -dot(d_u[t], f[i]);
+        EACH(c) STORE(b->log_alpha[t] + c, LOAD(d_u[t] + c) * LOAD(r->u[t] + c));
+        EACH(c) STORE(moved[t] + c, LOAD(d_u[t] + c) * LOAD(r->decay[t] + c));
+    }
+    square a; /* a[t][i], zero above the diagonal */
+    for (int t = 0; t < TOKENS; t++)
+        for (int i = 0; i < TOKENS; i++) a[t][i] = i <= t ? r->a_turned[i][t] : 0;
+    attend_back(b->f_out, a, d_u, w->alpha, -1);
+    turn(x, moved);
+    through(d_act, state + AREA, x, SET, 1);
+    update(d_state + AREA, r->act, moved, ADD, 1, NULL);
+    mix(d_act, w->act, d_a_turned, ADD, 1);
+    mix(b->act, r->act, d_a, ADD, 1);
+    for (int o = 0; o < HIDDEN; o++)
+        for (int t = 0; t < TOKENS; t += LANES) STORE(d_act[o] + t, LOAD(d_act[o] + t) * LOAD(r->slope[o] + t)); /* of pre */
+    gather(moved, d_act, state, SET, 1);
+    update(d_state, d_act, r->decayed_q, ADD, 1, NULL);
+    mix(b->gp, d_act, r->s, ADD, -1);
+    scores(d_a_turned, w->gp, d_act, SET, -1);
+    for (int t = 0; t < TOKENS; t++)
+        for (int i = 0; i < TOKENS; i++) d_s[t][i] = i <= t ? d_a_turned[i][t] : 0;
+    memcpy(f, w->f_in, sizeof f);
+    for (int t = 0; t < TOKENS; t++) {
+        decay_rows(f, w->alpha, t);
+        EACH(c) {
+            vec d = LOAD(moved[t] + c) * LOAD(r->decay[t] + c);
+            for (int i = 0; i <= t; i++) d += d_s[t][i] * LOAD(f[i] + c);
+            STORE(b->log_alpha[t] + c, LOAD(b->log_alpha[t] + c) + d * LOAD(r->q[t] + c));
+            STORE(b->q[t] + c, d + LOAD(d_y[t] + c));
+        }
+    }
+    attend_back(b->f_in, d_s, r->q, w->alpha, 1);
+}
+
+/* Gradient through what a piece writes with: to k, v, the gates and the chunk's first state. */
+static void write_back(const Place *p, const real *anchor, const Writes *w, real *d_anchor, real *d_scale, real *d_shift, Back *b) {
+    const real *scale = p->call->scale + p->head * KEY;
+    hidden d_pre;
+    wide d_gu, d_u;
+    turned x;
+    for (int t = 0; t < TOKENS; t++)
+        EACH(c) {
+            const vec f_in = LOAD(b->f_in[t] + c), f_out = LOAD(b->f_out[t] + c), eta = LOAD(w->eta[t] + c);
+            STORE(b->log_alpha[t] + c, LOAD(b->log_alpha[t] + c) - f_in * LOAD(w->f_in[t] + c) - f_out * LOAD(w->f_out[t] + c));
+            STORE(b->eta[t] + c, f_in * LOAD(w->k[t] + c) + f_out * LOAD(w->gu[t] + c));
+            STORE(b->k[t] + c, f_in * eta);
+            STORE(d_gu[t] + c, f_out * eta);
+        }
+    EACH(c) {
+        vec later = LOAD(b->total + c);
+        for (int t = TOKENS - 1; t >= 0; t--) {
+            later += LOAD(b->log_alpha[t] + c);
+            STORE(b->log_alpha[t] + c, later);
+        }
+    }
+    for (int o = 0; o < HIDDEN; o++)
+        for (int t = 0; t < TOKENS; t += LANES) {
+            const vec g = LOAD(b->gp[o] + t);
+            STORE(d_pre[o] + t, g * LOAD(w->back[o] + t) * LOAD(w->curve[o] + t));
+            STORE(b->gp[o] + t, g * LOAD(w->slope[o] + t)); /* of back */
+        }
+    gather(d_gu, b->gp, anchor + AREA, ADD, 1);
+    update(d_anchor + AREA, b->gp, w->gu, ADD, 1, NULL);
+    for (int t = 0; t < TOKENS; t++) {
+        line a, unit, g; /* a: gradient of gu / rate; then of unit */
+        const real rate = w->rate[t];
+        EACH(c) STORE(a + c, LOAD(d_gu[t] + c) * rate);
+        const real mean = total_of(a) / KEY, along = dot(a, w->unit[t]) / KEY, of_rate = dot(d_gu[t], w->gu[t]) * rate / KEY;
+        EACH(c) {
+            const vec gain = LOAD(scale + c), u = LOAD(w->unit[t] + c), phi = LOAD(w->phi[t] + c), d = LOAD(a + c);
+            const vec d_g = d - mean - u * along, d_phi = gain * d_g, d_r = d_phi * LOAD(w->phi_slope[t] + c);
+            STORE(unit + c, gain * d_r - d * w->mean_gu[t] - gain * phi * along);
+            STORE(d_scale + c, LOAD(d_scale + c) + d_g * phi + d_r * u);
+            STORE(d_shift + c, LOAD(d_shift + c) + d_r);
+            STORE(b->k[t] + c, LOAD(b->k[t] + c) + d_r);
+            STORE(b->v[t] + c, -d_r);
+            if (BIAS == HUBER) STORE(b->delta[t] + c, d_phi * LOAD(w->phi_delta[t] + c));
+        }
+        normalise_back(unit, w->unit[t], rate, g);
+        EACH(c) STORE(d_u[t] + c, LOAD(g + c) - of_rate * LOAD(w->unit[t] + c));
+    }
+    turn(x, d_u);
+    through(b->act, anchor + AREA, x, ADD, 1);
+    update(d_anchor + AREA, w->act, d_u, ADD, 1, NULL);
+    for (int o = 0; o < HIDDEN; o++)
+        for (int t = 0; t < TOKENS; t += LANES) STORE(d_pre[o] + t, LOAD(d_pre[o] + t) + LOAD(b->act[o] + t) * LOAD(w->slope[o] + t));
+    gather(b->k, d_pre, anchor, ADD, 1);
+    update(d_anchor, d_pre, w->k, ADD, 1, NULL);
+}
+
+/* Everything a thread needs to replay and differentiate one segment. */
+typedef struct {
+    Writes writes[SEGMENT];
+    Reads reads;
+    Back back;
+    real state[SEGMENT][STATE] __attribute__((aligned(64))); /* at the start of each piece */
+    real anchor[STATE] __attribute__((aligned(64)));         /* of the chunk that is open when the segment starts */
+    real d_state[STATE] __attribute__((aligned(64))), d_anchor[STATE] __attribute__((aligned(64))), d_start[STATE] __attribute__((aligned(64)));
+} Work;
+
+static void add_state(real *to, const real *from) {
+    for (ptrdiff_t n = 0; n < STATE; n += LANES) STORE(to + n, LOAD(to + n) + LOAD(from + n));
+}
+
+/* One segment: entries from `low` to `high`. */
+static void segment_back(Place *p, const Gradients *out, ptrdiff_t h, int32_t low, int32_t high, real *d_scale, real *d_shift, Work *m) {
+    const Call *call = p->call;
+    const Entry *entries = call->table + p->batch * call->rows;
+    const real *saved = call->saved + h * call->segments * STATE, *anchors[SEGMENT];
+    COPY(m->state[0], saved + entries[low].segment * STATE);
+    if (!(entries[low].flags & CHUNK)) {
+        if (entries[low].anchor >= 0) COPY(m->anchor, saved + entries[low].anchor * STATE);
+        else load_state(call->anchor_in + h * AREA, call->anchor_out + h * AREA, m->anchor);
+    }
+    for (int32_t n = low; n < high; n++) {
+        const int32_t at = n - low;
+        p->entry = entries + n;
+        if (at && entries[n].flags & DOCUMENT) load_state(call->start_in + p->head * AREA, call->start_out + p->head * AREA, m->state[at]);
+        anchors[at] = entries[n].flags & CHUNK ? m->state[at] : at ? anchors[at - 1] : m->anchor;
+        write_piece(p, anchors[at], &m->writes[at], 1);
+        if (n + 1 < high) {
+            COPY(m->state[at + 1], m->state[at]);
+            carry_piece(&m->writes[at], m->state[at + 1]);
+        }
+    }
+    for (int32_t n = high - 1; n >= low; n--) {
+        const int32_t at = n - low;
+        const Writes *w = &m->writes[at];
+        Back *b = &m->back;
+        p->entry = entries + n;
+        read_piece(p, w, m->state[at], &m->reads);
+        carry_back(w, m->state[at], m->d_state, b);
+        read_back(p, out, w, m->state[at], &m->reads, m->d_state, d_scale, d_shift, b);
+        write_back(p, anchors[at], w, m->d_anchor, d_scale, d_shift, b);
+        store(p, b->q, out->q, KEY);
+        store(p, b->k, out->k, KEY);
+        store(p, b->v, out->v, KEY);
+        store(p, b->eta, out->eta, call->eta_channels);
+        store(p, b->log_alpha, out->log_alpha, call->alpha_channels);
+        if (BIAS == HUBER) store(p, b->delta, out->delta, call->delta_channels);
+        if (entries[n].flags & CHUNK) {
+            add_state(m->d_state, m->d_anchor);
+            memset(m->d_anchor, 0, sizeof m->d_anchor);
+        }
+        if (entries[n].flags & DOCUMENT) {
+            add_state(m->d_start, m->d_state);
+            memset(m->d_state, 0, sizeof m->d_state);
+        }
+    }
+}
+
+/* Gradients of a call whose `in`, `out`, anchors are those it started from; `saved` is what forward left there. */
+void backward(const Call *call, const Gradients *out) {
+    const ptrdiff_t heads = call->batch * call->heads;
+#pragma omp parallel num_threads(call->threads) if (call->threads > 1)
+    {
+        Work *m = aligned_alloc(64, (sizeof *m + 63) / 64 * 64);
+#pragma omp for schedule(dynamic, 1)
+        for (ptrdiff_t h = 0; h < heads; h++) {
+            Place p = {call, NULL, call->order + h / call->heads * call->length, h / call->heads, h % call->heads};
+            const Entry *entries = call->table + p.batch * call->rows;
+            line d_scale, d_shift;
+            memset(d_scale, 0, sizeof d_scale);
+            memset(d_shift, 0, sizeof d_shift);
+            memset(m->d_start, 0, sizeof m->d_start);
+            load_state(out->in + h * AREA, out->out + h * AREA, m->d_state);
+            load_state(out->anchor_in + h * AREA, out->anchor_out + h * AREA, m->d_anchor);
+            if (call->closed[p.batch]) {
+                add_state(m->d_state, m->d_anchor);
+                memset(m->d_anchor, 0, sizeof m->d_anchor);
+            }
+            for (int32_t high = call->n_entries[p.batch], low; high > 0; high = low) {
+                for (low = high - 1; entries[low].segment < 0; low--) {}
+                segment_back(&p, out, h, low, high, d_scale, d_shift, m);
+            }
+            store_state(m->d_state, out->in + h * AREA, out->out + h * AREA);
+            store_state(m->d_anchor, out->anchor_in + h * AREA, out->anchor_out + h * AREA);
+            if (out->start_in) store_state(m->d_start, out->start_in + h * AREA, out->start_out + h * AREA);
+            memcpy(out->scale + h * KEY, d_scale, sizeof d_scale);
+            memcpy(out->shift + h * KEY, d_shift, sizeof d_shift);
+        }
+        free(m);
+    }
+}
+
+/* The table of pieces. phase [batch]: tokens in the open chunk, before and after; valid, reset [batch][length] or NULL.
+ * order needs batch * length, table batch * length entries; returns the largest number of segments. The rows of the table are `length`. */
+ptrdiff_t plan(ptrdiff_t batch, ptrdiff_t length, ptrdiff_t chunk, const uint8_t *valid, const uint8_t *reset, int64_t *phase, int32_t *order,
+               Entry *table, int32_t *n_entries, int32_t *closed) {
+    const ptrdiff_t need = (chunk + TOKENS - 1) / TOKENS;
+    ptrdiff_t most = 0;
+    for (ptrdiff_t b = 0; b < batch; b++) {
+        int32_t n = -1, count = 0, segments = 0, pieces = 0, chunk_segment = -1;
+        for (ptrdiff_t t = 0; t < length; t++) {
+            if (valid && !valid[b * length + t]) continue;
+            const int document = reset && reset[b * length + t];
+            if (document) phase[b] = 0;
+            if (n < 0 || phase[b] == 0 || table[b * length + n].count == TOKENS) {
+                const int flags = (document ? DOCUMENT : 0) | (phase[b] == 0 ? CHUNK : 0);
+                const int fresh = n < 0 || pieces == SEGMENT || (flags & CHUNK && (need > SEGMENT || pieces + need > SEGMENT));
+                if (fresh) segments++, pieces = 0;
+                if (flags & CHUNK) chunk_segment = segments - 1;
+                table[b * length + ++n] = (Entry){count, 0, flags, fresh ? segments - 1 : -1, chunk_segment};
+                pieces++;
+            }
+            order[b * length + count++] = (int32_t)t;
+            table[b * length + n].count++;
+            phase[b] = (phase[b] + 1) % chunk;
+        }
+        n_entries[b] = n + 1;
+        closed[b] = n >= 0 && phase[b] == 0;
+        if (segments > most) most = segments;
+    }
+    return most;
+}

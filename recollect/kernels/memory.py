@@ -1,0 +1,210 @@
+"""The Miras recurrence of a two-layer perceptron memory on the CPU, compiled (memory.c): gradient descent with decaying retention.
+
+Faster equal of the plain chunked scan (its oracle), forward and backward, fp32 and fp64. The backward pass keeps the inputs and one
+state per 64 tokens or chunk, and recomputes the rest. Work is spread over batch elements and heads.
+
+Axis legend: B batch, T time, H heads, K key dim, O hidden size, P pieces of at most 16 tokens.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from recollect.kernels.compile import POINTER, SIZE, memory
+
+BIASES = {"l2": 0, "lp3": 1, "huber": 2, "l1": 3}
+PIECE = 16  # tokens: key dim and hidden size are multiples of it
+ENTRY_COLUMNS = 5  # int32 numbers of a row of the table
+
+
+class Perceptron(NamedTuple):
+    """The two matrices of a memory, first [..., O, K] and last [..., K, O]."""
+
+    first: Tensor
+    last: Tensor
+
+
+class Settings(NamedTuple):
+    """What is the same at every token: tokens of a chunk, the bias by its name in `BIASES`, and `l1`'s sharpness."""
+
+    chunk_size: int
+    bias: str = "l2"
+    sharpness: float = 10.0
+
+
+def can_run(q: Tensor, hidden: int, bias: str) -> bool:
+    """CPU, fp32 or fp64, a compiler, sizes that are multiples of 16 and at most 128 (key dim) and 1024 (hidden), a bias of `BIASES`."""
+    key = q.shape[-1]
+    if q.device.type != "cpu" or q.dtype not in (torch.float32, torch.float64) or torch.compiler.is_compiling():
+        return False
+    if bias not in BIASES or key % PIECE or hidden % PIECE or not 0 < key <= 128 or not 0 < hidden <= 1024:
+        return False
+    return memory(key, hidden, BIASES[bias], q.dtype == torch.float64) is not None
+
+
+def perceptron_scan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    eta: Tensor,
+    log_alpha: Tensor,
+    state: Perceptron,
+    anchor: Perceptron,
+    slow: tuple[Tensor, Tensor],
+    phase: Tensor,
+    settings: Settings,
+    *,
+    delta: Tensor | None = None,
+    start: Perceptron | None = None,
+    reset: Tensor | None = None,
+    valid: Tensor | None = None,
+) -> tuple[Tensor, Perceptron, Perceptron, Tensor]:
+    """Outputs and states of y_t = q_t + LayerNorm(W_last,t gelu(W_first,t q_t)), the matrices written by decaying gradient descent.
+
+    Args:
+        q, k, v: [B, T, H, K] of one dtype, for which `can_run` holds.
+        eta, log_alpha: [B, T, H, 1 or K]; log_alpha <= 0, any size. They act on the matrices' K axes.
+        state: matrices before the first token, [B, H, O, K] and [B, H, K, O].
+        anchor: those at the start of the open chunk (read only where phase > 0).
+        slow: scale and shift of the norm, [H, K].
+        phase: int64 [B], tokens already in the open chunk.
+        delta: threshold of bias "huber", [B, T, H, 1 or K], positive.
+        start: matrices at the start of a document, [H, O, K] and [H, K, O]; needed with `reset`.
+        reset, valid: bool [B, T]: first token of a document; False where the token is padding.
+    Returns:
+        y [B, T, H, K], 0 at padding; the matrices after the last token; those at the start of its chunk; the new phase.
+    """
+    width = q.shape[-1]
+    shared = tuple(x.expand(*q.shape[:3], x.shape[-1]) for x in (eta, log_alpha))
+    code = memory(width, state.first.shape[-2], BIASES[settings.bias], q.dtype == torch.float64)
+    assert code is not None
+    table = _Table.of(code, q, phase, settings.chunk_size, reset, valid)
+    y, *states = _Native.apply(table, settings, q, k, v, *shared, delta, *state, *anchor, *(start or (None, None)), *slow)
+    return y, Perceptron(*states[:2]), Perceptron(*states[2:]), table.phase
+
+
+class _Call(ctypes.Structure):
+    """The C struct `Call`."""
+
+    _fields_ = (
+        *(
+            (name, SIZE)
+            for name in ("batch", "heads", "length", "rows", "segments", "eta_channels", "alpha_channels", "delta_channels")
+        ),
+        ("threads", ctypes.c_int),
+        ("sharpness", ctypes.c_double),
+        *((name, POINTER) for name in ("order", "n_entries", "closed", "table")),
+        *(
+            (name, POINTER)
+            for name in ("q", "k", "v", "eta", "log_alpha", "delta", "scale", "shift", "start_first", "start_last")
+        ),
+        *((name, POINTER) for name in ("first", "last", "anchor_first", "anchor_last", "y", "saved")),
+    )
+
+
+class _Gradients(ctypes.Structure):
+    """The C struct `Gradients`."""
+
+    _fields_ = tuple(
+        (name, POINTER)
+        for name in (
+            *("y", "q", "k", "v", "eta", "log_alpha", "delta", "scale", "shift"),
+            *("start_first", "start_last", "first", "last", "anchor_first", "anchor_last"),
+        )
+    )
+
+
+class _Table(NamedTuple):
+    """How the tokens of each batch element are cut: order [B, T], entries [B, T, 5], their number and whether the last chunk is full
+    [B] (all int32), segments per head, the phase after."""
+
+    code: ctypes.CDLL
+    order: Tensor
+    entries: Tensor
+    n_entries: Tensor
+    closed: Tensor
+    segments: int
+    phase: Tensor
+    padded: bool
+
+    @classmethod
+    def of(
+        cls, code: ctypes.CDLL, q: Tensor, phase: Tensor, chunk_size: int, reset: Tensor | None, valid: Tensor | None
+    ) -> _Table:
+        batch, length = q.shape[:2]
+        order, closed, n_entries = (torch.empty(shape, dtype=torch.int32) for shape in ((batch, length), (batch,), (batch,)))
+        entries = torch.empty(batch, length, ENTRY_COLUMNS, dtype=torch.int32)
+        after = phase.detach().clone().contiguous()
+        flags = [None if x is None else x.contiguous() for x in (valid, reset)]
+        tensors = (*flags, after, order, entries, n_entries, closed)
+        segments = code.plan(batch, length, chunk_size, *map(_pointer, tensors))
+        return cls(code, order, entries, n_entries, closed, segments, after, valid is not None)
+
+
+class _Native(torch.autograd.Function):
+    """Forward keeps the inputs and the states at segments' starts; backward replays segment by segment."""
+
+    @staticmethod
+    def forward(ctx: Any, table: _Table, settings: Settings, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+        tensors = [None if x is None else x.detach().contiguous() for x in inputs]
+        q, first = tensors[0], tensors[6]
+        assert q is not None
+        assert first is not None
+        y = torch.zeros_like(q) if table.padded else torch.empty_like(q)
+        saved = None
+        if any(ctx.needs_input_grad):
+            saved = q.new_empty(*first.shape[:2], table.segments, 2, *first.shape[2:])
+        states = [x.clone() for x in tensors[6:10] if x is not None]
+        table.code.forward(ctypes.byref(_call(table, settings, tensors, states, y, saved)))
+        ctx.save_for_backward(*tensors, saved)
+        ctx.table, ctx.settings = table, settings
+        return y, *states
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_y: Tensor, *d_states: Tensor) -> tuple[Tensor | None, ...]:
+        *tensors, saved = ctx.saved_tensors
+        table = ctx.table
+        empty = torch.zeros_like if table.padded else torch.empty_like
+        d_tokens = [None if x is None else empty(x) for x in tensors[:6]]
+        states = [x.clone(memory_format=torch.contiguous_format) for x in d_states]
+        starts = [None if x is None else x.new_empty(len(states[0]), *x.shape) for x in tensors[10:12]]
+        slow = [x.new_empty(len(states[0]), *x.shape) for x in tensors[12:]]
+        call = _call(table, ctx.settings, tensors, tensors[6:10], None, saved)
+        d_y = d_y.contiguous()
+        gradients = _Gradients(*map(_pointer, (d_y, *d_tokens, *slow, *starts, *states)))
+        table.code.backward(ctypes.byref(call), ctypes.byref(gradients))
+        return None, None, *d_tokens, *states, *(None if x is None else x.sum(0) for x in (*starts, *slow))
+
+
+def _call(
+    table: _Table,
+    settings: Settings,
+    tensors: list[Tensor | None],
+    states: list[Tensor],
+    y: Tensor | None,
+    saved: Tensor | None,
+) -> _Call:
+    """The arguments of the C functions; every tensor has to outlive it."""
+    q, _, _, eta, log_alpha, delta = tensors[:6]
+    assert q is not None
+    assert eta is not None
+    assert log_alpha is not None
+    starts, slow = tensors[10:12], tensors[12:]
+    return _Call(
+        *(*q.shape[:1], q.shape[2], q.shape[1], q.shape[1], table.segments),
+        *(eta.shape[-1], log_alpha.shape[-1], 1 if delta is None else delta.shape[-1]),
+        *(min(torch.get_num_threads(), q.shape[0] * q.shape[2]), settings.sharpness),
+        *map(_pointer, (table.order, table.n_entries, table.closed, table.entries)),
+        *map(_pointer, (*tensors[:6], *slow, *starts, *states, y, saved)),
+    )
+
+
+def _pointer(x: Tensor | None) -> int | None:
+    """Address of a tensor's first element, None for none."""
+    return None if x is None else x.data_ptr()

@@ -1,0 +1,322 @@
+"""Miras layers: any memory, attentional bias, retention and learning rule between short convolutions and a gated norm.
+
+Moneta, Yaad, Memora, Titans, TTT and Atlas are this one class with other choices.
+
+Axis legend: B batch, T time, D model dim, H heads, K head dim.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from recollect.mixers.base import MixerConfig, register
+from recollect.mixers.blocks import HeadNorm, LowRank, draw, exact, l2_normalize
+from recollect.mixers.recurrent import Branch, Cached, RecurrentMixer, check_width
+from recollect.mixers.stream import Steps
+from recollect.ops.attention import rotary
+from recollect.ops.miras import BIASES, MEMORIES, RETENTIONS, RULES, MirasSpec, MirasState, Parameters, initial_state, scan
+
+LOG_ALPHA_FLOOR = -math.exp(-0.5)  # RWKV-7's range of decays: alpha in (0.545, 1)
+
+Choice = str | Mapping[str, Any]  # "lp" or {"name": "lp", "p": 3}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MirasConfig(MixerConfig):
+    """Options of a Miras layer.
+
+    The four choices are names from `recollect.ops.miras`, or dicts of a name and its options: "lp", {"name": "lp", "p": 2.5}.
+
+    Attributes:
+        memory: "mlp", "gated_mlp", "matrix" or "vector".
+        bias: attentional bias: "l2", "lp", "huber", ...
+        retention: "l2", "lq", "kl", ...
+        rule: "gd", "momentum", "omega", "muon", "implicit" or "least_squares".
+        chunk_size: tokens that share one gradient point. It changes the model: keep the value that it was trained with.
+        read: "linear" or "exact"; see `MirasSpec`.
+        gradient_at: "previous" or "decayed"; see `MirasSpec`.
+        head_dim: K; None: dim / n_heads.
+        conv_width: taps of the convolutions after q, k, v; None: none.
+        rope_theta: base of the rotary wavelengths of q and k; None: no positions.
+        eta_base: largest inner step size; None: `default_eta_base`.
+        channel_gates: eta and alpha (and delta) for every channel instead of every head; None: where the rule allows it.
+        gate_rank: middle width of the gates' low-rank maps; None: 32 up to D = 1024, else 64.
+    """
+
+    memory: Choice = "mlp"
+    bias: Choice = "l2"
+    retention: Choice = "l2"
+    rule: Choice = "gd"
+    chunk_size: int = 16
+    read: str = "linear"
+    gradient_at: str = "previous"
+    head_dim: int | None = None
+    conv_width: int | None = 4
+    rope_theta: float | None = 1e4
+    eta_base: float | None = None
+    channel_gates: bool | None = None
+    gate_rank: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_width("conv_width", self.conv_width)
+        if self.head_dim is None and self.dim % self.n_heads:
+            raise ValueError(f"n_heads must divide dim: dim={self.dim}, n_heads={self.n_heads}")
+        size = self.head_size
+        if self.rope_theta is not None and (size < 2 or size % 2):
+            raise ValueError(f"rotary positions need an even head dim; got {size}: set head_dim, or rope_theta=None")
+        if self.rope_theta is not None and not 0.0 < self.rope_theta < math.inf:
+            raise ValueError(f"rope_theta is positive and finite, or None; got {self.rope_theta}")
+        if self.eta_base is not None and not 0.0 < self.eta_base < math.inf:
+            raise ValueError(f"eta_base is positive and finite; got {self.eta_base}")
+        if self.gate_rank is not None and self.gate_rank < 1:
+            raise ValueError(f"gate_rank is at least 1; got {self.gate_rank}")
+        spec = self.spec()
+        elsewhere = {"slots": "gsa", "growing": "attention"}
+        if spec.memory.kind in elsewhere:
+            raise ValueError(f"memory {spec.memory.name!r} has a mixer of its own: {elsewhere[spec.memory.kind]!r}")
+        if spec.rule.n_steps > 1:
+            raise ValueError("rule 'multi_step' needs several keys per token; it has a mixer of its own: 'delta_product'")
+        if self.channel_gates and not _channels_allowed(spec):
+            raise ValueError(f"rule {spec.rule.name!r} takes one gate per head: leave channel_gates out or set it to False")
+
+    @property
+    def head_size(self) -> int:
+        """K."""
+        return self.head_dim or self.dim // self.n_heads
+
+    def spec(self) -> MirasSpec:
+        """The four choices as values.
+
+        Raises:
+            ValueError: an unknown name or option, or choices that have no meaning together.
+        """
+        return MirasSpec(
+            memory=_choose("memory", MEMORIES, self.memory),
+            bias=_choose("bias", BIASES, self.bias),
+            retention=_choose("retention", RETENTIONS, self.retention),
+            rule=_choose("rule", RULES, self.rule),
+            chunk_size=self.chunk_size,
+            gradient_at=self.gradient_at,
+            read=self.read,
+        )
+
+
+@register(
+    "miras", config=MirasConfig, summary="any memory x bias x retention x rule", source="arXiv 2504.13173", state="constant"
+)
+@register(
+    "moneta",
+    config=MirasConfig,
+    options={"bias": {"name": "lp", "p": 3.0}, "retention": {"name": "lq", "q": 4.0}},
+    summary="Moneta: perceptron memory, l_3 bias, l_4 retention",
+    source="arXiv 2504.13173",
+    state="constant: 8 K^2 numbers per head, and the open chunk's start",
+)
+@register(
+    "yaad",
+    config=MirasConfig,
+    options={"bias": "huber"},
+    summary="Yaad: perceptron memory, Huber bias with a learned threshold, l_2 retention",
+    source="arXiv 2504.13173",
+    state="constant: 8 K^2 numbers per head, and the open chunk's start",
+)
+@register(
+    "memora",
+    config=MirasConfig,
+    options={"retention": "kl"},
+    summary="Memora: perceptron memory, l_2 bias, KL retention (weights are softmaxes)",
+    source="arXiv 2504.13173",
+    state="constant: 8 K^2 numbers per head, and the open chunk's start",
+)
+@register(
+    "titans",
+    config=MirasConfig,
+    options={"rule": "momentum"},
+    summary="Titans' long-term memory: perceptron, l_2 bias, forgetting, momentum",
+    source="arXiv 2501.00663",
+    state="constant: 16 K^2 numbers per head, and the open chunk's start",
+)
+@register(
+    "ttt_linear",
+    config=MirasConfig,
+    options={"memory": {"name": "mlp", "depth": 1}, "retention": "none", "channel_gates": False},
+    summary="TTT-Linear: matrix memory with a norm and a residual, gradient descent",
+    source="arXiv 2407.04620",
+    state="constant: K^2 numbers per head, and the open chunk's start",
+)
+@register(
+    "ttt_mlp",
+    config=MirasConfig,
+    options={"retention": "none", "channel_gates": False},
+    summary="TTT-MLP: perceptron memory, gradient descent",
+    source="arXiv 2407.04620",
+    state="constant: 8 K^2 numbers per head, and the open chunk's start",
+)
+@register(
+    "omega",
+    config=MirasConfig,
+    options={"rule": "omega"},
+    summary="OmegaNet: perceptron memory, descent on the last four tokens",
+    source="arXiv 2505.23735",
+    state="constant: 8 K^2 numbers per head, the open chunk's start and the last tokens",
+)
+@register(
+    "atlas",
+    config=MirasConfig,
+    options={"rule": {"name": "muon", "window": 4}},
+    summary="Atlas: perceptron memory, Muon on the last four tokens",
+    source="arXiv 2505.23735",
+    state="constant: 16 K^2 numbers per head, the open chunk's start and the last tokens",
+)
+class Miras(RecurrentMixer):
+    """A Miras layer.
+
+    q, k, v = silu(conv4(W x)); q and k rotated and of norm one; gates from low-rank maps of x; y = W_o (norm(memory read) * silu(W_g x)).
+    The memory before the first token is learned (of a plain matrix memory it is zero).
+
+    Source: Behrouz et al. 2025, arXiv 2504.13173, sections 5.3-5.4. The paper leaves the gates' ranges and initial values, the axes
+    they act on, activation and order in the layer open; what we chose is in docs/math.md.
+    """
+
+    config: MirasConfig
+
+    def __init__(self, config: MirasConfig) -> None:
+        super().__init__(config)
+        dim, n_heads, size = config.dim, config.n_heads, config.head_size
+        self.spec = config.spec()
+        self.channels = _channels_allowed(self.spec) if config.channel_gates is None else config.channel_gates
+        self.eta_base = default_eta_base(self.spec, size) if config.eta_base is None else config.eta_base
+        self.q = Branch(dim, n_heads, size, conv_width=config.conv_width)
+        self.k = Branch(dim, n_heads, size, conv_width=config.conv_width)
+        self.v = Branch(dim, n_heads, size, conv_width=config.conv_width)
+        rank = config.gate_rank or (32 if dim <= 1024 else 64)
+        n_gates = n_heads * (size if self.channels else 1)
+        self.eta = LowRank(dim, rank, n_gates, bias=0.0)
+        forgetting = _ramp(-8.0, -3.0, size if self.channels else n_heads) * (n_heads if self.channels else 1)
+        self.alpha = LowRank(dim, rank, n_gates, bias=forgetting) if _forgets(self.spec) else None
+        self.own = nn.ModuleDict({name: LowRank(dim, rank, n_gates, bias=0.54) for name in self.spec.bias.gates})
+        self.rule_gates = nn.ModuleDict({name: LowRank(dim, rank, n_heads, bias=0.0) for name in self.spec.rule.gates})
+        learned = not self.spec.linear
+        drawn = self.spec.memory.init(n_heads, size, size, std=0.0)
+        self.fast = nn.ParameterList([torch.empty_like(part) for part in drawn.fast] if learned else [])
+        self.slow = nn.ParameterList([torch.empty_like(part) for part in drawn.slow])
+        self.gate = nn.Linear(dim, n_heads * size, bias=False)
+        self.norm = HeadNorm(size)
+        self.o = nn.Linear(n_heads * size, dim, bias=False)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Fresh weights; the memory's matrices normal with std I^(-1/2) (logits of the KL retention: 1/2), its norm the identity."""
+        for part in (self.q, self.k, self.v, self.eta, self.alpha, *self.own.values(), *self.rule_gates.values(), self.norm):
+            if part is not None:
+                part.reset_parameters()  # type: ignore[operator]
+        draw(self.gate)
+        draw(self.o)
+        for fast in self.fast:
+            fast.normal_(std=0.5 if self.spec.retention.row_constant else fast.shape[-1] ** -0.5)
+        for n, slow in enumerate(self.slow):
+            nn.init.constant_(slow, float(n == 0))
+
+    def start(self, batch_size: int) -> tuple[MirasState, Cached]:
+        """The learned memory, and inputs of zeros."""
+        weight, size = self.o.weight, self.config.head_size
+        none = weight.new_zeros(batch_size, 0, self.config.n_heads, size)
+        gates = dict.fromkeys(("eta", *self.spec.bias.gates), none if self.channels else none[..., 0])
+        if self.alpha is not None:
+            gates["log_alpha"] = gates["eta"]
+        memory = initial_state(self.spec, none, none, none, gates, parameters=self.memory_parameters())
+        return memory, tuple(branch.start(batch_size) for branch in (self.q, self.k, self.v))
+
+    def fresh(self, batch_size: int) -> tuple[MirasState | None, Cached]:
+        """No memory: the scan starts one, and then knows that no chunk is open."""
+        return None, tuple(branch.start(batch_size) for branch in (self.q, self.k, self.v))
+
+    def mix(self, x: Tensor, memory: MirasState | None, inputs: Cached, steps: Steps) -> tuple[Tensor, MirasState, Cached]:
+        """See `RecurrentMixer.mix`."""
+        q, cached_q = self.q(x, inputs[0], steps)
+        k, cached_k = self.k(x, inputs[1], steps)
+        v, cached_v = self.v(x, inputs[2], steps)
+        if self.config.rope_theta is not None:
+            theta = self.config.rope_theta
+            q, k = rotary(q, steps.positions, theta=theta), rotary(k, steps.positions, theta=theta)
+        q, k = l2_normalize(q), l2_normalize(k)
+        y, memory = scan(
+            self.spec,
+            q,
+            k,
+            v,
+            self.gates(x),
+            memory,
+            parameters=self.memory_parameters(),
+            reset=steps.reset,
+            valid=steps.valid,
+            decay_floor=LOG_ALPHA_FLOOR,
+        )
+        y = self.norm(y, self.gate(x).unflatten(-1, (self.config.n_heads, -1)))
+        return self.o(y.flatten(2)), memory, (cached_q, cached_k, cached_v)
+
+    def gates(self, x: Tensor) -> dict[str, Tensor]:
+        """What x [B, T, D] tells the memory, by name, each [B, T, H] or [B, T, H, K], in fp32 (fp64 for fp64)."""
+
+        def heads(u: Tensor, channels: bool) -> Tensor:
+            (u,) = exact(u)
+            return u.unflatten(-1, (self.config.n_heads, -1)) if channels else u
+
+        found = {"eta": self.eta_base * torch.sigmoid(heads(self.eta(x), self.channels))}
+        if self.alpha is not None:
+            found["log_alpha"] = LOG_ALPHA_FLOOR * torch.sigmoid(heads(self.alpha(x), self.channels))
+        for name, generator in self.own.items():
+            found[name] = F.softplus(heads(generator(x), self.channels)) + 1e-3
+        for name, generator in self.rule_gates.items():
+            found[name] = torch.sigmoid(heads(generator(x), False))
+        return found
+
+    def memory_parameters(self) -> Parameters | None:
+        return Parameters(tuple(self.fast), tuple(self.slow)) if len(self.fast) else None
+
+
+def default_eta_base(spec: MirasSpec, head_dim: int) -> float:
+    """The largest inner step size that a layer starts with, for chunks of `spec.chunk_size` tokens."""
+    if spec.memory.name in ("matrix", "vector"):
+        return 1.0
+    base = {"kl": 1.0}.get(spec.retention.name, {"lp": 0.01, "huber": 0.1}.get(spec.bias.name, 0.01))
+    return base * min(1.0, math.sqrt(32 / head_dim))
+
+
+def _channels_allowed(spec: MirasSpec) -> bool:
+    """Whether gates may act on channels: rules that mix a chunk's gradients need one number per head."""
+    return not (spec.rule.momentum or spec.rule.window > 1 or spec.rule.kind != "gradient")
+
+
+def _forgets(spec: MirasSpec) -> bool:
+    """Whether there is an alpha gate: it has a meaning, and the retention does not derive it from eta."""
+    return spec.retention.decays and spec.retention.couple is None
+
+
+def _ramp(low: float, high: float, n: int) -> list[float]:
+    """n numbers from low to high."""
+    return [low + (high - low) * i / max(1, n - 1) for i in range(n)]
+
+
+def _choose(axis: str, known: Mapping[str, Callable[..., Any]], choice: Choice) -> Any:
+    """Build one of the four choices from its name and options."""
+    options: dict[str, Any] = {"name": choice} if isinstance(choice, str) else dict(choice)
+    name = str(options.pop("name", None))
+    if name not in known:
+        raise ValueError(f"unknown {axis} {name!r}; known: {', '.join(known)}")
+    accepted = inspect.signature(known[name]).parameters
+    for option in options:
+        if option not in accepted:
+            takes = ", ".join(accepted) or "none"
+            raise ValueError(f"{axis} {name!r} has no option {option!r}; its options: {takes}")
+    return known[name](**options)

@@ -1,0 +1,397 @@
+"""Run a Miras spec over a sequence: one call for every memory, bias, retention and rule.
+
+Axis legend: B batch, T time, H heads, K key dim, V value dim, S cached keys.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from recollect.ops.attention import softmax_attention
+from recollect.ops.linear_scan import delta_scan, gated_linear_scan, least_squares_scan, slot_scan
+from recollect.ops.miras.chunked import chunked
+from recollect.ops.miras.inputs import Inputs, check_channels, reduced, tree_map
+from recollect.ops.miras.memories import Parameters
+from recollect.ops.miras.sequential import sequential
+from recollect.ops.miras.slots import lay_out, whole
+from recollect.ops.miras.spec import MirasSpec, MirasState, Tail
+
+BACKENDS = ("chunked", "sequential")
+GATES = ("eta", "alpha", "log_alpha", "momentum", "log_momentum", "gamma", "write")
+
+
+def scan(
+    spec: MirasSpec,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Mapping[str, Tensor],
+    state: MirasState | None = None,
+    *,
+    parameters: Parameters | None = None,
+    reset: Tensor | None = None,
+    valid: Tensor | None = None,
+    decay_floor: float | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, MirasState]:
+    """Write every token into the memory, then read it: y_t = read(W_t; q_t).
+
+    Args:
+        spec: the four choices; see `MirasSpec`.
+        q, k: [B, T, H, K]; v: [B, T, H, V]. With rule multi_step(n): k [B, T, n, H, K], v [B, T, n, H, V].
+        gates: by name, each [B, T, H] or, acting on channels, [B, T, H, channels].
+            "eta" > 0: the step size, 1 if left out; [B, T, n, H] for multi_step, value channels for the implicit rule.
+            "alpha" in [0, 1], or its logarithm "log_alpha": what is kept, 1 if left out.
+            "momentum" in [0, 1], or "log_momentum". "gamma": the weight of a token in a window. The bias' own ("delta").
+            "write" [B, T, H, K], delta rule only: the key under which the value is written, in place of eta k (RWKV-7).
+        state: what the previous call returned; None: the start of the sequence.
+        parameters: what is learned of the memory, from `spec.memory.init`; None: zeros, for memories of one matrix or vector.
+        reset: bool [B, T], True at the first token of a document: the memory is as before the first token.
+        valid: bool [B, T], False at padding: it changes nothing, and y is 0 there.
+        decay_floor: the most negative log alpha that one token can have, if known: fewer, larger matrix products.
+        backend: None or "chunked"; "sequential", token by token, the oracle.
+    Returns:
+        y [B, T, H, V] in q's dtype, and the state after the last token (fp32; fp64 for fp64 input).
+    Raises:
+        ValueError: shapes that do not fit, gates that the spec does not have, parameters left out that the memory needs.
+    """
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}; known: {', '.join(BACKENDS)}")
+    if spec.rule.n_steps > 1 or k.dim() == 5:
+        return _several_steps(spec, q, k, v, gates, state, parameters, reset, valid, decay_floor, backend)
+    _check_shapes(q, k, v, reset, valid)
+    exact = torch.promote_types(q.dtype, torch.float32)
+    inputs, write = _inputs(spec, q.to(exact), k.to(exact), v.to(exact), gates)
+    if spec.memory.kind != "parametric" or spec.rule.kind != "gradient":
+        y, after = _own_scan(spec, inputs, state, reset, valid, backend)
+        return y.to(q.dtype), after
+    if write is not None or spec.rule.implicit:
+        y, after = _delta_rule(spec, inputs, write, state, reset, valid, decay_floor, backend)
+        return y.to(q.dtype), after
+    parameters = _parameters(spec, inputs, parameters)
+    start = _start(spec, inputs, parameters)
+    state = start if state is None else state
+    if backend == "sequential":
+        y, after = sequential(spec, inputs, state, start, parameters, reset=reset, valid=valid)
+    elif spec.hebbian:
+        y, after = _hebbian(inputs, state, reset, valid, decay_floor)
+    elif spec.linear and spec.bias.name == "l2" and spec.chunk_size == 1 and spec.rule.name in ("gd", "multi_step"):
+        y, after = _delta_rule(spec, inputs, None, state, reset, valid, decay_floor, None)
+    else:
+        batch_size, n_tokens = q.shape[:2]
+        if reset is None and valid is None and (state is start or not spec.stale):
+            slots = whole(n_tokens, batch_size, spec.chunk_size, q.device)
+        else:
+            slots = lay_out(state.phase, n_tokens, spec.chunk_size, valid, reset)
+        y, after = chunked(spec, inputs, state, start, parameters, slots, floor=decay_floor)
+    return y.to(q.dtype), after
+
+
+def initial_state(
+    spec: MirasSpec, q: Tensor, k: Tensor, v: Tensor, gates: Mapping[str, Tensor], *, parameters: Parameters | None = None
+) -> MirasState:
+    """The state before the first token of a sequence like this one (whose T may be 0): what `scan` starts from without a state."""
+    exact = torch.promote_types(q.dtype, torch.float32)
+    inputs, _ = _inputs(spec, q.to(exact), k.to(exact), v.to(exact), gates)
+    n_rows, _, n_heads, key_dim = inputs.k.shape
+    value_dim = inputs.v.shape[-1]
+    if spec.memory.kind == "growing":
+        return _held((inputs.k[:, :0], inputs.v[:, :0]), inputs)
+    if spec.memory.kind == "slots":
+        sizes = [(spec.memory.n_slots, key_dim), (spec.memory.n_slots, value_dim)]
+        return _held(tuple(inputs.k.new_zeros(n_rows, n_heads, *size) for size in sizes), inputs)
+    if spec.rule.kind == "least_squares":
+        sizes = [(value_dim, key_dim), (key_dim, key_dim)]
+        return _held(tuple(inputs.k.new_zeros(n_rows, n_heads, *size) for size in sizes), inputs)
+    return _start(spec, inputs, _parameters(spec, inputs, parameters))
+
+
+def _start(spec: MirasSpec, like: Inputs, parameters: Parameters) -> MirasState:
+    """The state before the first token, for the batch, dtype and device of `like`."""
+    batch_size, _, n_heads, _ = like.k.shape
+    phase = torch.zeros(batch_size, dtype=torch.int64, device=like.k.device)
+    dual = tuple(spec.retention.start(initial).expand(batch_size, *initial.shape).clone() for initial in parameters.fast)
+    anchor = dual if spec.stale else None
+    channels = like.log_alpha.shape[-1]
+    kept, tail, width = None, None, spec.rule.window - 1
+    if spec.framed:
+        kept = tuple(
+            reduced(like.k.new_zeros(batch_size, n_heads, channels), axis, spec.retention.row_constant)
+            for axis in spec.memory.axes
+        )
+    momentum = tuple(torch.zeros_like(z) for z in dual) if spec.rule.momentum else None
+    if width:
+        empty = like.map(lambda part: part.new_zeros(batch_size, width, *part.shape[2:]))
+        tail = Tail(empty.k, empty.v, empty.k.new_zeros(batch_size, width, n_heads), _harmless(like.bias, width))
+    return MirasState(dual, anchor, kept, momentum, tail, phase)
+
+
+def _harmless(gates: tuple[Tensor, ...], width: int) -> tuple[Tensor, ...]:
+    """The bias' gates of tokens that do not exist: ones, which no bias divides by."""
+    return tuple(gate.new_ones(gate.shape[0], width, *gate.shape[2:]) for gate in gates)
+
+
+# --- what comes in ----------------------------------------------------------------------------------------------------------
+
+
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor, reset: Tensor | None, valid: Tensor | None) -> None:
+    if q.dim() != 4 or k.shape != q.shape or v.shape[:3] != q.shape[:3] or v.dim() != 4:
+        raise ValueError(
+            f"q and k are [B, T, H, K] and v is [B, T, H, V]; got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+        )
+    if not q.shape[1]:
+        raise ValueError("a call needs at least one token; got T=0")
+    for name, flags in (("reset", reset), ("valid", valid)):
+        if flags is not None and (flags.shape != q.shape[:2] or flags.dtype != torch.bool):
+            raise ValueError(f"{name} is bool [B, T] = {list(q.shape[:2])}; got {flags.dtype} {list(flags.shape)}")
+
+
+def _inputs(spec: MirasSpec, q: Tensor, k: Tensor, v: Tensor, gates: Mapping[str, Tensor]) -> tuple[Inputs, Tensor | None]:
+    """Everything under its name and in the dtype of q, and RWKV-7's write key."""
+    allowed = {"eta", *spec.bias.gates, *spec.rule.gates}
+    allowed |= {"alpha", "log_alpha"} if spec.retention.decays else set()
+    allowed |= {"log_momentum"} if "momentum" in spec.rule.gates else set()
+    allowed |= (
+        {"write"} if spec.linear and spec.bias.name == "l2" and spec.chunk_size == 1 and spec.rule.name == "gd" else set()
+    )
+    given = {} if spec.retention.couple is None else dict(spec.retention.couple(gates))
+    given = {**gates, **given}
+    for name, gate in gates.items():
+        if name not in allowed:
+            near = difflib.get_close_matches(name, allowed, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ";"
+            raise ValueError(
+                f"this spec (bias {spec.bias.name!r}, retention {spec.retention.name!r}, rule {spec.rule.name!r}) has no gate "
+                f"{name!r}{hint} its gates: {', '.join(sorted(allowed))}"
+            )
+        if gate.shape[:3] != q.shape[:3] or gate.dim() not in (3, 4):
+            raise ValueError(
+                f"gate {name!r} is [B, T, H] or [B, T, H, channels] with {list(q.shape[:3])}; got {list(gate.shape)}"
+            )
+
+    def channels(name: str, default: float) -> Tensor:
+        gate = given.get(name)
+        if gate is None:
+            return q.new_full((*q.shape[:3], 1), default)
+        return (gate if gate.dim() == 4 else gate.unsqueeze(-1)).to(q.dtype)
+
+    def per_head(name: str, default: float) -> Tensor:
+        gate = given.get(name)
+        if gate is not None and gate.dim() != 3:
+            raise ValueError(f"gate {name!r} is one number per head, [B, T, H]; got {list(gate.shape)}")
+        return q.new_full(q.shape[:3], default) if gate is None else gate.to(q.dtype)
+
+    for name in ("alpha", "momentum"):
+        if name in gates and f"log_{name}" in gates:
+            raise ValueError(f"give {name!r} or its logarithm 'log_{name}', not both")
+    log_alpha = channels("log_alpha", 0.0) if "alpha" not in given else channels("alpha", 1.0).log()
+    log_momentum, gamma = None, None
+    if spec.rule.momentum:
+        log_momentum = per_head("log_momentum", 0.0) if "momentum" not in given else per_head("momentum", 1.0).log()
+    if "gamma" in spec.rule.gates:
+        gamma = per_head("gamma", 1.0)
+    missing = [name for name in spec.bias.gates if name not in given]
+    if missing:
+        raise ValueError(f"bias {spec.bias.name!r} needs the gate {missing[0]!r}, [B, T, H] or [B, T, H, V]")
+    eta, bias = channels("eta", 1.0), tuple(channels(name, 0.0) for name in spec.bias.gates)
+    if spec.memory.kind == "parametric" and not spec.rule.implicit:
+        check_channels("eta", eta, spec.memory, q.shape[-1], v.shape[-1])
+        check_channels("log_alpha", log_alpha, spec.memory, q.shape[-1], v.shape[-1])
+    write = given.get("write")
+    return Inputs(q, k, v, eta, log_alpha, log_momentum, gamma, bias), None if write is None else write.to(q.dtype)
+
+
+def _parameters(spec: MirasSpec, inputs: Inputs, parameters: Parameters | None) -> Parameters:
+    """The memory's parameters in the dtype of the computation, checked."""
+    n_heads, key_dim, value_dim = *inputs.k.shape[2:], inputs.v.shape[-1]
+    shapes = [(n_heads, *shape) for shape in spec.memory.shapes(key_dim, value_dim)]
+    if parameters is None:
+        if spec.memory.initial_std:
+            raise ValueError(
+                f"memory {spec.memory.name!r} cannot start from zeros (its gradient would be 0): "
+                "pass parameters=spec.memory.init(n_heads, key_dim, value_dim)"
+            )
+        return Parameters(tuple(inputs.k.new_zeros(shape) for shape in shapes))
+    if [tuple(fast.shape) for fast in parameters.fast] != shapes or len(parameters.slow) != spec.memory.n_slow:
+        raise ValueError(
+            f"parameters of memory {spec.memory.name!r} are matrices of shapes {shapes} and {spec.memory.n_slow} slow ones; "
+            f"got {[tuple(fast.shape) for fast in parameters.fast]} and {len(parameters.slow)}"
+        )
+    cast = tree_map(lambda part: part.to(inputs.q.dtype), parameters)
+    assert isinstance(cast, Parameters)
+    return cast
+
+
+def _several_steps(
+    spec: MirasSpec,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Mapping[str, Tensor],
+    state: MirasState | None,
+    parameters: Parameters | None,
+    reset: Tensor | None,
+    valid: Tensor | None,
+    decay_floor: float | None,
+    backend: str | None,
+) -> tuple[Tensor, MirasState]:
+    """n steps per token are n tokens: alpha acts before the first, and the last one reads."""
+    n_steps = spec.rule.n_steps
+    if k.dim() != 5 or v.dim() != 5 or k.shape[2] != n_steps or v.shape[2] != n_steps:
+        raise ValueError(
+            f"rule {spec.rule.name!r} with {n_steps} steps per token takes k [B, T, {n_steps}, H, K] and v [B, T, {n_steps}, H, V]; "
+            f"got k {tuple(k.shape)}, v {tuple(v.shape)}"
+        )
+
+    def spread(name: str, gate: Tensor) -> Tensor:
+        if name == "eta":
+            return gate.flatten(1, 2)
+        every = gate.unsqueeze(2).expand(-1, -1, n_steps, *gate.shape[2:])
+        if name in ("alpha", "log_alpha"):
+            rest = torch.full_like(gate, float(name == "alpha")).unsqueeze(2).expand(-1, -1, n_steps - 1, *gate.shape[2:])
+            every = torch.cat((gate.unsqueeze(2), rest), dim=2)
+        return every.flatten(1, 2)
+
+    one = MirasSpec(
+        memory=spec.memory,
+        bias=spec.bias,
+        retention=spec.retention,
+        rule=spec.rule._replace(n_steps=1),
+        chunk_size=spec.chunk_size,
+        gradient_at=spec.gradient_at,
+        read=spec.read,
+    )
+    first = torch.arange(q.shape[1] * n_steps, device=q.device) % n_steps == 0
+    y, after = scan(
+        one,
+        q.repeat_interleave(n_steps, dim=1),
+        k.flatten(1, 2),
+        v.flatten(1, 2),
+        {name: spread(name, gate) for name, gate in gates.items()},
+        state,
+        parameters=parameters,
+        reset=None if reset is None else reset.repeat_interleave(n_steps, dim=1) & first,
+        valid=None if valid is None else valid.repeat_interleave(n_steps, dim=1),
+        decay_floor=decay_floor,
+        backend=backend,
+    )
+    return y[:, n_steps - 1 :: n_steps], after
+
+
+# --- specs with an exact form of their own ----------------------------------------------------------------------------------
+
+
+def _scalar(gate: Tensor) -> Tensor:
+    """[B, T, H, 1] -> [B, T, H]; channel-wise gates stay."""
+    return gate.squeeze(-1) if gate.shape[-1] == 1 else gate
+
+
+def _held(dual: tuple[Tensor, ...], inputs: Inputs, phase: Tensor | None = None) -> MirasState:
+    """A state without an open chunk."""
+    if phase is None:
+        phase = torch.zeros(inputs.q.shape[0], dtype=torch.int64, device=inputs.q.device)
+    return MirasState(dual, None, None, None, None, phase)
+
+
+def _hebbian(
+    inputs: Inputs, state: MirasState, reset: Tensor | None, valid: Tensor | None, floor: float | None
+) -> tuple[Tensor, MirasState]:
+    """A matrix written without being read: decayed linear attention."""
+    k = inputs.k * inputs.eta
+    log_alpha = _scalar(inputs.log_alpha)
+    y, s = gated_linear_scan(inputs.q, k, inputs.v, log_alpha, state.dual[0], reset=reset, valid=valid, floor=floor)
+    return y, _held((s,), inputs)
+
+
+def _delta_rule(
+    spec: MirasSpec,
+    inputs: Inputs,
+    write: Tensor | None,
+    state: MirasState | None,
+    reset: Tensor | None,
+    valid: Tensor | None,
+    floor: float | None,
+    backend: str | None,
+) -> tuple[Tensor, MirasState]:
+    """A matrix, the l2 bias, one token per gradient: M <- M alpha - (M k - v) (eta k)^T, k decayed first if the gradient is."""
+    k, v, eta = inputs.k, inputs.v, inputs.eta
+    read = k * inputs.log_alpha.exp() if spec.gradient_at == "decayed" else k
+    strength = None
+    if spec.rule.implicit:
+        eta = eta / (1 + eta * k.square().sum(-1, keepdim=True))
+    if eta.shape[-1] > 1 and spec.rule.implicit:
+        strength, v, erase = eta, eta * v, k
+    else:
+        erase = eta * k
+    y, s = delta_scan(
+        inputs.q,
+        erase if write is None else write,
+        v,
+        read,
+        -erase,
+        _scalar(inputs.log_alpha),
+        None if state is None else state.dual[0],
+        strength=strength,
+        reset=reset,
+        valid=valid,
+        floor=floor,
+        backend=backend,
+    )
+    return y, _held((s,), inputs)
+
+
+def _own_scan(
+    spec: MirasSpec, inputs: Inputs, state: MirasState | None, reset: Tensor | None, valid: Tensor | None, backend: str | None
+) -> tuple[Tensor, MirasState]:
+    """Gated slots, least squares, softmax attention."""
+    q, k, v = inputs.q, inputs.k, inputs.v
+    if spec.memory.kind == "growing":
+        return _softmax(inputs, state, reset, valid)
+    if spec.memory.kind == "slots":
+        shape = (*q.shape[:3], spec.memory.n_slots)
+        if inputs.log_alpha.shape != shape:
+            raise ValueError(f"memory 'slots' needs the gate 'log_alpha' {list(shape)}; got {list(inputs.log_alpha.shape)}")
+        held = None if state is None else (state.dual[0], state.dual[1])
+        y, pair = slot_scan(q, k, v, inputs.log_alpha, held, reset=reset, valid=valid, backend=backend)
+        return y, _held(pair, inputs)
+    for name, gate in (("eta", inputs.eta), ("log_alpha", inputs.log_alpha)):
+        if gate.shape[-1] != 1:
+            raise ValueError(f"least squares takes gate {name!r} as one number per head, [B, T, H]; got {list(gate.shape)}")
+    y, pair = least_squares_scan(
+        q,
+        k,
+        v,
+        inputs.log_alpha[..., 0],
+        None if state is None else (state.dual[0], state.dual[1]),
+        eta=inputs.eta[..., 0],
+        ridge=spec.rule.ridge,
+        reset=reset,
+        valid=valid,
+        backend=backend,
+    )
+    return y, _held(pair, inputs)
+
+
+def _softmax(inputs: Inputs, state: MirasState | None, reset: Tensor | None, valid: Tensor | None) -> tuple[Tensor, MirasState]:
+    """All pairs so far; `phase` is the index of the current document's first one."""
+    k, v, n_tokens = inputs.k, inputs.v, inputs.q.shape[1]
+    n_cached = 0
+    first = torch.zeros(k.shape[0], dtype=torch.int64, device=k.device)
+    if state is not None:
+        n_cached, first = state.dual[0].shape[1], state.phase
+        k, v = torch.cat((state.dual[0], k), dim=1), torch.cat((state.dual[1], v), dim=1)
+    index = torch.arange(n_cached, n_cached + n_tokens, device=k.device).expand(k.shape[0], -1)
+    fresh = torch.zeros_like(index, dtype=torch.bool) if reset is None else reset
+    if valid is not None:
+        fresh = fresh | ~valid
+        fresh[:, 1:] |= ~valid[:, :-1]
+    start = torch.cat((first[:, None], torch.where(fresh, index, 0)), dim=1).cummax(1).values[:, 1:]
+    y = softmax_attention(inputs.q, k, v, start=start)
+    last = start[:, -1]
+    if valid is not None:
+        y, last = y.masked_fill(~valid[:, :, None, None], 0.0), torch.where(valid[:, -1], last, n_cached + n_tokens)
+    return y, _held((k, v), inputs, last)
