@@ -1,11 +1,16 @@
 """Faster equals of `recollect.ops`, each naming its oracle and its error bound. Importing this package offers them to the ops."""
 
-from recollect.kernels import multi_token
+from recollect.kernels import miras, multi_token
 from recollect.kernels.compile import compiler, products
-from recollect.ops.multi_token import BACKENDS, PREFERRED
+from recollect.ops.miras.scan import BACKENDS as SCANS
+from recollect.ops.miras.scan import PREFERRED as PREFERRED_SCANS
+from recollect.ops.multi_token import BACKENDS as ATTENTIONS
+from recollect.ops.multi_token import PREFERRED as PREFERRED_ATTENTIONS
 
-BACKENDS["native"] = multi_token.native
-PREFERRED.append(("native", multi_token.can_run))
+ATTENTIONS["native"] = multi_token.native
+PREFERRED_ATTENTIONS.append(("native", multi_token.can_run))
+SCANS["native"] = miras.native
+PREFERRED_SCANS.append(("native", miras.can_scan))
 
 
 def describe() -> str:

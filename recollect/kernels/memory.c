@@ -49,6 +49,7 @@ typedef struct {
     real *in, *out, *anchor_in, *anchor_out;                  /* [batch][heads][...]: states, overwritten by the last ones */
     real *y;                                                  /* [batch][length][heads][KEY] */
     real *saved;                                              /* [batch][heads][segments][STATE], NULL: no backward pass to come */
+    real *written, *read;                                     /* as y: outputs of W_out for keys and queries, kept with `saved` */
 } Call;
 
 typedef struct { /* in: of the outputs; out: of the inputs, states overwritten */
@@ -282,7 +283,9 @@ static void write_piece(const Place *p, const real *anchor, Writes *w, const int
             STORE(w->slope[o] + t, slope);
             if (again) STORE(w->curve[o] + t, curve);
         }
-    gather(u, w->act, anchor + AREA, SET, 1);
+    if (again) load(p, call->written, KEY, u);
+    else gather(u, w->act, anchor + AREA, SET, 1);
+    if (!again && call->saved) store(p, u, call->written, KEY);
     for (int t = 0; t < TOKENS; t++) {
         line g;
         w->rate[t] = normalise(u[t], w->unit[t]);
@@ -319,10 +322,11 @@ INLINE void decay_rows(wide x, const wide alpha, int end) {
 }
 
 /* Reads of a piece that starts at `state`: everything up to the normalised output. */
-static void read_piece(const Place *p, const Writes *w, const real *state, Reads *r) {
+static void read_piece(const Place *p, const Writes *w, const real *state, Reads *r, const int again) {
+    const Call *call = p->call;
     wide f;
     turned x;
-    load(p, p->call->q, KEY, r->q);
+    load(p, call->q, KEY, r->q);
     memcpy(f, w->f_in, sizeof f);
     memset(r->s, 0, sizeof r->s);
     memset(r->s_turned, 0, sizeof r->s_turned);
@@ -346,23 +350,32 @@ static void read_piece(const Place *p, const Writes *w, const real *state, Reads
             STORE(r->slope[o] + t, slope);
         }
     scores(r->a_turned, w->act, r->act, SET, 1);
-    gather(r->u, r->act, state + AREA, SET, 1);
-    memcpy(f, w->f_out, sizeof f);
-    for (int t = 0; t < TOKENS; t++) {
-        decay_rows(f, w->alpha, t);
-        EACH(c) {
-            vec sum = LOAD(r->u[t] + c) * LOAD(r->decay[t] + c);
-            for (int i = 0; i <= t; i++) sum -= LOAD(f[i] + c) * r->a_turned[i][t];
-            STORE(r->u[t] + c, sum);
+    if (again) load(p, call->read, KEY, r->u);
+    else {
+        gather(r->u, r->act, state + AREA, SET, 1);
+        memcpy(f, w->f_out, sizeof f);
+        for (int t = 0; t < TOKENS; t++) {
+            decay_rows(f, w->alpha, t);
+            EACH(c) {
+                vec sum = LOAD(r->u[t] + c) * LOAD(r->decay[t] + c);
+                for (int i = 0; i <= t; i++) sum -= LOAD(f[i] + c) * r->a_turned[i][t];
+                STORE(r->u[t] + c, sum);
+            }
         }
-        r->rate[t] = normalise(r->u[t], r->unit[t]);
+        if (call->saved) store(p, r->u, call->read, KEY);
     }
+    for (int t = 0; t < TOKENS; t++) r->rate[t] = normalise(r->u[t], r->unit[t]);
 }
 
 /* Factors decayed to the end of the piece. */
 static void decay_to_end(const wide f, const wide alpha, wide out) {
-    memcpy(out, f, sizeof(wide));
-    for (int t = 1; t < TOKENS; t++) decay_rows(out, alpha, t);
+    EACH(c) {
+        vec later = splat(1);
+        for (int t = TOKENS - 1; t >= 0; t--) {
+            STORE(out[t] + c, LOAD(f[t] + c) * later);
+            later *= LOAD(alpha[t] + c);
+        }
+    }
 }
 
 /* The state after a piece. */
@@ -409,7 +422,7 @@ void forward(const Call *call) {
                 if (p.entry->flags & CHUNK) COPY(anchor, state);
                 if (p.entry->segment >= 0 && call->saved) COPY(call->saved + (h * call->segments + p.entry->segment) * STATE, state);
                 write_piece(&p, anchor, w, 0);
-                read_piece(&p, w, state, r);
+                read_piece(&p, w, state, r, 0);
                 for (int t = 0; t < p.entry->count; t++) {
                     real *y = call->y + row_of(&p, t) * KEY;
                     EACH(c) STORE(y + c, LOAD(r->q[t] + c) + LOAD(scale + c) * LOAD(r->unit[t] + c) + LOAD(shift + c));
@@ -636,7 +649,7 @@ static void segment_back(Place *p, const Gradients *out, ptrdiff_t h, int32_t lo
         const Writes *w = &m->writes[at];
         Back *b = &m->back;
         p->entry = entries + n;
-        read_piece(p, w, m->state[at], &m->reads);
+        read_piece(p, w, m->state[at], &m->reads, 1);
         carry_back(w, m->state[at], m->d_state, b);
         read_back(p, out, w, m->state[at], &m->reads, m->d_state, d_scale, d_shift, b);
         write_back(p, anchors[at], w, m->d_anchor, d_scale, d_shift, b);

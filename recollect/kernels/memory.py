@@ -1,7 +1,7 @@
 """The Miras recurrence of a two-layer perceptron memory on the CPU, compiled (memory.c): gradient descent with decaying retention.
 
-Faster equal of the plain chunked scan (its oracle), forward and backward, fp32 and fp64. The backward pass keeps the inputs and one
-state per 64 tokens or chunk, and recomputes the rest. Work is spread over batch elements and heads.
+Faster equal of the plain chunked scan (its oracle), forward and backward, fp32 and fp64. The backward pass keeps the inputs, one
+state per 64 tokens or chunk and two vectors per token, and recomputes the rest. Work is spread over batch elements and heads.
 
 Axis legend: B batch, T time, H heads, K key dim, O hidden size, P pieces of at most 16 tokens.
 """
@@ -103,7 +103,8 @@ class _Call(ctypes.Structure):
             (name, POINTER)
             for name in ("q", "k", "v", "eta", "log_alpha", "delta", "scale", "shift", "start_first", "start_last")
         ),
-        *((name, POINTER) for name in ("first", "last", "anchor_first", "anchor_last", "y", "saved")),
+        *((name, POINTER) for name in ("first", "last", "anchor_first", "anchor_last", "y")),
+        *((name, POINTER) for name in ("saved", "written", "read")),
     )
 
 
@@ -147,7 +148,7 @@ class _Table(NamedTuple):
 
 
 class _Native(torch.autograd.Function):
-    """Forward keeps the inputs and the states at segments' starts; backward replays segment by segment."""
+    """Forward keeps the inputs, states at segments' starts and what the norms take; backward replays segment by segment."""
 
     @staticmethod
     def forward(ctx: Any, table: _Table, settings: Settings, *inputs: Tensor | None) -> tuple[Tensor, ...]:
@@ -156,26 +157,30 @@ class _Native(torch.autograd.Function):
         assert q is not None
         assert first is not None
         y = torch.zeros_like(q) if table.padded else torch.empty_like(q)
-        saved = None
+        kept: tuple[Tensor | None, ...] = (None, None, None)
         if any(ctx.needs_input_grad):
-            saved = q.new_empty(*first.shape[:2], table.segments, 2, *first.shape[2:])
+            kept = (
+                q.new_empty(*first.shape[:2], table.segments, 2, *first.shape[2:]),
+                torch.empty_like(q),
+                torch.empty_like(q),
+            )
         states = [x.clone() for x in tensors[6:10] if x is not None]
-        table.code.forward(ctypes.byref(_call(table, settings, tensors, states, y, saved)))
-        ctx.save_for_backward(*tensors, saved)
+        table.code.forward(ctypes.byref(_call(table, settings, tensors, states, y, kept)))
+        ctx.save_for_backward(*tensors, *kept)
         ctx.table, ctx.settings = table, settings
         return y, *states
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_y: Tensor, *d_states: Tensor) -> tuple[Tensor | None, ...]:
-        *tensors, saved = ctx.saved_tensors
+        tensors, kept = list(ctx.saved_tensors[:-3]), ctx.saved_tensors[-3:]
         table = ctx.table
         empty = torch.zeros_like if table.padded else torch.empty_like
         d_tokens = [None if x is None else empty(x) for x in tensors[:6]]
         states = [x.clone(memory_format=torch.contiguous_format) for x in d_states]
         starts = [None if x is None else x.new_empty(len(states[0]), *x.shape) for x in tensors[10:12]]
         slow = [x.new_empty(len(states[0]), *x.shape) for x in tensors[12:]]
-        call = _call(table, ctx.settings, tensors, tensors[6:10], None, saved)
+        call = _call(table, ctx.settings, tensors, tensors[6:10], None, kept)
         d_y = d_y.contiguous()
         gradients = _Gradients(*map(_pointer, (d_y, *d_tokens, *slow, *starts, *states)))
         table.code.backward(ctypes.byref(call), ctypes.byref(gradients))
@@ -188,7 +193,7 @@ def _call(
     tensors: list[Tensor | None],
     states: list[Tensor],
     y: Tensor | None,
-    saved: Tensor | None,
+    kept: tuple[Tensor | None, ...],
 ) -> _Call:
     """The arguments of the C functions; every tensor has to outlive it."""
     q, _, _, eta, log_alpha, delta = tensors[:6]
@@ -201,7 +206,7 @@ def _call(
         *(eta.shape[-1], log_alpha.shape[-1], 1 if delta is None else delta.shape[-1]),
         *(min(torch.get_num_threads(), q.shape[0] * q.shape[2]), settings.sharpness),
         *map(_pointer, (table.order, table.n_entries, table.closed, table.entries)),
-        *map(_pointer, (*tensors[:6], *slow, *starts, *states, y, saved)),
+        *map(_pointer, (*tensors[:6], *slow, *starts, *states, y, *kept)),
     )
 
 

@@ -193,8 +193,8 @@ class LightningConfig(HeadSizeConfig, DepthConfig):
 class Lightning(RecurrentMixer):
     """Lightning attention: q, k, v = silu(W x); S_t = exp(-s_h) S_{t-1} + v_t k_t^T; y = W_o (norm(S_t q_t) * sigmoid(W_g x_t)).
 
-    The slope of head h = 1..H is s_h = 2^(-8 h / H) (1 - layer / (n_layers - 1) + 1e-5), so the last layer hardly forgets; the norm
-    is over all heads together. 5 D^2 parameters (the output gate is the fifth).
+    The slope of head h = 1..H is s_h = 2^(-8 h / H) (1 - layer / (n_layers - 1 + 1e-5) + 1e-5), so the last layer hardly forgets;
+    the norm is over all heads together. 5 D^2 parameters (the output gate is the fifth).
 
     Source: MiniMax 2025, arXiv 2501.08313, section 2.2, and its released code for slopes and norm; Qin et al. 2024, arXiv 2401.04658.
     """
@@ -222,7 +222,7 @@ class Lightning(RecurrentMixer):
         n_heads, layer, n_layers = self.config.n_heads, self.config.layer, self.config.model_layers
         q, k, v = (F.silu(branch(x, None, steps)[0]) for branch in (self.q, self.k, self.v))
         head = torch.arange(1, n_heads + 1, device=x.device, dtype=memory.dual[0].dtype)
-        slope = 2.0 ** (-8 * head / n_heads) * (1 - layer / max(n_layers - 1, 1) + 1e-5)
+        slope = 2.0 ** (-8 * head / n_heads) * (1 - layer / (n_layers - 1 + 1e-5) + 1e-5)
         gates = {"log_alpha": (-slope).expand(*x.shape[:2], n_heads)}
         y, memory = scan(presets.lightning(), q, k, v, gates, memory, reset=steps.reset, valid=steps.valid)
         return self.o(self.norm(y.flatten(2), self.gate(x))), memory, ()

@@ -151,7 +151,7 @@ class Longhorn(RecurrentMixer):
 
     beta = sigmoid(.), per inner channel; u, z, beta, k, q as `Selection` makes u, z, dt, b, c. This is the closed-form step of the
     paper; the authors' kernel replaces k_t k_t^T by its diagonal in the erased part. Each inner channel solves its own triangular
-    system, so this is the most expensive mixer here. 6 D^2 parameters as Mamba. n_heads is not used.
+    system, which costs more than the other delta rules. 6 D^2 parameters as Mamba. n_heads is not used.
 
     Source: Liu et al. 2024, arXiv 2407.14207, Theorem 3.1.
     """

@@ -180,7 +180,8 @@ class MirasConfig(MixerConfig):
 class Miras(RecurrentMixer):
     """A Miras layer.
 
-    q, k, v = silu(conv4(W x)); q and k rotated and of norm one; gates from low-rank maps of x; y = W_o (norm(memory read) * silu(W_g x)).
+    q, k, v = silu(conv4(W x)); q and k rotated and of norm one; gates from low-rank maps of x;
+    y = W_o (norm(memory read) * silu(W_g x)).
     The memory before the first token is learned (of a plain matrix memory it is zero).
 
     Source: Behrouz et al. 2025, arXiv 2504.13173, sections 5.3-5.4. The paper leaves the gates' ranges and initial values, the axes

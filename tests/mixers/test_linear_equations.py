@@ -359,3 +359,71 @@ def test_mixer_equals_its_paper(name: str) -> None:
         y, _ = mixer(x)
         expected = torch.stack([layer(weights_of(mixer), row) for row in x])
     assert (y - expected).abs().max() <= EXACT * max(1.0, float(expected.abs().max()))
+
+
+# --- other libraries --------------------------------------------------------------------------------------------------------
+
+
+def test_mamba_equals_transformers() -> None:
+    """Prevents one misreading of the paper in mixer and transcription alike. Theirs scans in fp32."""
+    from transformers import MambaConfig
+    from transformers.models.mamba.modeling_mamba import MambaMixer
+
+    mixer, x = maker("mamba")(), sequence(2, LENGTH)
+    w = weights_of(mixer)
+    config = MambaConfig(hidden_size=16, state_size=16, expand=2, conv_kernel=4, use_bias=False, time_step_rank=1)
+    other = MambaMixer(config, 0).double()
+    theirs = {"A_log": w["log_rate"], "D": w["selection.skip"], "conv1d.weight": w["selection.conv.weight"][:, None]}
+    theirs |= {"conv1d.bias": w["selection.conv.bias"], "in_proj.weight": w["selection.into.weight"]}
+    theirs |= {"x_proj.weight": w["selection.select.weight"], "out_proj.weight": w["selection.out.weight"]}
+    theirs |= {f"dt_proj.{name}": w[f"selection.dt.{name}"] for name in ("weight", "bias")}
+    other.load_state_dict(theirs)
+    with torch.no_grad():
+        torch.testing.assert_close(mixer(x)[0], other(x).double(), atol=1e-5, rtol=1e-5)
+
+
+def test_mamba2_equals_transformers() -> None:
+    """Prevents one misreading of the paper in mixer and transcription alike. Theirs scans in fp32."""
+    from transformers import Mamba2Config
+    from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
+
+    mixer, x = maker("mamba2")(), sequence(2, LENGTH)
+    w = weights_of(mixer)
+    config = Mamba2Config(
+        hidden_size=16,
+        num_heads=8,
+        head_dim=4,
+        state_size=16,
+        expand=2,
+        n_groups=1,
+        conv_kernel=4,
+        use_bias=False,
+        chunk_size=32,
+    )
+    other = Mamba2Mixer(config, 0).double()
+    theirs = {"A_log": w["log_rate"], "D": w["skip"], "dt_bias": w["dt_bias"], "conv1d.weight": w["conv.weight"][:, None]}
+    theirs |= {"conv1d.bias": w["conv.bias"], "in_proj.weight": w["into.weight"]}
+    theirs |= {"norm.weight": w["norm.weight"], "out_proj.weight": w["out.weight"]}
+    other.load_state_dict(theirs)
+    with torch.no_grad():
+        torch.testing.assert_close(mixer(x)[0], other(x).double(), atol=1e-5, rtol=1e-5)
+
+
+def test_lightning_equals_transformers() -> None:
+    """Prevents other slopes than MiniMax's in a deep layer. Theirs keeps its decays in fp32."""
+    from transformers import MiniMaxConfig
+    from transformers.models.minimax.modeling_minimax import MiniMaxLightningAttention
+
+    mixer, x = maker("lightning", layer=1, n_layers=3)(), sequence(2, LENGTH)
+    w = weights_of(mixer)
+    config = MiniMaxConfig(
+        hidden_size=16, num_attention_heads=4, num_key_value_heads=4, head_dim=4, num_hidden_layers=3, block_size=32
+    )
+    other = MiniMaxLightningAttention(config, 1).double()
+    per_head = torch.stack([w[f"{name}.linear.weight"].view(N_HEADS, -1, 16) for name in "qkv"], dim=1)
+    theirs = {"qkv_proj.weight": per_head.reshape(-1, 16), "norm.weight": w["norm.weight"]}
+    theirs |= {"output_gate.weight": w["gate.weight"], "out_proj.weight": w["o.weight"]}
+    other.load_state_dict(theirs, strict=False)
+    with torch.no_grad():
+        y, _ = other(x, None, None)
+        torch.testing.assert_close(mixer(x)[0], y, atol=1e-5, rtol=1e-5)

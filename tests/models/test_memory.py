@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from recollect.models import RecollectCache, RecollectForCausalLM
 from recollect.models.memory import fingerprint, load_memory, remember, save_memory
+from tests.laws import EXACT, assert_near
 from tests.models.conftest import NAMES, TOY, tiny, tokens
 
 
@@ -31,7 +32,7 @@ def test_remembering_in_pieces_equals_one_call(name: str) -> None:
         assert report.loss == pytest.approx(loss.item(), abs=1e-12)
         assert report.state_bytes == cache.nbytes() > 0
         assert cache.n_seen == 50
-        torch.testing.assert_close(model(more, past_key_values=cache).logits, whole[:, 50:], atol=1e-12, rtol=0)
+        assert_near(model(more, past_key_values=cache).logits, whole[:, 50:], EXACT, f"pieces of {piece}")
 
 
 def test_remembering_goes_on_from_a_cache_and_leaves_it() -> None:
@@ -77,7 +78,7 @@ def test_streaming_takes_constant_memory() -> None:
 def test_saved_memory_continues_as_without_the_break(name: str, tmp_path: Path) -> None:
     """From the file as from memory to the bit, and as in one call up to rounding; several rows too; no other file is left."""
     text, more = tokens(2, 30), tokens(2, 6, seed=5)
-    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-4)):
+    for dtype, tolerance in ((torch.float64, EXACT), (torch.float32, 1e-4)):
         model = tiny(name, dtype=dtype)
         cache, _ = remember(model, text, piece=11)
         save_memory(model, cache, tmp_path / "m")
@@ -87,7 +88,7 @@ def test_saved_memory_continues_as_without_the_break(name: str, tmp_path: Path) 
         continued = model(more, past_key_values=loaded).logits
         assert torch.equal(continued, model(more, past_key_values=cache).logits)
         unbroken = model(torch.cat([text, more], dim=1)).logits[:, 30:]
-        torch.testing.assert_close(continued, unbroken, atol=tolerance, rtol=0)
+        assert_near(continued, unbroken, tolerance, f"{dtype}")
 
 
 def test_memory_loads_in_another_process(tmp_path: Path) -> None:
@@ -110,8 +111,8 @@ def test_memory_loads_in_another_process(tmp_path: Path) -> None:
     )
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env=environment, timeout=120)
-    for name, tolerance in (("double", 1e-12), ("single", 1e-5)):
-        torch.testing.assert_close(torch.load(tmp_path / f"{name}.logits"), unbroken[name], atol=tolerance, rtol=0)
+    for name, tolerance in (("double", EXACT), ("single", 1e-4)):
+        assert_near(torch.load(tmp_path / f"{name}.logits"), unbroken[name], tolerance, name)
 
 
 def test_memory_continues_generation(tmp_path: Path) -> None:

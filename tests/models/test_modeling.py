@@ -262,7 +262,8 @@ def test_truncated_back_propagation(reentrant: bool) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_bfloat16_is_near_fp32(name: str) -> None:
     """Finite, and as near as eight bits allow: rounding errors of 2^-8 in about ten places add up to a few percent of the
-    logits' size."""
+    logits' size. Where rounding the weights alone moves the logits by more (a norm after a read that nearly cancels), rounding
+    activations in as many places may do so too, and their sum again: three times that."""
     model = tiny(name, dtype=torch.float32)
     ids, mask = left_pad([tokens(24, seed=1), tokens(9, seed=2)])
     exact = model(ids, attention_mask=mask).logits[mask.bool()]
@@ -270,7 +271,9 @@ def test_bfloat16_is_near_fp32(name: str) -> None:
     assert half.dtype == torch.bfloat16
     error = half[mask.bool()].float() - exact
     assert error.isfinite().all()
-    assert error.square().mean().sqrt() < 0.05 * exact.std()
+    rounded = copy.deepcopy(model).to(torch.bfloat16).float()
+    inherent = rounded(ids, attention_mask=mask).logits[mask.bool()] - exact
+    assert error.square().mean().sqrt() < max(0.05 * exact.std(), 3 * inherent.square().mean().sqrt())
 
 
 def test_fp64_stays_fp64() -> None:

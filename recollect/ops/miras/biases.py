@@ -29,6 +29,7 @@ class AttentionalBias(NamedTuple):
         grad: same arguments -> [..., V], the derivative of `loss` with respect to the prediction.
         gates: names of the keyword arguments that both take, each >= 0 and broadcastable to [..., V]; 0 gives finite values too.
         reads: whether the gradient depends on the prediction; if not, writing needs no read.
+        options: what its factory was given, for kernels that have some of them built in.
     """
 
     name: str
@@ -36,6 +37,7 @@ class AttentionalBias(NamedTuple):
     grad: Callable[..., Tensor]
     gates: tuple[str, ...] = ()
     reads: bool = True
+    options: tuple[float | str, ...] = ()
 
 
 def dot_product() -> AttentionalBias:
@@ -78,7 +80,7 @@ def l1(sharpness: float = 10.0) -> AttentionalBias:
         log_cosh = torch.logaddexp(sharpness * r, -sharpness * r) - math.log(2)
         return log_cosh.sum(-1) / sharpness
 
-    return _of_residual("l1", loss, lambda r: torch.tanh(sharpness * r))
+    return _of_residual("l1", loss, lambda r: torch.tanh(sharpness * r), options=(sharpness,))
 
 
 def lp(p: float = 3.0) -> AttentionalBias:
@@ -99,7 +101,11 @@ def lp(p: float = 3.0) -> AttentionalBias:
     def loss(r: Tensor) -> Tensor:
         return ((r.square() + EPS).pow(p / 2) - EPS ** (p / 2)).sum(-1) / p
 
-    return _of_residual("lp", loss, lambda r: r * (r.square() + EPS).pow(p / 2 - 1))
+    def slope(r: Tensor) -> Tensor:
+        smoothed = r.square() + EPS
+        return r * (smoothed.sqrt() if p == 3 else smoothed.pow(p / 2 - 1))  # a square root costs a tenth of a power
+
+    return _of_residual("lp", loss, slope, options=(p,))
 
 
 def l_infinity(temperature: float = 0.1) -> AttentionalBias:
@@ -126,7 +132,7 @@ def l_infinity(temperature: float = 0.1) -> AttentionalBias:
         up, down = signed(r).softmax(-1).chunk(2, -1)
         return up - down
 
-    return _of_residual("l_infinity", loss, grad)
+    return _of_residual("l_infinity", loss, grad, options=(temperature,))
 
 
 def huber(kind: str = "coordinate", *, sharpness: float = 10.0) -> AttentionalBias:
@@ -186,7 +192,7 @@ def huber(kind: str = "coordinate", *, sharpness: float = 10.0) -> AttentionalBi
     }
     if kind not in kinds:
         raise ValueError(f"unknown kind of huber {kind!r}; known kinds: {', '.join(kinds)}")
-    return _of_residual("huber", *kinds[kind], gates=("delta",))
+    return _of_residual("huber", *kinds[kind], gates=("delta",), options=(kind, sharpness))
 
 
 def pseudo_huber() -> AttentionalBias:
@@ -236,14 +242,19 @@ BIASES: dict[str, Callable[..., AttentionalBias]] = {
 
 
 def _of_residual(
-    name: str, loss: Callable[..., Tensor] | None, grad: Callable[..., Tensor], *, gates: tuple[str, ...] = ()
+    name: str,
+    loss: Callable[..., Tensor] | None,
+    grad: Callable[..., Tensor],
+    *,
+    gates: tuple[str, ...] = (),
+    options: tuple[float | str, ...] = (),
 ) -> AttentionalBias:
     """The bias whose loss and gradient depend on prediction - target alone."""
 
     def shifted(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return lambda prediction, target, **values: f(prediction - target, **values)
 
-    return AttentionalBias(name, None if loss is None else shifted(loss), shifted(grad), gates)
+    return AttentionalBias(name, None if loss is None else shifted(loss), shifted(grad), gates, options=options)
 
 
 def _length(r: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from torch import Tensor
 from recollect.ops.decay import SAFE_EXPONENT, cumulative_log_decay, decayed_scores, decayed_sum
 from recollect.ops.miras.inputs import Inputs, choose, named, on_axis, reduced
 from recollect.ops.miras.memories import Factors, Parameters, dense
+from recollect.ops.miras.retentions import Frame
 from recollect.ops.miras.rules import Mixture, mixture, newton_schulz
 from recollect.ops.miras.slots import Slots
 from recollect.ops.miras.spec import MirasSpec, MirasState, Tail
@@ -252,12 +253,15 @@ def _dual(
     spec: MirasSpec, chunk: _Chunk, state: MirasState, parameters: Parameters, gating: list[_Scalar | _Channels]
 ) -> tuple[Tensor, MirasState]:
     """One chunk in the dual form."""
-    retention, n = spec.retention, chunk.n
+    n = chunk.n
     anchor = state.dual if state.anchor is None else state.anchor
-    weights = [retention.link(a, initial) for a, initial in zip(anchor, parameters.fast, strict=True)]
+    frames = [spec.retention.frame(a, initial) for a, initial in zip(anchor, parameters.fast, strict=True)]
+    weights = [
+        frame.moving if frame.fixed is None else frame.moving + frame.fixed for frame in frames
+    ]  # the link, at the anchor
     raw = _factors(spec, weights, chunk, state.tail, parameters.slow)
     factors = [gate.scale(n, g, f) for gate, (g, f) in zip(gating, raw, strict=True)]
-    reads = [_read_base(spec, state, parameters, m) for m in range(len(factors))]
+    reads = [_base(spec, state, frame, m) for m, frame in enumerate(frames)]
 
     def apply(m: int, x: Tensor) -> Tensor:
         (g, f), base = factors[m], reads[m]
@@ -279,29 +283,19 @@ def _dual(
     )
 
 
-class _Base(NamedTuple):
-    """How matrix m is read at the chunk's first slot: weights W_t = keep_t moving + fixed - scale * (centred) decayed sum."""
-
-    moving: Tensor
-    fixed: Tensor | None
-    scale: Tensor | None
-    centred: bool
-
-
-def _read_base(spec: MirasSpec, state: MirasState, parameters: Parameters, m: int) -> _Base:
-    """The retention's frame, moved from the gradient point to where the call stands in the chunk."""
-    z, retention = state.dual[m], spec.retention
-    anchor = z if state.anchor is None else state.anchor[m]
-    frame = retention.frame(anchor, parameters.fast[m])
-    if retention.exact or state.kept is None:
-        return _Base(z, frame.fixed, None, False)
-    if z is anchor:
-        return _Base(frame.moving, frame.fixed, frame.scale, frame.centred)
+def _base(spec: MirasSpec, state: MirasState, frame: Frame, m: int) -> Frame:
+    """The frame of matrix m, moved from the gradient point to where the call stands in the chunk."""
+    z = state.dual[m]
+    if spec.retention.exact or state.kept is None:
+        return Frame(z, frame.fixed)
+    assert state.anchor is not None
+    if z is state.anchor[m]:
+        return frame
     remaining = on_axis(state.kept[m], spec.memory.axes[m]).exp()
-    added = z - remaining * anchor
+    added = z - remaining * state.anchor[m]
     added = added - added.mean(-1, keepdim=True) if frame.centred else added
     added = added if frame.scale is None else frame.scale * added
-    return _Base(remaining * frame.moving + added, frame.fixed, frame.scale, frame.centred)
+    return frame._replace(moving=remaining * frame.moving + added)
 
 
 # --- the dense form ---------------------------------------------------------------------------------------------------------
@@ -371,7 +365,8 @@ def _weights(spec: MirasSpec, chunk: _Chunk, now: MirasState, anchor: Matrices, 
     """The weights that token t reads."""
     retention = spec.retention
     if spec.chunk_size > 1 and spec.read == "linear":
-        bases = [_read_base(spec, now, parameters, m) for m in range(len(anchor))]
+        frames = [retention.frame(a, initial) for a, initial in zip(anchor, parameters.fast, strict=True)]
+        bases = [_base(spec, now, frame, m) for m, frame in enumerate(frames)]
         return [base.moving if base.fixed is None else base.moving + base.fixed for base in bases]
     dual = now.dual
     if retention.settle is not None:

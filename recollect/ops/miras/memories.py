@@ -49,6 +49,7 @@ class Memory(NamedTuple):
         residual: read adds q itself, so K must equal V.
         kind: "parametric"; or "slots" and "growing", which have a scan of their own.
         n_slots: for "slots".
+        options: what its factory was given, for kernels that have some of them built in.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Memory(NamedTuple):
     residual: bool = False
     kind: str = "parametric"
     n_slots: int = 0
+    options: tuple[int | str | bool, ...] = ()
 
     def init(
         self,
@@ -154,7 +156,17 @@ def mlp(depth: int = 2, expansion: int = 4, activation: str = "gelu", *, residua
         return factors[::-1]
 
     axes = ("input", *(["mean"] * (depth - 2)), "output") if depth > 1 else ("input",)
-    return Memory("mlp", shapes, axes, read, pullback, n_slow=2 if norm else 0, initial_std=1.0, residual=residual)
+    return Memory(
+        "mlp",
+        shapes,
+        axes,
+        read,
+        pullback,
+        n_slow=2 if norm else 0,
+        initial_std=1.0,
+        residual=residual,
+        options=(depth, expansion, activation, residual, norm),
+    )
 
 
 def gated_mlp(expansion: int = 4, activation: str = "silu", *, residual: bool = True, norm: bool = True) -> Memory:

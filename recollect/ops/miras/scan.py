@@ -6,7 +6,10 @@ Axis legend: B batch, T time, H heads, K key dim, V value dim, S cached keys.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+import functools
+import importlib
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,8 +23,28 @@ from recollect.ops.miras.sequential import sequential
 from recollect.ops.miras.slots import lay_out, whole
 from recollect.ops.miras.spec import MirasSpec, MirasState, Tail
 
-BACKENDS = ("chunked", "sequential")
-GATES = ("eta", "alpha", "log_alpha", "momentum", "log_momentum", "gamma", "write")
+# Faster equals of this package: packages that, when imported, add themselves to BACKENDS and PREFERRED. Loaded by name on first use, so
+# that the ops depend on no kernel.
+PLUGINS = ("recollect.kernels",)
+
+
+class Call(NamedTuple):
+    """One scan with everything checked and in one precision; `start` is the state at the start of a document."""
+
+    spec: MirasSpec
+    inputs: Inputs
+    state: MirasState
+    start: MirasState
+    parameters: Parameters
+    reset: Tensor | None
+    valid: Tensor | None
+    decay_floor: float | None
+
+
+Backend = Callable[[Call], tuple[Tensor, MirasState]]
+BACKENDS: dict[str, Backend] = {}
+# Faster equals register here: (name, can it run this call?). The first that can is the default; else "chunked".
+PREFERRED: list[tuple[str, Callable[[Call], bool]]] = []
 
 
 def scan(
@@ -53,14 +76,16 @@ def scan(
         reset: bool [B, T], True at the first token of a document: the memory is as before the first token.
         valid: bool [B, T], False at padding: it changes nothing, and y is 0 there.
         decay_floor: the most negative log alpha that one token can have, if known: fewer, larger matrix products.
-        backend: None or "chunked"; "sequential", token by token, the oracle.
+        backend: None: the fastest that can run; "chunked": matrix products; "native": a compiled kernel, for specs that have one;
+            "sequential": token by token, the oracle.
     Returns:
         y [B, T, H, V] in q's dtype, and the state after the last token (fp32; fp64 for fp64 input).
     Raises:
         ValueError: shapes that do not fit, gates that the spec does not have, parameters left out that the memory needs.
+        RuntimeError: a backend that cannot run this spec here.
     """
-    if backend is not None and backend not in BACKENDS:
-        raise ValueError(f"unknown backend {backend!r}; known: {', '.join(BACKENDS)}")
+    if backend is not None and backend not in backends():
+        raise ValueError(f"unknown backend {backend!r}; known: {', '.join(sorted(backends()))}")
     if spec.rule.n_steps > 1 or k.dim() == 5:
         return _several_steps(spec, q, k, v, gates, state, parameters, reset, valid, decay_floor, backend)
     _check_shapes(q, k, v, reset, valid)
@@ -74,21 +99,48 @@ def scan(
         return y.to(q.dtype), after
     parameters = _parameters(spec, inputs, parameters)
     start = _start(spec, inputs, parameters)
-    state = start if state is None else state
-    if backend == "sequential":
-        y, after = sequential(spec, inputs, state, start, parameters, reset=reset, valid=valid)
-    elif spec.hebbian:
-        y, after = _hebbian(inputs, state, reset, valid, decay_floor)
-    elif spec.linear and spec.bias.name == "l2" and spec.chunk_size == 1 and spec.rule.name in ("gd", "multi_step"):
-        y, after = _delta_rule(spec, inputs, None, state, reset, valid, decay_floor, None)
-    else:
-        batch_size, n_tokens = q.shape[:2]
-        if reset is None and valid is None and (state is start or not spec.stale):
-            slots = whole(n_tokens, batch_size, spec.chunk_size, q.device)
-        else:
-            slots = lay_out(state.phase, n_tokens, spec.chunk_size, valid, reset)
-        y, after = chunked(spec, inputs, state, start, parameters, slots, floor=decay_floor)
+    call = Call(spec, inputs, start if state is None else state, start, parameters, reset, valid, decay_floor)
+    y, after = _choose(call, backend)(call)
     return y.to(q.dtype), after
+
+
+@functools.lru_cache(maxsize=1)
+def backends() -> dict[str, Backend]:
+    """Every form of the scan by name, the plugins' included."""
+    for name in PLUGINS:
+        importlib.import_module(name)
+    return BACKENDS
+
+
+def _choose(call: Call, backend: str | None) -> Backend:
+    """The form that will run: `backend` if named, else the first preferred one that can, else "chunked"."""
+    known, able = backends(), dict(PREFERRED)
+    if backend is None:
+        backend = next((name for name, can in PREFERRED if can(call)), "chunked")
+    elif backend in able and not able[backend](call):
+        where = f"{call.inputs.q.dtype} on {call.inputs.q.device.type}"
+        raise RuntimeError(f"backend {backend!r} cannot run this spec here ({where}); pass backend='chunked'")
+    return known[backend]
+
+
+def _chunked(call: Call) -> tuple[Tensor, MirasState]:
+    """Matrix products: the exact forms of linear memories where there is one, else chunks."""
+    spec, inputs, state, reset, valid = call.spec, call.inputs, call.state, call.reset, call.valid
+    if spec.hebbian:
+        return _hebbian(inputs, state, reset, valid, call.decay_floor)
+    if spec.linear and spec.bias.name == "l2" and spec.chunk_size == 1 and spec.rule.name in ("gd", "multi_step"):
+        return _delta_rule(spec, inputs, None, state, reset, valid, call.decay_floor, None)
+    batch_size, n_tokens = inputs.q.shape[:2]
+    if reset is None and valid is None and (state is call.start or not spec.stale):
+        slots = whole(n_tokens, batch_size, spec.chunk_size, inputs.q.device)
+    else:
+        slots = lay_out(state.phase, n_tokens, spec.chunk_size, valid, reset)
+    return chunked(spec, inputs, state, call.start, call.parameters, slots, floor=call.decay_floor)
+
+
+def _sequential(call: Call) -> tuple[Tensor, MirasState]:
+    """Token by token."""
+    return sequential(call.spec, call.inputs, call.state, call.start, call.parameters, reset=call.reset, valid=call.valid)
 
 
 def initial_state(
@@ -395,3 +447,6 @@ def _softmax(inputs: Inputs, state: MirasState | None, reset: Tensor | None, val
     if valid is not None:
         y, last = y.masked_fill(~valid[:, :, None, None], 0.0), torch.where(valid[:, -1], last, n_cached + n_tokens)
     return y, _held((k, v), inputs, last)
+
+
+BACKENDS.update(chunked=_chunked, sequential=_sequential)

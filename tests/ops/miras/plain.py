@@ -79,7 +79,8 @@ def recurrence(label: str, example: Example, b: int, h: int) -> tuple[Tensor, We
 
     def gate(name: str, t: int, j: int | None, default: float) -> Tensor:
         if f"log_{name}" in gates:
-            return gates[f"log_{name}"][b, t, h].exp()
+            logarithm = gates[f"log_{name}"]
+            return (logarithm[b, t, h] if j is None else logarithm[b, t, j, h]).exp()
         if name not in gates:
             return torch.tensor(default, dtype=torch.float64)
         return gates[name][b, t, h] if j is None else gates[name][b, t, j, h]
@@ -104,20 +105,25 @@ def recurrence(label: str, example: Example, b: int, h: int) -> tuple[Tensor, We
     z = [retention.start(w[None])[0] for w in initial]
     momentum = [torch.zeros_like(w) for w in z]
     outputs = []
+
+    def decayed(z: Sequence[Tensor], t: int, j: int | None) -> Weights:
+        alpha = gate("alpha", t, j, 1.0)
+        return [spread(alpha, axis, retention.row_constant) * part for axis, part in zip(axes, z, strict=True)]
+
     for t in range(example.q.shape[1]):
-        before = z
-        alpha = [spread(gate("alpha", t, None, 1.0), axis, retention.row_constant) for axis in axes]
-        kept = [a * part for a, part in zip(alpha, z, strict=True)]
-        point = kept if spec.gradient_at == "decayed" else z
         if rule.name == "multi_step":
-            z = kept
             for j in range(rule.n_steps):
-                g = gradient(point if j == 0 else z, t, j)
-                eta = [spread(gate("eta", t, j, 1.0), axis) for axis in axes]
-                z = [part - e * d for part, e, d in zip(z, eta, g, strict=True)]
-                z = settled(before, z)
                 before = z
+                if retention.couple is not None:  # every step has an alpha of its own
+                    z = decayed(z, t, j)
+                elif j == 0:
+                    z = decayed(z, t, None)
+                g = gradient(z if spec.gradient_at == "decayed" else before, t, j)
+                eta = [spread(gate("eta", t, j, 1.0), axis) for axis in axes]
+                z = settled(before, [part - e * d for part, e, d in zip(z, eta, g, strict=True)])
         else:
+            before, kept = z, decayed(z, t, None)
+            point = kept if spec.gradient_at == "decayed" else z
             first = max(0, t - rule.window + 1)
             g = [torch.zeros_like(part) for part in z]
             for i in range(first, t + 1):
@@ -126,7 +132,9 @@ def recurrence(label: str, example: Example, b: int, h: int) -> tuple[Tensor, We
             mu = gate("momentum", t, None, 1.0)
             if "write" in gates:  # M - (M k) (eta k)^T + v write^T
                 key, value = example.k[b, t, h], example.v[b, t, h]
-                move = [torch.outer(value, gates["write"][b, t, h]) - torch.outer(part @ key, eta[0][0] * key) for part in point]
+                move = [
+                    torch.outer(value, gates["write"][b, t, h]) - torch.outer(part @ key, eta[0][0] * key) for part in point
+                ]
             elif rule.name == "implicit":
                 step = gate("eta", t, None, 1.0)
                 step = step / (1 + step * example.k[b, t, h].square().sum())

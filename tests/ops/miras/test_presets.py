@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
 
 import pytest
-import torch
 
-from recollect.ops.miras import presets, scan
+from recollect.ops.miras import presets
 from tests.laws import EXACT, assert_near
-from tests.ops.miras.cases import CHUNK_SIZES, DEEP_CASES, MATRIX_CASES, Case, moneta
+from tests.ops.miras.cases import CHUNK_SIZES, DEEP_CASES, MATRIX_CASES, Case
 from tests.ops.miras.equality import BACKENDS, Outcome, expected, run
 
-ALL_CASES = {
-    **{name: make for name, make in MATRIX_CASES.items()},
+ALL_CASES: dict[str, Callable[[], Case]] = {
+    **MATRIX_CASES,
     **{f"{name}-chunk{size}": functools.partial(make, size) for name, make in DEEP_CASES.items() for size in CHUNK_SIZES},
 }
 

@@ -22,16 +22,39 @@ from tests.laws import EXACT, assert_bitwise, assert_near, assert_same_state
 from tests.ops.miras.cases import Draw
 from tests.ops.miras.equality import BACKENDS
 from tests.ops.miras.plain import everywhere
-from tests.ops.miras.product_space import AXES, BATCH, LENGTH, REGISTRIES, VARIANTS, Choice, Example, example, pairwise_sample, special_forms
+from tests.ops.miras.product_space import (
+    AXES,
+    BATCH,
+    LENGTH,
+    REGISTRIES,
+    VARIANTS,
+    Choice,
+    Example,
+    example,
+    pairwise_sample,
+    special_forms,
+)
 
 RUNNING, REFUSED = pairwise_sample()
-N_QUICK = len(special_forms())
+
+
+def quick_sample() -> set[Choice]:
+    """A few of the forms with an op of their own, and combinations until every value of every axis has run."""
+    chosen = special_forms()[::3]
+    seen = {part for choice in chosen for part in enumerate(choice)}
+    for choice in RUNNING:
+        if not seen >= set(enumerate(choice)):
+            chosen.append(choice)
+            seen |= set(enumerate(choice))
+    return set(chosen)
+
+
+QUICK = quick_sample()
 
 
 def parameters_of(choices: Sequence[Choice]) -> list[ParameterSet]:
-    """Each choice as a test; the forms with an op of their own and every fifth of the others run always, the rest is slow."""
-    quick = {*RUNNING[:N_QUICK], *RUNNING[N_QUICK::5]}
-    return [pytest.param(choice, marks=() if choice in quick else pytest.mark.slow, id=str(choice)) for choice in choices]
+    """Each choice as a test: `QUICK` always, the whole sample with `-m "slow or not slow"`."""
+    return [pytest.param(choice, marks=() if choice in QUICK else pytest.mark.slow, id=str(choice)) for choice in choices]
 
 
 combinations = pytest.mark.parametrize("choice", parameters_of(RUNNING))

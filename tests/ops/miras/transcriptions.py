@@ -46,7 +46,7 @@ def decayed_outer_products(q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, eta: 
 
 
 def gated_slot_attention(q: Tensor, k: Tensor, v: Tensor, alpha: Tensor) -> Result:
-    """Zhang et al. 2024 (arXiv 2409.07146): slots K~ [M, K] and V~ [M, V] forget by alpha_t [M] and take in 1 - alpha_t of the token."""
+    """GSA (arXiv 2409.07146): slots K~ [M, K] and V~ [M, V] keep alpha_t [M] and take in 1 - alpha_t of the token."""
     n_slots = alpha.shape[1]
     keys, values, outputs = q.new_zeros(n_slots, k.shape[1]), q.new_zeros(n_slots, v.shape[1]), []
     for t in range(q.shape[0]):
@@ -59,7 +59,7 @@ def gated_slot_attention(q: Tensor, k: Tensor, v: Tensor, alpha: Tensor) -> Resu
 
 
 def delta_net(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, alpha: Tensor | None = None) -> Result:
-    """M_t = alpha_t M_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T: DeltaNet (Yang et al. 2024), Gated DeltaNet (arXiv 2412.06464)."""
+    """M_t = alpha_t M_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T: DeltaNet (arXiv 2406.06484), Gated DeltaNet (2412.06464)."""
     memory, identity, outputs = q.new_zeros(v.shape[1], k.shape[1]), torch.eye(k.shape[1], dtype=q.dtype), []
     for t in range(q.shape[0]):
         kept = memory if alpha is None else alpha[t] * memory

@@ -1,0 +1,205 @@
+"""The compiled recurrence of a perceptron memory against the token loop, however pieces, chunks, documents and padding cut it."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from recollect.kernels import compile as building
+from recollect.kernels.memory import Perceptron, Settings, can_run, perceptron_scan
+from recollect.ops.miras import MirasSpec, Parameters, scan
+from recollect.ops.miras.biases import AttentionalBias, huber, l1, l2, lp
+from recollect.ops.miras.memories import mlp
+from recollect.ops.miras.retentions import l2 as decay
+from recollect.ops.miras.rules import gd
+
+pytestmark = pytest.mark.skipif(building.compiler() is None, reason="no C compiler on this machine")
+
+EXACT = 1e-12
+N_ROWS, N_HEADS, SIZE = 2, 2, 16
+BIASES: dict[str, AttentionalBias] = {"l2": l2(), "lp3": lp(3.0), "huber": huber(), "l1": l1()}
+PROCESSORS = ("native", "x86-64-v3", "x86-64")  # vectors of the widest kind here, of 32 and of 16 bytes
+
+
+@pytest.fixture(params=PROCESSORS)
+def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Kernels compiled for this kind of processor."""
+    if request.param != "native" and platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("not an x86-64 processor")
+    if request.param == "x86-64-v3" and torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        pytest.skip("a processor without AVX2")
+    flags = tuple(f"-march={request.param}" if flag == "-march=native" else flag for flag in building.FLAGS)
+    monkeypatch.setattr(building, "FLAGS", flags)
+    building.memory.cache_clear()
+    yield request.param
+    building.memory.cache_clear()
+
+
+def draw(length: int, *, channels: bool, dtype: torch.dtype = torch.float64, strongest: float = 0.1) -> dict[str, Tensor]:
+    """Everything that a gradient is taken of; numbers do not depend on the precision."""
+    generator = torch.Generator().manual_seed(length)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator, dtype=torch.float64)
+
+    tokens, width = (N_ROWS, length, N_HEADS), SIZE if channels else 1
+    named = {name: F.normalize(normal(*tokens, SIZE), dim=-1) for name in ("q", "k")}
+    named |= {
+        "v": normal(*tokens, SIZE),
+        "eta": uniform(*tokens, width) / 10,
+        "log_alpha": -strongest * uniform(*tokens, width),
+    }
+    named["delta"] = 0.1 + uniform(*tokens, width)
+    memory = mlp().init(N_HEADS, SIZE, SIZE, generator=generator, dtype=torch.float64)
+    named |= {"first": memory.fast[0], "last": memory.fast[1]}
+    named |= {"scale": 1 + normal(N_HEADS, SIZE) / 10, "shift": normal(N_HEADS, SIZE) / 10}
+    return {name: part.to(dtype).requires_grad_() for name, part in named.items()}
+
+
+def flags(length: int) -> tuple[Tensor, Tensor]:
+    """Documents that start inside pieces and chunks, and padding anywhere; the second row starts with padding."""
+    generator = torch.Generator().manual_seed(0)
+    reset, valid = (torch.rand(N_ROWS, length, generator=generator) < share for share in (0.1, 0.8))
+    valid[1, :3] = False
+    return reset, valid
+
+
+def oracle(
+    named: dict[str, Tensor], chunk: int, bias: str, reset: Tensor | None = None, valid: Tensor | None = None
+) -> list[Tensor]:
+    """y and the last states of the token loop."""
+    spec = MirasSpec(memory=mlp(), bias=BIASES[bias], retention=decay(), rule=gd(), chunk_size=chunk)
+    gates = {name: named[name] for name in ("eta", "log_alpha", *(("delta",) if bias == "huber" else ()))}
+    parameters = Parameters((named["first"], named["last"]), (named["scale"], named["shift"]))
+    q, k, v = named["q"], named["k"], named["v"]
+    y, state = scan(spec, q, k, v, gates, parameters=parameters, reset=reset, valid=valid, backend="sequential")
+    return [y, *state.dual, *(state.anchor or state.dual)]
+
+
+def compiled(
+    named: dict[str, Tensor],
+    chunk: int,
+    bias: str,
+    reset: Tensor | None = None,
+    valid: Tensor | None = None,
+    cuts: tuple[int, ...] = (),
+) -> list[Tensor]:
+    """The same of the kernel, in one call or cut into several."""
+    length = named["q"].shape[1]
+    state = anchor = Perceptron(*(named[name].expand(N_ROWS, *named[name].shape) for name in ("first", "last")))
+    phase, outputs = torch.zeros(N_ROWS, dtype=torch.int64), []
+    for low, high in zip((0, *cuts), (*cuts, length), strict=True):
+        q, k, v, eta, log_alpha = (named[name][:, low:high] for name in ("q", "k", "v", "eta", "log_alpha"))
+        slow, settings = (named["scale"], named["shift"]), Settings(chunk, bias)
+        y, state, anchor, phase = perceptron_scan(
+            *(q, k, v, eta, log_alpha, state, anchor, slow, phase, settings),
+            delta=named["delta"][:, low:high] if bias == "huber" else None,
+            start=None if reset is None else Perceptron(named["first"], named["last"]),
+            reset=None if reset is None else reset[:, low:high],
+            valid=None if valid is None else valid[:, low:high],
+        )
+        outputs.append(y)
+    return [torch.cat(outputs, dim=1), *state, *anchor]
+
+
+def with_gradients(outputs: list[Tensor], named: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Outputs and the gradients of a weighted sum of them all; zeros where nothing depends on an input."""
+    total = sum((torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view_as(x) * x).sum() for x in outputs)
+    assert isinstance(total, Tensor)
+    gradients = torch.autograd.grad(total, list(named.values()), allow_unused=True, materialize_grads=True)
+    names = ("y", "state first", "state last", "anchor first", "anchor last")
+    return {**dict(zip(names, outputs, strict=True)), **dict(zip(named, gradients, strict=True))}
+
+
+def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = EXACT) -> None:
+    """Relative to the largest entry where that is above 1."""
+    for name, value in expected.items():
+        error = float(((actual[name] - value).abs().max() / value.abs().max().clamp(min=1)).detach())
+        assert error <= tolerance, f"{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("bias", list(BIASES))
+@pytest.mark.parametrize(("length", "chunk"), [(1, 16), (50, 16), (40, 5), (90, 64), (150, 100)])
+def test_compiled_memory_equals_the_token_loop(length: int, chunk: int, bias: str) -> None:
+    """Prevents a gradient point, a decay or a second-order term that is lost between pieces, chunks or segments."""
+    named = draw(length, channels=length % 20 == 10)
+    assert_close(with_gradients(compiled(named, chunk, bias), named), with_gradients(oracle(named, chunk, bias), named))
+
+
+@pytest.mark.parametrize(("chunk", "cuts"), [(16, ()), (16, (21,)), (64, (1, 37)), (100, (70,))])
+def test_compiled_memory_keeps_documents_padding_and_cuts_apart(chunk: int, cuts: tuple[int, ...]) -> None:
+    """Prevents a document that sees the one before it, padding that moves the chunks, and states that do not go on."""
+    named = draw(80, channels=True)
+    reset, valid = flags(80)
+    actual = with_gradients(compiled(named, chunk, "l2", reset, valid, cuts), named)
+    assert_close(actual, with_gradients(oracle(named, chunk, "l2", reset, valid), named))
+
+
+def test_compiled_memory_survives_any_decay() -> None:
+    """Prevents overflow or 0/0 where a gate forgets everything: log alpha down to -1e4, forward and backward."""
+    named = draw(60, channels=True, strongest=3.0)
+    with torch.no_grad():
+        named["log_alpha"][:, 7] = -1e4
+    actual, expected = (with_gradients(form(named, 16, "l2"), named) for form in (compiled, oracle))
+    assert_close(actual, expected, 1e-11)  # the norm divides by a memory that is nearly empty
+
+
+@pytest.mark.parametrize("chunk", [16, 64])
+def test_compiled_memory_in_single_precision_is_as_exact_as_the_token_loop(chunk: int, processor: str) -> None:
+    """Prevents vector code of one width, or its exponential, that is less exact: mean error of four draws, each result and gradient.
+
+    One draw's rounding is amplified by what the memory has become; the mean says what the arithmetic loses.
+    """
+    errors: dict[str, list[float]] = {}
+    for length in (66, 70, 74, 78):
+        exact, *single = (
+            with_gradients(form(named := draw(length, channels=True, dtype=dtype), chunk, "l2"), named)
+            for form, dtype in ((oracle, torch.float64), (compiled, torch.float32), (oracle, torch.float32))
+        )
+        for name, value in exact.items():
+            pair = errors.setdefault(name, [0.0, 0.0])
+            for n, results in enumerate(single):
+                pair[n] += float((results[name] - value).detach().norm() / value.detach().norm().clamp(min=1e-30))
+    for name, (actual, plain) in errors.items():
+        assert actual <= 2 * plain, f"{name}: {actual / 4:.1e}, the loop {plain / 4:.1e}"
+
+
+def test_compiled_memory_is_exact_on_every_processor(processor: str) -> None:
+    """Prevents products that assume one width of vectors."""
+    named = draw(50, channels=True)
+    reset, valid = flags(50)
+    assert_close(
+        with_gradients(compiled(named, 16, "huber", reset, valid), named),
+        with_gradients(oracle(named, 16, "huber", reset, valid), named),
+    )
+
+
+@pytest.mark.parametrize("chunk", [16, 64])
+def test_compiled_memory_is_causal_and_rows_are_apart(chunk: int) -> None:
+    """Prevents a token that changes a bit of an earlier one, or of another row of the batch."""
+    named = {name: part.detach() for name, part in draw(60, channels=True, dtype=torch.float32).items()}
+    before = compiled(named, chunk, "l2")[0]
+    for name in ("q", "k", "v", "eta"):
+        named[name] = named[name].clone()
+        named[name][0, 29:] *= 3
+    after = compiled(named, chunk, "l2")[0]
+    assert torch.equal(before[0, :29], after[0, :29])
+    assert torch.equal(before[1], after[1])
+    assert not torch.equal(before[0, 29], after[0, 29])
+
+
+def test_can_run_refuses_what_the_kernel_has_no_code_for() -> None:
+    """Prevents wrong results or a crash where the plain form has to be used."""
+    q = torch.zeros(1, 1, 1, 16)
+    assert can_run(q, 64, "l2")
+    assert not can_run(q.half(), 64, "l2")
+    assert not can_run(torch.zeros(1, 1, 1, 24), 96, "l2")
+    assert not can_run(q, 64, "l_infinity")
