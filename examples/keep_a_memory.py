@@ -28,13 +28,15 @@ import torch
 from torch import Tensor
 
 from recollect.comparison.generation import load_byte_model
+from recollect.mixers.base import option_names
 from recollect.models import RecollectCache, RecollectConfig, RecollectForCausalLM, load_memory, remember, save_memory
 from recollect.tasks import Batch, stream_seed
 from recollect.training.config import TrainingConfig
 from recollect.training.loop import train
 
 PASSAGE = 256
-LENGTH = 512
+LENGTH = 256
+SPAN = 96
 N_PASSAGES = 16
 DISTANCES = (0, 1_000, 4_000, 16_000)
 
@@ -54,17 +56,17 @@ def split(book: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def repeating_batch(text: Tensor, n_rows: int, *, seed: int) -> Batch:
-    """Windows of the text in which a passage comes back: what a memory is for, and what plain windows rarely show."""
+    """Rows of spans, each either new text or one that the row has shown before: what a memory is for, and plain text shows rarely."""
     draw = np.random.default_rng(seed)
     rows = []
     for _ in range(n_rows):
-        start, other = draw.integers(len(text) - LENGTH, size=2)
-        size = int(draw.integers(32, 129))
-        window, tail = text[start : start + LENGTH - size], text[other : other + LENGTH]
-        place = int(draw.integers(len(window) - size))
-        again = window[place : place + size]
-        cut = int(draw.integers(place + size, len(window) + 1))
-        rows.append(torch.cat([window[:cut], again, tail])[: LENGTH + 1])
+        row = text[:0]
+        while len(row) <= LENGTH:
+            size = int(draw.integers(SPAN // 4, SPAN))
+            source = row if len(row) > size and draw.random() < 0.5 else text
+            start = int(draw.integers(len(source) - size))
+            row = torch.cat([row, source[start : start + size]])
+        rows.append(row[: LENGTH + 1])
     tokens = torch.stack(rows)
     return Batch(tokens[:, :-1], tokens[:, 1:], [{} for _ in rows])
 
@@ -72,12 +74,17 @@ def repeating_batch(text: Tensor, n_rows: int, *, seed: int) -> Batch:
 def make_model(text: Tensor, arguments: argparse.Namespace) -> RecollectForCausalLM:
     """Train a tiny model on the text."""
     torch.manual_seed(arguments.seed)
-    model = RecollectForCausalLM(
-        RecollectConfig(hidden_size=arguments.width, num_hidden_layers=2, num_attention_heads=4, layers=arguments.mixer)
+    config = RecollectConfig(
+        hidden_size=arguments.width, num_hidden_layers=2, num_attention_heads=2, layers=arguments.mixer, mlp=False
     )
-    config = TrainingConfig(steps=arguments.steps, batch_size=8, lr=3e-3, warmup=0.1, end_lr=0.05, weight_decay=0.1)
+    if any("rope_theta" in option_names(layer["mixer"]) for layer in config.layers):
+        config = config.with_mixer_options(rope_theta=None)  # the book is longer than the positions of training
+    model = RecollectForCausalLM(config)
+    recipe = TrainingConfig(steps=arguments.steps, batch_size=16, lr=1e-2, warmup=0.1, end_lr=0.05, weight_decay=0.1)
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
-    print(f"training {arguments.mixer}, {n_parameters:,} parameters, {config.steps} steps of 8 x {LENGTH} bytes")
+    print(
+        f"training {arguments.mixer}, {n_parameters:,} parameters, {recipe.steps} steps of {recipe.batch_size} x {LENGTH} bytes"
+    )
 
     def report(event: dict[str, object]) -> None:
         if event["event"] == "step":
@@ -85,8 +92,8 @@ def make_model(text: Tensor, arguments: argparse.Namespace) -> RecollectForCausa
 
     train(
         model,
-        config,
-        batch_at=lambda step: repeating_batch(text, config.batch_size, seed=stream_seed("train", arguments.seed, step)),
+        recipe,
+        batch_at=lambda step: repeating_batch(text, recipe.batch_size, seed=stream_seed("train", arguments.seed, step)),
         report=report,
         report_seconds=15.0,
     )
@@ -162,8 +169,8 @@ def main() -> None:
     parser.add_argument("book", type=Path, help="a plain text of 100 KB or more")
     parser.add_argument("--model", type=Path, help="a byte-level model to use instead of training one")
     parser.add_argument("--mixer", default="yaad", help="mixer or pattern of layers of the model to train")
-    parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("kept_memory"))
     parser.add_argument("--recall", action="store_true", help=argparse.SUPPRESS)

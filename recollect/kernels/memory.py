@@ -84,7 +84,9 @@ def perceptron_scan(
     code = memory(width, state.first.shape[-2], BIASES[settings.bias], q.dtype == torch.float64)
     assert code is not None
     table = _Table.of(code, q, phase, settings.chunk_size, reset, valid)
-    y, *states = _Native.apply(table, settings, q, k, v, *shared, delta, *state, *anchor, *(start or (None, None)), *slow)
+    y, *states = _Native.apply(
+        table, settings, torch.is_grad_enabled(), q, k, v, *shared, delta, *state, *anchor, *(start or (None, None)), *slow
+    )
     return y, Perceptron(*states[:2]), Perceptron(*states[2:]), table.phase
 
 
@@ -151,14 +153,14 @@ class _Native(torch.autograd.Function):
     """Forward keeps the inputs, states at segments' starts and what the norms take; backward replays segment by segment."""
 
     @staticmethod
-    def forward(ctx: Any, table: _Table, settings: Settings, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, table: _Table, settings: Settings, learning: bool, *inputs: Tensor | None) -> tuple[Tensor, ...]:
         tensors = [None if x is None else x.detach().contiguous() for x in inputs]
         q, first = tensors[0], tensors[6]
         assert q is not None
         assert first is not None
         y = torch.zeros_like(q) if table.padded else torch.empty_like(q)
         kept: tuple[Tensor | None, ...] = (None, None, None)
-        if any(ctx.needs_input_grad):
+        if learning and any(ctx.needs_input_grad):
             kept = (
                 q.new_empty(*first.shape[:2], table.segments, 2, *first.shape[2:]),
                 torch.empty_like(q),
@@ -184,7 +186,7 @@ class _Native(torch.autograd.Function):
         d_y = d_y.contiguous()
         gradients = _Gradients(*map(_pointer, (d_y, *d_tokens, *slow, *starts, *states)))
         table.code.backward(ctypes.byref(call), ctypes.byref(gradients))
-        return None, None, *d_tokens, *states, *(None if x is None else x.sum(0) for x in (*starts, *slow))
+        return None, None, None, *d_tokens, *states, *(None if x is None else x.sum(0) for x in (*starts, *slow))
 
 
 def _call(

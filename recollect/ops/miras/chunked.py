@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from recollect.ops.decay import SAFE_EXPONENT, cumulative_log_decay, decayed_scores, decayed_sum
 from recollect.ops.miras.inputs import Inputs, choose, named, on_axis, reduced
@@ -29,6 +30,9 @@ from recollect.ops.miras.slots import Slots
 from recollect.ops.miras.spec import MirasSpec, MirasState, Tail
 
 Matrices = tuple[Tensor, ...]
+
+SEGMENT = 64  # tokens between the states that the backward pass keeps; what is between them is computed again
+KEPT_SEGMENTS = 8  # sequences of at most as many segments keep everything instead
 
 
 def chunked(
@@ -53,14 +57,30 @@ def chunked(
     gating = None
     if dual_form(spec, inputs):
         gating = [_gating(spec, arranged, slots, axis, floor) for axis in spec.memory.axes]
-    outputs = []
-    for n in range(slots.n_chunks):
-        if slots.reset is not None:
-            state = choose(slots.reset[:, n], start, state)
-        here = _Chunk(arranged.step(n), slots, n)
-        y, state = _dense(spec, here, state, parameters) if gating is None else _dual(spec, here, state, parameters, gating)
-        outputs.append(y)
-    return slots.collect(torch.stack(outputs)), state._replace(phase=slots.phase)
+
+    def run(state: MirasState, first: int, last: int) -> tuple[Tensor, MirasState]:
+        """Chunks first .. last - 1."""
+        outputs = []
+        for n in range(first, last):
+            if slots.reset is not None:
+                state = choose(slots.reset[:, n], start, state)
+            here = _Chunk(arranged.step(n), slots, n)
+            y, state = _dense(spec, here, state, parameters) if gating is None else _dual(spec, here, state, parameters, gating)
+            outputs.append(y)
+        return torch.stack(outputs), state
+
+    group = max(1, SEGMENT // slots.length)
+    if not torch.is_grad_enabled() or slots.n_chunks <= KEPT_SEGMENTS * group:
+        y, state = run(state, 0, slots.n_chunks)
+    else:
+        parts = []
+        for first in range(0, slots.n_chunks, group):
+            part, state = checkpoint(
+                run, state, first, min(first + group, slots.n_chunks), use_reentrant=False, preserve_rng_state=False
+            )
+            parts.append(part)
+        y = torch.cat(parts)
+    return slots.collect(y), state._replace(phase=slots.phase)
 
 
 def dual_form(spec: MirasSpec, inputs: Inputs) -> bool:
@@ -265,9 +285,14 @@ def _dual(
 
     def apply(m: int, x: Tensor) -> Tensor:
         (g, f), base = factors[m], reads[m]
-        f = f - f.mean(-1, keepdim=True) if base.centred else f
-        g = g if base.scale is None else base.scale * g
-        y = gating[m].product(n, x, base.moving, None if state.momentum is None else state.momentum[m], g, f)
+        momentum = None if state.momentum is None else state.momentum[m]
+        if base.centred:
+            f = f - f.mean(-1, keepdim=True)
+            momentum = None if momentum is None else momentum - momentum.mean(-1, keepdim=True)
+        if base.scale is not None:
+            g = base.scale * g
+            momentum = None if momentum is None else base.scale * momentum
+        y = gating[m].product(n, x, base.moving, momentum, g, f)
         return y if base.fixed is None else y + x @ base.fixed.mT
 
     y = spec.memory.read(apply, parameters.slow, chunk.inputs.q)
@@ -275,11 +300,16 @@ def _dual(
         gate.advance(n, z, s, g, f)
         for gate, z, s, (g, f) in zip(gating, state.dual, state.momentum or (None,) * len(factors), factors, strict=True)
     ]
-    momentum = None if state.momentum is None else tuple(s for _, s in after if s is not None)
+    after_momentum = None if state.momentum is None else tuple(s for _, s in after if s is not None)
     dual, next_anchor = _settle(spec, chunk, anchor, tuple(z for z, _ in after))
     tail = _next_tail(chunk, state.tail)
     return y, MirasState(
-        dual, None if state.anchor is None else next_anchor, _next_kept(spec, chunk, state.kept), momentum, tail, state.phase
+        dual,
+        None if state.anchor is None else next_anchor,
+        _next_kept(spec, chunk, state.kept),
+        after_momentum,
+        tail,
+        state.phase,
     )
 
 

@@ -104,9 +104,10 @@ def omega(window: int = 4) -> LearningRule:
 
 
 def muon(n_iterations: int = 5, window: int = 1) -> LearningRule:
-    """Orthogonalised momentum, once per chunk: S_t = mu_t S_{t-1} - sum of gamma_i g_i over the window, Z_C = keep Z_0 + eta_C NS(S_C).
+    """Orthogonalised momentum: S_t = mu_t S_{t-1} - sum of gamma_i g_i over the window; at a chunk's end Z = keep Z_0 + eta_C NS(S).
 
-    NS is `newton_schulz`, eta_C the gate at the chunk's last token. With chunk_size 1 and gamma this is Atlas' update.
+    NS is `newton_schulz`, eta_C the gate at the chunk's last token; until then tokens read Z_0, decayed by their alphas. With
+    chunk_size 1 and gamma this is Atlas' update.
     Source: Muon, Jordan et al. 2024; Atlas, arXiv 2505.23735; per chunk: LaCT, arXiv 2505.23884.
     """
     if n_iterations < 1 or window < 1:
@@ -163,7 +164,8 @@ def mixture(
 def newton_schulz(s: Tensor, n_iterations: int = 5) -> Tensor:
     """Matrices [..., O, I] with their singular values pushed towards 1 (0.7 to 1.2 after 5 iterations), sign and vectors kept.
 
-    Source: Jordan et al. 2024 (Muon), the quintic with coefficients (3.4445, -4.7750, 2.0315).
+    Source: Jordan et al. 2024 (Muon), the quintic with coefficients (3.4445, -4.7750, 2.0315); their 1e-7 on the norm is here 1e-14 on
+    its square, smooth at 0.
     """
     tall = s.shape[-2] > s.shape[-1]
     x = s.mT if tall else s

@@ -29,7 +29,8 @@ PLUGINS = ("recollect.kernels",)
 
 
 class Call(NamedTuple):
-    """One scan with everything checked and in one precision; `start` is the state at the start of a document."""
+    """One scan with everything checked and in one precision; `start` is the state at the start of a document, which is `learned`
+    if the caller gave parameters."""
 
     spec: MirasSpec
     inputs: Inputs
@@ -39,6 +40,7 @@ class Call(NamedTuple):
     reset: Tensor | None
     valid: Tensor | None
     decay_floor: float | None
+    learned: bool
 
 
 Backend = Callable[[Call], tuple[Tensor, MirasState]]
@@ -80,6 +82,7 @@ def scan(
             "sequential": token by token, the oracle.
     Returns:
         y [B, T, H, V] in q's dtype, and the state after the last token (fp32; fp64 for fp64 input).
+        Chunks of one token always read exactly. Softmax attention takes padding on the left only.
     Raises:
         ValueError: shapes that do not fit, gates that the spec does not have, parameters left out that the memory needs.
         RuntimeError: a backend that cannot run this spec here.
@@ -91,15 +94,22 @@ def scan(
     _check_shapes(q, k, v, reset, valid)
     exact = torch.promote_types(q.dtype, torch.float32)
     inputs, write = _inputs(spec, q.to(exact), k.to(exact), v.to(exact), gates)
+    learned = parameters is not None
     if spec.memory.kind != "parametric" or spec.rule.kind != "gradient":
+        if learned:
+            raise ValueError(f"memory {spec.memory.name!r} with rule {spec.rule.name!r} starts empty: leave parameters out")
         y, after = _own_scan(spec, inputs, state, reset, valid, backend)
         return y.to(q.dtype), after
     if write is not None or spec.rule.implicit:
+        if learned and reset is not None:
+            raise ValueError("documents of this form of the delta rule start from zeros: leave parameters or reset out")
+        if learned and state is None:
+            state = _start(spec, inputs, _parameters(spec, inputs, parameters))
         y, after = _delta_rule(spec, inputs, write, state, reset, valid, decay_floor, backend)
         return y.to(q.dtype), after
     parameters = _parameters(spec, inputs, parameters)
     start = _start(spec, inputs, parameters)
-    call = Call(spec, inputs, start if state is None else state, start, parameters, reset, valid, decay_floor)
+    call = Call(spec, inputs, start if state is None else state, start, parameters, reset, valid, decay_floor, learned)
     y, after = _choose(call, backend)(call)
     return y.to(q.dtype), after
 
@@ -126,9 +136,10 @@ def _choose(call: Call, backend: str | None) -> Backend:
 def _chunked(call: Call) -> tuple[Tensor, MirasState]:
     """Matrix products: the exact forms of linear memories where there is one, else chunks."""
     spec, inputs, state, reset, valid = call.spec, call.inputs, call.state, call.reset, call.valid
-    if spec.hebbian:
+    zeros = reset is None or not call.learned  # what the forms below take documents to start from
+    if spec.hebbian and zeros:
         return _hebbian(inputs, state, reset, valid, call.decay_floor)
-    if spec.linear and spec.bias.name == "l2" and spec.chunk_size == 1 and spec.rule.name in ("gd", "multi_step"):
+    if spec.linear and spec.bias.name == "l2" and spec.chunk_size == 1 and spec.rule.name in ("gd", "multi_step") and zeros:
         return _delta_rule(spec, inputs, None, state, reset, valid, call.decay_floor, None)
     batch_size, n_tokens = inputs.q.shape[:2]
     if reset is None and valid is None and (state is call.start or not spec.stale):

@@ -112,7 +112,7 @@ def lay_out(phase: Tensor, n_tokens: int, chunk_size: int, valid: Tensor | None,
 
     before = per_chunk(place, begins)
     count = torch.zeros(batch_size, n_chunks, dtype=torch.int64, device=device).scatter_add_(1, chunk, real.long())
-    slot = chunk * length + (place - before.gather(1, chunk)).clamp(min=0)
+    slot = torch.where(real, chunk * length + place - before.gather(1, chunk), 0)
     spread = torch.full((batch_size, n_chunks * length + 1), -1, dtype=torch.int64, device=device)
     token = spread.scatter_(1, torch.where(real, slot, n_chunks * length), steps.expand(batch_size, -1))[:, :-1]
     last = real.cumsum(1)[:, -1]

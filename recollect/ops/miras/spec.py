@@ -85,11 +85,13 @@ class MirasSpec:
             raise ValueError(
                 f"softmax attention is bias 'l2' with retention 'none'; got bias {bias.name!r}, retention {retention.name!r}"
             )
-        if memory.kind == "slots" and (bias.name, rule.name) != ("dot_product", "gd"):
-            raise ValueError(f"memory 'slots' has bias 'dot_product' and rule 'gd'; got bias {bias.name!r}, rule {rule.name!r}")
-        plain = "retention 'none' or 'l2'"
-        if (memory.kind == "slots" or rule.kind == "least_squares" or rule.implicit) and retention.name not in ("none", "l2"):
-            raise ValueError(f"{rule.name!r} on memory {memory.name!r} needs {plain}; got {retention.name!r}")
+        if memory.kind == "slots" and (bias.name, retention.name, rule.name) != ("dot_product", "l2", "gd"):
+            raise ValueError(
+                "memory 'slots' has bias 'dot_product', retention 'l2' and rule 'gd'; "
+                f"got bias {bias.name!r}, retention {retention.name!r}, rule {rule.name!r}"
+            )
+        if (rule.kind == "least_squares" or rule.implicit) and retention.name not in ("none", "l2"):
+            raise ValueError(f"rule {rule.name!r} needs retention 'none' or 'l2'; got {retention.name!r}")
         if (rule.kind == "least_squares" or rule.implicit) and (memory.name, bias.name) != ("matrix", "l2"):
             raise ValueError(
                 f"rule {rule.name!r} has a closed form for memory 'matrix' with bias 'l2' only; "

@@ -172,9 +172,16 @@ class Example(NamedTuple):
     gates: dict[str, Tensor]
     parameters: Parameters
 
+    @property
+    def learned(self) -> bool:
+        """Whether the memory before the first token can be learned: forms with a scan of their own start from zeros."""
+        own = self.spec.memory.kind != "parametric" or self.spec.rule.kind != "gradient" or self.spec.rule.implicit
+        return not own and "write" not in self.gates
+
     def tensors(self) -> list[Tensor]:
         """Everything that has a gradient."""
-        return [self.q, self.k, self.v, *self.gates.values(), *self.parameters.fast, *self.parameters.slow]
+        learned = [*self.parameters.fast, *self.parameters.slow] if self.learned else []
+        return [self.q, self.k, self.v, *self.gates.values(), *learned]
 
     def sequence(self, change: Callable[[Tensor], Tensor]) -> Example:
         """The same with `change` of every tensor [B, T, ...]."""
@@ -187,7 +194,16 @@ class Example(NamedTuple):
 
     def scan(self, state: MirasState | None = None, **options: Any) -> tuple[Tensor, MirasState]:
         """y and the next state."""
-        return scan(self.spec, self.q, self.k, self.v, self.gates, state, parameters=self.parameters, **options)
+        return scan(
+            self.spec,
+            self.q,
+            self.k,
+            self.v,
+            self.gates,
+            state,
+            parameters=self.parameters if self.learned else None,
+            **options,
+        )
 
 
 def example(choice: Choice, *, seed: int = 0, length: int = LENGTH) -> Example:
@@ -207,7 +223,7 @@ def example(choice: Choice, *, seed: int = 0, length: int = LENGTH) -> Example:
         gates["eta"] = 0.1 * draw.uniform(*written, *step_channels)
         if spec.retention.decays and spec.retention.couple is None:
             # Weak enough that no LayerNorm divides by the spread of a memory that has decayed to zero: that amplifies rounding.
-            gates["log_alpha"] = (0.1 if spec.memory.n_slow else 1.0) * draw.log_alpha(*token, *channels)
+            gates["log_alpha"] = (0.03 if spec.memory.n_slow else 1.0) * draw.log_alpha(*token, *channels)
     if spec.memory.kind == "slots":
         gates["log_alpha"] = draw.log_alpha(*token, spec.memory.n_slots)
     if choice.gates == "write":
@@ -219,6 +235,9 @@ def example(choice: Choice, *, seed: int = 0, length: int = LENGTH) -> Example:
     if "gamma" in spec.rule.gates:
         gates["gamma"] = torch.sigmoid(draw.normal(*token))
     fresh = spec.memory.init(HEADS, WIDTH, value_dim, generator=draw.generator, dtype=torch.float64)
-    fast = tuple(w + 0.3 * draw.normal(*w.shape) for w in fresh.fast)
+    # Rows of a softmax that are nearly equal make hidden units nearly equal, which amplifies rounding like a decayed memory does.
+    spread = 2.0 if spec.retention.name == "kl" else 1.0
+    fast = tuple(spread * (w + 0.3 * draw.normal(*w.shape)) for w in fresh.fast)
     slow = tuple(p + 0.2 * draw.normal(*p.shape) for p in fresh.slow)
-    return Example(spec, q, k, v, gates, Parameters(fast, slow))
+    made = Example(spec, q, k, v, gates, Parameters(fast, slow))
+    return made if made.learned else made._replace(parameters=Parameters(tuple(torch.zeros_like(w) for w in fast), slow))

@@ -8,6 +8,7 @@ Axis legend: B batch, T time, H heads, V value dim.
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -40,7 +41,7 @@ RUNNING, REFUSED = pairwise_sample()
 
 def quick_sample() -> set[Choice]:
     """A few of the forms with an op of their own, and combinations until every value of every axis has run."""
-    chosen = special_forms()[::3]
+    chosen = special_forms()[::4]
     seen = {part for choice in chosen for part in enumerate(choice)}
     for choice in RUNNING:
         if not seen >= set(enumerate(choice)):
@@ -139,7 +140,7 @@ def test_sample_holds_every_pair() -> None:
 def test_every_value_runs_somewhere(axis: str) -> None:
     """Prevents a registered part that no combination accepts."""
     used = {str(choice._asdict()[axis]) for choice in RUNNING}
-    assert used == {str(value) for value in AXES[axis]}
+    assert used >= {str(value) for value in AXES[axis]}
 
 
 @pytest.mark.parametrize("choice", REFUSED, ids=str)
@@ -150,7 +151,9 @@ def test_refusal_names_what_works(choice: Choice) -> None:
     text = str(refusal.value)
     known = [f"'{name}'" for registry in REGISTRIES.values() for name in registry]
     named = [name for name in known if name in text]
-    taken = {f"'{name}'" for axis in REGISTRIES for name in REGISTRIES[axis] if str(choice._asdict()[axis]).startswith(name)}
+    taken = {
+        f"'{name}'" for axis in REGISTRIES for name in REGISTRIES[axis] if re.match(rf"{name}\b", str(choice._asdict()[axis]))
+    }
     alternatives = ("chunk_size must be", "chunk_size=1", "read='exact'")
     assert set(named) - taken or any(words in text for words in alternatives), text
 
