@@ -28,7 +28,8 @@ import torch
 from torch import Tensor
 
 from recollect.comparison.generation import load_byte_model
-from recollect.mixers.base import option_names
+from recollect.mixers import entry
+from recollect.mixers.miras import Miras
 from recollect.models import RecollectCache, RecollectConfig, RecollectForCausalLM, load_memory, remember, save_memory
 from recollect.tasks import Batch, stream_seed
 from recollect.training.config import TrainingConfig
@@ -77,8 +78,9 @@ def make_model(text: Tensor, arguments: argparse.Namespace) -> RecollectForCausa
     config = RecollectConfig(
         hidden_size=arguments.width, num_hidden_layers=2, num_attention_heads=2, layers=arguments.mixer, mlp=False
     )
-    if any("rope_theta" in option_names(layer["mixer"]) for layer in config.layers):
-        config = config.with_mixer_options(rope_theta=None)  # the book is longer than the positions of training
+    for layer in config.layers:
+        if entry(layer["mixer"]).cls is Miras:
+            layer["rope_theta"] = None  # the book is longer than the positions of training, where these memories go astray
     model = RecollectForCausalLM(config)
     recipe = TrainingConfig(steps=arguments.steps, batch_size=16, lr=1e-2, warmup=0.1, end_lr=0.05, weight_decay=0.1)
     n_parameters = sum(parameter.numel() for parameter in model.parameters())

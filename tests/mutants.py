@@ -23,6 +23,8 @@ from tests.ops import test_attention, test_multi_token, test_multi_token_forms
 from tests.ops.test_multi_token import Case
 
 ATTENTION, MULTI_TOKEN = "recollect.ops.attention", "recollect.ops.multi_token"
+STREAM, BLOCKS, SLOTS = "recollect.mixers.stream", "recollect.mixers.blocks", "recollect.ops.miras.slots"
+MIRAS, CHUNKED, TILES = "recollect.mixers.miras", "recollect.ops.miras.chunked", "recollect.ops.tiles"
 MIXER, PLACE, MTA = "recollect.mixers.attention", "recollect.mixers.place", "recollect.mixers.multi_token"
 
 
@@ -381,5 +383,86 @@ MUTANTS = [
         Edit(MIXER, "Attention.maps", '.masked_fill(~seen, float("-inf"))', ""),
         "law_maps",
         "attention",
+    ),
+    # recurrent mixers: conv caches, streams, chunks
+    by_law(
+        "the short convolution reads the document before",
+        Edit(
+            BLOCKS,
+            "ShortConvolution.forward",
+            "if segment is not None:\n            past",
+            "if False:\n            past",
+        ),
+        "law_documents",
+        "delta_net",
+    ),
+    by_law(
+        "the convolution's cache keeps another document's inputs",
+        Edit(BLOCKS, "ShortConvolution.forward", "if segment is not None:\n        kept", "if False:\n        kept"),
+        "law_documents",
+        "delta_net",
+    ),
+    by_law(
+        "the short convolution looks ahead",
+        Edit(
+            BLOCKS,
+            "ShortConvolution.forward",
+            "wide[:, width - 1 :] * weight[:, -1]",
+            "wide[:, width - 1 :].roll(-1, 1) * weight[:, -1]",
+        ),
+        "law_causality",
+        "delta_net",
+    ),
+    by_law(
+        "padding enters the convolution",
+        Edit(BLOCKS, "ShortConvolution.forward", "if valid is not None:", "if False:"),
+        "law_left_padding",
+        "gated_delta_net",
+    ),
+    by_law(
+        "positions go on through documents",
+        Edit(STREAM, "follow", "-base, stream.position[:, None])", "stream.position[:, None], stream.position[:, None])"),
+        "law_documents",
+        "yaad",
+        chunk_size=4,
+    ),
+    by_law(
+        "padding counts as tokens",
+        Edit(STREAM, "follow", "count = real.cumsum(dim=1)", "count = torch.ones_like(real).cumsum(dim=1)"),
+        "law_left_padding",
+        "yaad",
+        chunk_size=4,
+    ),
+    by_law(
+        "a new document does not reset the memory",
+        Edit(STREAM, "follow", "(ids != recent[:, :-1])", "(ids < 0)"),
+        "law_documents",
+        "retnet",
+    ),
+    by_law(
+        "an open chunk is taken for a new one",
+        Edit(SLOTS, "lay_out", "seen + phase[:, None]) % chunk_size", "seen) % chunk_size"),
+        "law_split",
+        "moneta",
+        chunk_size=4,
+    ),
+    by_law(
+        "the gradient point never moves",
+        Edit(
+            CHUNKED,
+            "_settle",
+            "return choose(complete, settled, dual), choose(complete, settled, anchor)",
+            "return choose(complete, settled, dual), anchor",
+        ),
+        "law_split",
+        "moneta",
+        chunk_size=4,
+    ),
+    by_law(
+        "the learned memory is not used",
+        Edit(MIRAS, "Miras.memory_parameters", "tuple(self.fast)", "tuple(part.detach() for part in self.fast)"),
+        "law_every_parameter_matters",
+        "moneta",
+        chunk_size=4,
     ),
 ]

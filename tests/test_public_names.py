@@ -96,7 +96,10 @@ PUBLIC: dict[str, dict[str, str]] = {
         "RecollectForCausalLM": "config",
         "RecollectModel": "config",
         "SIZES": "",
+        "load_memory": "model, path",
         "n_parameters": "config",
+        "remember": "model, tokens, cache, *, piece",
+        "save_memory": "model, cache, path",
         "size": "name, mixer, *, vocab_size",
     },
     "recollect.tasks": {

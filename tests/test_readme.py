@@ -10,7 +10,7 @@ import pytest
 import typer
 
 from recollect.cli import app
-from recollect.mixers import MIXERS, available
+from recollect.mixers import MIXERS, PATTERNS, available
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -60,7 +60,7 @@ def test_readme_commands_parse(words: list[str]) -> None:
     with group.commands[name].make_context(name, arguments) as context:  # type: ignore[attr-defined]
         if context.params.get("mixers") and not context.params.get("imports"):
             named = {label.split(":")[0] for label in context.params["mixers"].split(",")}
-            assert named <= set(available())
+            assert named <= {*available(), *PATTERNS}
 
 
 def test_readme_make_targets_exist() -> None:

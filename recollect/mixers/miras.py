@@ -195,7 +195,7 @@ class Miras(RecurrentMixer):
         dim, n_heads, size = config.dim, config.n_heads, config.head_size
         self.spec = config.spec()
         self.channels = _channels_allowed(self.spec) if config.channel_gates is None else config.channel_gates
-        self.eta_base = default_eta_base(self.spec, size) if config.eta_base is None else config.eta_base
+        self.eta_base = default_eta_base(self.spec) if config.eta_base is None else config.eta_base
         self.q = Branch(dim, n_heads, size, conv_width=config.conv_width)
         self.k = Branch(dim, n_heads, size, conv_width=config.conv_width)
         self.v = Branch(dim, n_heads, size, conv_width=config.conv_width)
@@ -286,12 +286,17 @@ class Miras(RecurrentMixer):
         return Parameters(tuple(self.fast), tuple(self.slow)) if len(self.fast) else None
 
 
-def default_eta_base(spec: MirasSpec, head_dim: int) -> float:
-    """The largest inner step size that a layer starts with, for chunks of `spec.chunk_size` tokens."""
+def default_eta_base(spec: MirasSpec) -> float:
+    """The largest inner step size that a layer starts with (gates start at half of it).
+
+    For perceptrons, the middle of the range in which a fresh memory recalls random pairs best after one pass; that range hardly moves
+    with the width (16 to 128), the chunk (1 to 64) and the number of pairs (16 to 128): LOG.md has the figures. A matrix has no norm
+    that would hold it: a chunk's steps together must stay below 2, even if all its keys are one.
+    """
     if spec.memory.name in ("matrix", "vector"):
-        return 1.0
-    base = {"kl": 1.0}.get(spec.retention.name, {"lp": 0.01, "huber": 0.1}.get(spec.bias.name, 0.01))
-    return base * min(1.0, math.sqrt(32 / head_dim))
+        return min(1.0, 2.0 / spec.chunk_size)
+    base = 0.8 if spec.retention.row_constant else {"lp": 0.015}.get(spec.bias.name, 0.05)
+    return base / 2 if spec.rule.momentum or spec.rule.window > 1 else base
 
 
 def _channels_allowed(spec: MirasSpec) -> bool:
