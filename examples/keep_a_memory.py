@@ -25,19 +25,20 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is imported
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from recollect.comparison.generation import load_byte_model
 from recollect.mixers import entry
 from recollect.mixers.miras import Miras
 from recollect.models import RecollectCache, RecollectConfig, RecollectForCausalLM, load_memory, remember, save_memory
-from recollect.tasks import Batch, stream_seed
+from recollect.tasks import stream_seed
 from recollect.training.config import TrainingConfig
-from recollect.training.loop import train
+from recollect.training.optimiser import make_optimiser
+from recollect.training.schedule import learning_rate
 
 PASSAGE = 256
-LENGTH = 256
-SPAN = 96
+WINDOW, N_WINDOWS, N_STREAMS, SPAN = 128, 16, 16, 96
 N_PASSAGES = 16
 DISTANCES = (0, 1_000, 4_000, 16_000)
 
@@ -51,29 +52,34 @@ def split(book: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """To train on; to remember; as long, for the control; never read. The control is the end of what was trained on."""
     n_unread = (N_PASSAGES + 1) * PASSAGE
     half = (len(book) - n_unread) // 2
+    if half < DISTANCES[-1] + N_PASSAGES * PASSAGE:
+        needed = 2 * (DISTANCES[-1] + N_PASSAGES * PASSAGE) + n_unread
+        raise SystemExit(f"the book has {len(book):,} bytes; at least {needed:,} are needed")
     train_on, remembered, unread = book[:half], book[half:-n_unread], book[-n_unread:]
     remembered = remembered[:half]
     return train_on, remembered, train_on[-len(remembered) :], unread
 
 
-def repeating_batch(text: Tensor, n_rows: int, *, seed: int) -> Batch:
-    """Rows of spans, each either new text or one that the row has shown before: what a memory is for, and plain text shows rarely."""
-    draw = np.random.default_rng(seed)
-    rows = []
-    for _ in range(n_rows):
-        row = text[:0]
-        while len(row) <= LENGTH:
-            size = int(draw.integers(SPAN // 4, SPAN))
-            source = row if len(row) > size and draw.random() < 0.5 else text
-            start = int(draw.integers(len(source) - size))
-            row = torch.cat([row, source[start : start + size]])
-        rows.append(row[: LENGTH + 1])
-    tokens = torch.stack(rows)
-    return Batch(tokens[:, :-1], tokens[:, 1:], [{} for _ in rows])
+def stream(text: Tensor, length: int, draw: np.random.Generator) -> Tensor:
+    """`length` bytes in spans, each either new text or one that the stream has shown before, near or far.
+
+    Recalling what was read is what a memory is for; plain text asks for it rarely.
+    """
+    start = int(draw.integers(len(text) - length))
+    row = text[:0]
+    while len(row) < length:
+        size = int(draw.integers(SPAN // 4, SPAN))
+        if len(row) > size and draw.random() < 0.5:
+            place = int((len(row) - size) * draw.random() ** 0.5)
+            row = torch.cat([row, row[place : place + size]])
+        else:
+            row = torch.cat([row, text[start : start + size]])
+            start += size
+    return row[:length]
 
 
 def make_model(text: Tensor, arguments: argparse.Namespace) -> RecollectForCausalLM:
-    """Train a tiny model on the text."""
+    """Train a tiny model on streams of N_WINDOWS windows; the states go on from window to window, the gradient does not."""
     torch.manual_seed(arguments.seed)
     config = RecollectConfig(
         hidden_size=arguments.width, num_hidden_layers=2, num_attention_heads=2, layers=arguments.mixer, mlp=False
@@ -82,23 +88,32 @@ def make_model(text: Tensor, arguments: argparse.Namespace) -> RecollectForCausa
         if entry(layer["mixer"]).cls is Miras:
             layer["rope_theta"] = None  # the book is longer than the positions of training, where these memories go astray
     model = RecollectForCausalLM(config)
-    recipe = TrainingConfig(steps=arguments.steps, batch_size=16, lr=1e-2, warmup=0.1, end_lr=0.05, weight_decay=0.1)
+    recipe = TrainingConfig(
+        steps=arguments.steps, batch_size=N_STREAMS, lr=arguments.lr, warmup=0.1, end_lr=0.05, weight_decay=0.1
+    )
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
-    print(
-        f"training {arguments.mixer}, {n_parameters:,} parameters, {recipe.steps} steps of {recipe.batch_size} x {LENGTH} bytes"
-    )
-
-    def report(event: dict[str, object]) -> None:
-        if event["event"] == "step":
-            print(f"  step {event['step']}: {float(str(event['loss'])) / math.log(2):.3f} bits per byte", flush=True)
-
-    train(
-        model,
-        recipe,
-        batch_at=lambda step: repeating_batch(text, recipe.batch_size, seed=stream_seed("train", arguments.seed, step)),
-        report=report,
-        report_seconds=15.0,
-    )
+    print(f"training {arguments.mixer}, {n_parameters:,} parameters, {recipe.steps} steps of {N_STREAMS} x {WINDOW} bytes")
+    optimiser = make_optimiser(model, recipe)
+    losses: list[float] = []
+    for step in range(recipe.steps):
+        window = step % N_WINDOWS
+        if window == 0:
+            draw = np.random.default_rng(stream_seed("train", arguments.seed, step))
+            tokens = torch.stack([stream(text, N_WINDOWS * WINDOW + 1, draw) for _ in range(N_STREAMS)])
+            cache = RecollectCache([None] * config.num_hidden_layers)
+        piece = tokens[:, window * WINDOW : (window + 1) * WINDOW + 1]
+        logits = model(piece[:, :-1], past_key_values=cache).logits
+        loss = F.cross_entropy(logits.flatten(0, 1), piece[:, 1:].flatten())
+        for group in optimiser.param_groups:
+            group["lr"] = learning_rate(recipe, step)
+        optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+        optimiser.step()
+        cache.detach()
+        losses.append(loss.item())
+        if (step + 1) % 50 == 0:
+            print(f"  step {step + 1}: {mean(losses[-50:]) / math.log(2):.3f} bits per byte", flush=True)
     return model.eval()
 
 
@@ -172,7 +187,8 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="a byte-level model to use instead of training one")
     parser.add_argument("--mixer", default="yaad", help="mixer or pattern of layers of the model to train")
     parser.add_argument("--width", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=700)
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--lr", type=float, default=1e-2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("kept_memory"))
     parser.add_argument("--recall", action="store_true", help=argparse.SUPPRESS)

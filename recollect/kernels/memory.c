@@ -416,7 +416,13 @@ static void large_pages(real *buffer, size_t bytes) {
 
 void forward(const Call *call) {
     const ptrdiff_t heads = call->batch * call->heads;
-    if (call->saved) large_pages(call->saved, (size_t)(heads * call->segments * STATE) * sizeof(real));
+    const size_t tokens = (size_t)(heads * call->length * KEY) * sizeof(real);
+    large_pages(call->y, tokens);
+    if (call->saved) {
+        large_pages(call->saved, (size_t)(heads * call->segments * STATE) * sizeof(real));
+        large_pages(call->written, tokens);
+        large_pages(call->read, tokens);
+    }
 #pragma omp parallel num_threads(call->threads) if (call->threads > 1)
     {
         Writes *w = aligned_alloc(64, (sizeof *w + 63) / 64 * 64);
@@ -686,6 +692,10 @@ static void segment_back(Place *p, const Gradients *out, ptrdiff_t h, int32_t lo
 /* Gradients of a call whose `in`, `out`, anchors are those it started from; `saved` is what forward left there. */
 void backward(const Call *call, const Gradients *out) {
     const ptrdiff_t heads = call->batch * call->heads;
+    const size_t tokens = (size_t)(heads * call->length * KEY) * sizeof(real);
+    large_pages(out->q, tokens);
+    large_pages(out->k, tokens);
+    large_pages(out->v, tokens);
 #pragma omp parallel num_threads(call->threads) if (call->threads > 1)
     {
         Work *m = aligned_alloc(64, (sizeof *m + 63) / 64 * 64);

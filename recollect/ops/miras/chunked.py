@@ -276,9 +276,9 @@ def _dual(
     n = chunk.n
     anchor = state.dual if state.anchor is None else state.anchor
     frames = [spec.retention.frame(a, initial) for a, initial in zip(anchor, parameters.fast, strict=True)]
-    weights = [
-        frame.moving if frame.fixed is None else frame.moving + frame.fixed for frame in frames
-    ]  # the link, at the anchor
+    for m in spec.memory.offset_free:
+        frames[m] = frames[m]._replace(fixed=None) if frames[m].even else frames[m]
+    weights = [frame.moving if frame.fixed is None else frame.moving + frame.fixed for frame in frames]  # the link, at the anchor
     raw = _factors(spec, weights, chunk, state.tail, parameters.slow)
     factors = [gate.scale(n, g, f) for gate, (g, f) in zip(gating, raw, strict=True)]
     reads = [_base(spec, state, frame, m) for m, frame in enumerate(frames)]

@@ -44,6 +44,7 @@ class Memory(NamedTuple):
         pullback: (weights, slow, k [B, H, C, K], phi) -> factors, the matrices `weights` [B, H, O, I] being the same at every token.
         queried: matrices that read multiplies with q itself (a scan prepares these products for all chunks at once).
         n_slow: number of slow parameters, each [H, V]: the first starts at one, the others at zero.
+        offset_free: matrices to which a constant can be added without changing read or pullback: a norm takes it away.
         initial_std: of the matrices before the first token, times I^(-1/2); 0: zeros.
         diagonal: the one "matrix" [1, K] multiplies element by element.
         residual: read adds q itself, so K must equal V.
@@ -59,6 +60,7 @@ class Memory(NamedTuple):
     pullback: Callable[[Sequence[Tensor], Sequence[Tensor], Tensor, Phi], Factors]
     queried: tuple[int, ...] = (0,)
     n_slow: int = 0
+    offset_free: tuple[int, ...] = ()
     initial_std: float = 0.0
     diagonal: bool = False
     residual: bool = False
@@ -163,6 +165,7 @@ def mlp(depth: int = 2, expansion: int = 4, activation: str = "gelu", *, residua
         read,
         pullback,
         n_slow=2 if norm else 0,
+        offset_free=(depth - 1,) if norm else (),
         initial_std=1.0,
         residual=residual,
         options=(depth, expansion, activation, residual, norm),
@@ -204,6 +207,7 @@ def gated_mlp(expansion: int = 4, activation: str = "silu", *, residual: bool = 
         pullback,
         queried=(0, 1),
         n_slow=2 if norm else 0,
+        offset_free=(2,) if norm else (),
         initial_std=1.0,
         residual=residual,
     )

@@ -36,12 +36,15 @@ class Frame(NamedTuple):
         fixed: [H, O, I] or [B, H, O, I], what does not; None: 0.
         scale: [B, H, 1, 1] or [1, 1, 1, 1], one factor per matrix; None: 1.
         centred: whether rows of what is gained are taken from their means.
+        even: whether `fixed` is one number everywhere. Where a norm follows, a scan leaves such an offset out: it would cancel,
+            and take digits with it.
     """
 
     moving: Tensor
     fixed: Tensor | None = None
     scale: Tensor | None = None
     centred: bool = False
+    even: bool = False
 
     def weights(self, decay: Tensor | float, gained: Tensor) -> Tensor:
         """The weights this frame reads, [B, H, O, I], for one token; a scan multiplies queries by them without building them.
@@ -185,7 +188,7 @@ def kl(scale: float | None = None) -> Retention:
     def frame(anchor: Tensor, initial: Tensor) -> Frame:
         mean = _total(scale, anchor) / anchor.shape[-1]
         fixed = torch.full_like(initial, mean)
-        return Frame(link(anchor, initial) - mean, fixed, _mean_weight(scale, anchor), centred=True)
+        return Frame(link(anchor, initial) - mean, fixed, _mean_weight(scale, anchor), centred=True, even=True)
 
     return Retention("kl", link, frame=frame, exact=False, row_constant=True, options=(scale,))
 
