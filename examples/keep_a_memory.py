@@ -188,7 +188,7 @@ def main() -> None:
     parser.add_argument("--mixer", default="yaad", help="mixer or pattern of layers of the model to train")
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--lr", type=float, default=1e-2)
+    parser.add_argument("--lr", type=float, default=5e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("kept_memory"))
     parser.add_argument("--recall", action="store_true", help=argparse.SUPPRESS)

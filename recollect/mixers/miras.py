@@ -46,6 +46,8 @@ class MirasConfig(MixerConfig):
         head_dim: K; None: dim / n_heads.
         conv_width: taps of the convolutions after q, k, v; None: none.
         rope_theta: base of the rotary wavelengths of q and k; None: no positions.
+        rope_fraction: share of the channels that is rotated, in (0, 1]. A perceptron is no function of q . k, so a key that is
+            rotated as a whole is another key at every position; the other channels say what it is wherever it stands.
         eta_base: largest inner step size; None: `default_eta_base`.
         channel_gates: eta and alpha (and delta) for every channel instead of every head; None: where the rule allows it.
         gate_rank: middle width of the gates' low-rank maps; None: 32 up to D = 1024, else 64.
@@ -61,6 +63,7 @@ class MirasConfig(MixerConfig):
     head_dim: int | None = None
     conv_width: int | None = 4
     rope_theta: float | None = 1e4
+    rope_fraction: float = 0.5
     eta_base: float | None = None
     channel_gates: bool | None = None
     gate_rank: int | None = None
@@ -75,6 +78,8 @@ class MirasConfig(MixerConfig):
             raise ValueError(f"rotary positions need an even head dim; got {size}: set head_dim, or rope_theta=None")
         if self.rope_theta is not None and not 0.0 < self.rope_theta < math.inf:
             raise ValueError(f"rope_theta is positive and finite, or None; got {self.rope_theta}")
+        if not 0.0 < self.rope_fraction <= 1.0:
+            raise ValueError(f"rope_fraction is the share of channels that is rotated, in (0, 1]; got {self.rope_fraction}")
         if self.eta_base is not None and not 0.0 < self.eta_base < math.inf:
             raise ValueError(f"eta_base is positive and finite; got {self.eta_base}")
         if self.gate_rank is not None and self.gate_rank < 1:
@@ -247,10 +252,7 @@ class Miras(RecurrentMixer):
         q, cached_q = self.q(x, inputs[0], steps)
         k, cached_k = self.k(x, inputs[1], steps)
         v, cached_v = self.v(x, inputs[2], steps)
-        if self.config.rope_theta is not None:
-            theta = self.config.rope_theta
-            q, k = rotary(q, steps.positions, theta=theta), rotary(k, steps.positions, theta=theta)
-        q, k = l2_normalize(q), l2_normalize(k)
+        q, k = (l2_normalize(self._rotate(x, steps.positions)) for x in (q, k))
         y, memory = scan(
             self.spec,
             q,
@@ -265,6 +267,16 @@ class Miras(RecurrentMixer):
         )
         y = self.norm(y, self.gate(x).unflatten(-1, (self.config.n_heads, -1)))
         return self.o(y.flatten(2)), memory, (cached_q, cached_k, cached_v)
+
+    def _rotate(self, x: Tensor, positions: Tensor) -> Tensor:
+        """The first channels of x [B, T, H, K] by their positions."""
+        theta = self.config.rope_theta
+        if theta is None:
+            return x
+        size = max(2, int(x.shape[-1] * self.config.rope_fraction) // 2 * 2)
+        if size == x.shape[-1]:
+            return rotary(x, positions, theta=theta)
+        return torch.cat((rotary(x[..., :size], positions, theta=theta), x[..., size:]), dim=-1)
 
     def gates(self, x: Tensor) -> dict[str, Tensor]:
         """What x [B, T, D] tells the memory, by name, each [B, T, H] or [B, T, H, K], in fp32 (fp64 for fp64)."""

@@ -278,7 +278,9 @@ def _dual(
     frames = [spec.retention.frame(a, initial) for a, initial in zip(anchor, parameters.fast, strict=True)]
     for m in spec.memory.offset_free:
         frames[m] = frames[m]._replace(fixed=None) if frames[m].even else frames[m]
-    weights = [frame.moving if frame.fixed is None else frame.moving + frame.fixed for frame in frames]  # the link, at the anchor
+    weights = [
+        frame.moving if frame.fixed is None else frame.moving + frame.fixed for frame in frames
+    ]  # the link, at the anchor
     raw = _factors(spec, weights, chunk, state.tail, parameters.slow)
     factors = [gate.scale(n, g, f) for gate, (g, f) in zip(gating, raw, strict=True)]
     reads = [_base(spec, state, frame, m) for m, frame in enumerate(frames)]
