@@ -48,6 +48,8 @@ class MirasConfig(MixerConfig):
         rope_theta: base of the rotary wavelengths of q and k; None: no positions.
         rope_fraction: share of the channels that is rotated, in (0, 1]. A perceptron is no function of q . k, so a key that is
             rotated as a whole is another key at every position; the other channels say what it is wherever it stands.
+        rope_period: positions are taken modulo this (as TTT does by its chunk), so that a long text shows the memory no angle that
+            training has not; None: positions since the document's start.
         eta_base: largest inner step size; None: `default_eta_base`.
         channel_gates: eta and alpha (and delta) for every channel instead of every head; None: where the rule allows it.
         gate_rank: middle width of the gates' low-rank maps; None: 32 up to D = 1024, else 64.
@@ -64,6 +66,7 @@ class MirasConfig(MixerConfig):
     conv_width: int | None = 4
     rope_theta: float | None = 1e4
     rope_fraction: float = 0.5
+    rope_period: int | None = 16
     eta_base: float | None = None
     channel_gates: bool | None = None
     gate_rank: int | None = None
@@ -80,6 +83,8 @@ class MirasConfig(MixerConfig):
             raise ValueError(f"rope_theta is positive and finite, or None; got {self.rope_theta}")
         if not 0.0 < self.rope_fraction <= 1.0:
             raise ValueError(f"rope_fraction is the share of channels that is rotated, in (0, 1]; got {self.rope_fraction}")
+        if self.rope_period is not None and self.rope_period < 1:
+            raise ValueError(f"rope_period counts tokens: at least 1, or None; got {self.rope_period}")
         if self.eta_base is not None and not 0.0 < self.eta_base < math.inf:
             raise ValueError(f"eta_base is positive and finite; got {self.eta_base}")
         if self.gate_rank is not None and self.gate_rank < 1:
@@ -273,6 +278,7 @@ class Miras(RecurrentMixer):
         theta = self.config.rope_theta
         if theta is None:
             return x
+        positions = positions if self.config.rope_period is None else positions % self.config.rope_period
         size = max(2, int(x.shape[-1] * self.config.rope_fraction) // 2 * 2)
         if size == x.shape[-1]:
             return rotary(x, positions, theta=theta)
