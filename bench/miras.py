@@ -7,8 +7,9 @@ Nothing is timed before it has been shown to be right.
 
 The peer is `NeuralMemory` of titans-pytorch, installed by hand (its dependencies must not replace torch); see `INSTALL`. It gets the
 same sizes, the same chunk, `batch_size = chunk` so that it too takes its gradients at the last state, no momentum, and no norm or
-projection around the memory: what is left is the memory and two maps from 512 channels to a gate per head. Two differences remain, both
-to its advantage: its decay is one per chunk, and it reads with the chunk's first weights, so no read within a chunk.
+projection around the memory: what is left is the memory and two maps from 512 channels to a gate per head. It is the same kind of
+memory, not the same function. Less work than ours: one decay per chunk, and no read within a chunk (it reads with the chunk's first
+weights). More work: gelu by erf, and the norm's scale is rewritten too. Queries, keys and values are one tensor, three for ours.
 """
 
 from __future__ import annotations
