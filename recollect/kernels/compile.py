@@ -1,6 +1,6 @@
 """Compiles the C kernels with the machine's C compiler, once, and loads them with ctypes.
 
-`stencil.c` is compiled for each shape of the mixing, `memory.c` for each shape of the memory and each bias, `products.c` for each
+`stencil.c` is compiled for each shape of the mixing, `memory.c` for each shape of the memory, bias and link, `products.c` for each
 precision. A build takes one to three seconds and is kept in the user's cache folder under the hash of source, flags, compiler and
 processor, and the hash of what the compiler wrote.
 """
@@ -101,11 +101,10 @@ def products(double: bool) -> ctypes.CDLL | None:
 
 
 @functools.lru_cache(maxsize=64)
-def memory(key: int, hidden: int, bias: int, double: bool) -> ctypes.CDLL | None:
-    """The recurrence of a perceptron memory of these sizes with this bias (its number in memory.c); None where it cannot be built."""
-    loaded = _build(
-        "memory.c", (f"-DKEY={key}", f"-DHIDDEN={hidden}", f"-DBIAS={bias}"), double, ("plan", "forward", "backward")
-    )
+def memory(key: int, hidden: int, bias: int, link: int, double: bool) -> ctypes.CDLL | None:
+    """The recurrence of a perceptron memory of these sizes; bias, link: their numbers in memory.c. None where it cannot be built."""
+    shape = (f"-DKEY={key}", f"-DHIDDEN={hidden}", f"-DBIAS={bias}", f"-DLINK={link}")
+    loaded = _build("memory.c", shape, double, ("plan", "forward", "backward"))
     if loaded is None:
         return None
     loaded.plan.argtypes = [SIZE, SIZE, SIZE, *(POINTER,) * 7]

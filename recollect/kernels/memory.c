@@ -1,6 +1,9 @@
 /* The Miras recurrence of a two-layer residual perceptron memory, one head of one batch element at a time.
  *
- *   y(x) = x + scale * norm(W_out gelu(W_in x)) + shift;  Z_t = diag(alpha_t) Z_{t-1} - eta_t * gradient at the chunk's first state
+ *   y(x) = x + scale * norm(W_out gelu(W_in x)) + shift;  Z_t = diag(alpha_t) Z_{t-1} - eta_t * gradient at the chunk's first weights
+ *
+ * The weights W are Z (LINK IDENTITY), or Z times a factor that each chunk has of its first Z (SCALED), or to first order in what the chunk
+ * has added a softmax of Z (SIMPLEX), see Point. Below, a state is a Z.
  *
  * Tokens go in pieces of at most TOKENS, none across the start of a chunk or document. All reads of a piece come from its first state
  * and an attention over the piece; its end is one rank-TOKENS update. Decays between two tokens of a piece are running products of
@@ -29,8 +32,11 @@
 #endif
 #define NORM_EPS ((real)1e-6)
 #define BIAS_EPS ((real)1e-6)
+#define LINK_EPS ((real)1e-8)
 
 enum { L2, LP3, HUBER, L1 };
+enum { IDENTITY, SCALED, SIMPLEX };
+enum { OUT = LINK == SIMPLEX }; /* index of W_out's decay, W_in's being at 0: SIMPLEX has one number per token for W_in */
 enum { CHUNK = 1, DOCUMENT = 2 };
 enum { SET, ADD, DECAY };
 
@@ -48,6 +54,8 @@ typedef struct {
     const Entry *table;                                       /* [batch][rows] */
     const real *q, *k, *v, *eta, *log_alpha, *delta;          /* [batch][length][heads][channels] */
     const real *scale, *shift;                                /* [heads][KEY] */
+    const real *radius;                                       /* [heads][2], link SCALED: where each matrix starts to shrink */
+    const real *log_alpha_in, *kept_in, *kept_out;            /* SIMPLEX: W_in's [batch][length][heads]; log of the decay of the open chunk */
     const real *start_in, *start_out;                         /* [heads][HIDDEN][KEY], [heads][KEY][HIDDEN]: state of a new document */
     real *in, *out, *anchor_in, *anchor_out;                  /* [batch][heads][...]: states, overwritten by the last ones */
     real *y;                                                  /* [batch][length][heads][KEY] */
@@ -59,6 +67,8 @@ typedef struct { /* in: of the outputs; out: of the inputs, states overwritten *
     const real *y;
     real *q, *k, *v, *eta, *log_alpha, *delta;
     real *scale, *shift;                                      /* [batch][heads][KEY] */
+    real *radius;                                             /* [batch][heads][2] */
+    real *log_alpha_in, *kept_in, *kept_out;                  /* kept: [batch][heads], [batch][heads][alpha_channels] */
     real *start_in, *start_out;                               /* [batch][heads][...] */
     real *in, *out, *anchor_in, *anchor_out;
 } Gradients;
@@ -74,13 +84,18 @@ typedef struct {
     hidden act, slope, curve, back, gp;  /* gelu, gelu', gelu'' of the pre-activation; gradient of act; gradient of the pre-activation */
     wide unit, phi, phi_slope, phi_delta, gu;
     real rate[TOKENS], mean_g[TOKENS], mean_gu[TOKENS];
-    wide k, eta, alpha, f_in, f_out;     /* factors eta * k, eta * gu */
-    line total;                          /* product of alpha over the piece */
+    wide k, eta, f_in, f_out;            /* factors eta * k, eta * gu */
+    wide alpha[OUT + 1];
+    line total[OUT + 1];                 /* product of alpha over the piece */
+    hidden act_even[OUT];                /* SIMPLEX: act and f_in less their means, which rows of sum zero do not see */
+    wide f_even[OUT];
 } Writes;
 
 typedef struct {
-    hidden pre, act, slope;
-    wide q, decayed_q, u, unit, decay;   /* decay: product of alpha up to and with token t */
+    hidden act_even[OUT];
+    hidden pre, act, slope;              /* pre, u: before the factor of link SCALED */
+    wide q, decayed_q, u, unit;
+    wide decay[OUT + 1];                 /* product of alpha up to and with token t */
     real rate[TOKENS];
     square s, s_turned, a_turned;        /* s[t][i]: attention of the first layer; a_turned[i][t]: of the second */
 } Reads;
@@ -211,10 +226,10 @@ INLINE void bias(vec r, vec delta, real sharpness, vec *value, vec *slope, vec *
     }
 }
 
-/* unit = (u - mean) / sqrt(variance + eps) of a row; its rate. */
-INLINE real normalise(const real *u, real *unit) {
+/* unit = (u - mean) / sqrt(variance + eps) of a row times `factor`; its rate. */
+INLINE real normalise(const real *u, real factor, real *unit) {
     const vec mean = splat(total_of(u) / KEY);
-    EACH(c) STORE(unit + c, LOAD(u + c) - mean);
+    EACH(c) STORE(unit + c, factor * (LOAD(u + c) - mean));
     const real rate = 1 / (real)sqrt(dot(unit, unit) / KEY + NORM_EPS);
     EACH(c) STORE(unit + c, LOAD(unit + c) * rate);
     return rate;
@@ -254,7 +269,196 @@ static void store(const Place *p, const wide in, real *to, ptrdiff_t channels) {
     }
 }
 
+/* ---- the link: weights of a state, and what reads inside the chunk use ---- */
+
+/* The state at the start of a chunk, and its weights: where the chunk's gradients are taken.
+ * SCALED: weights = factor * dual, per matrix, factor = min(1, radius / (norm + eps))^2, norm the l_4 norm; all reads of the chunk are
+ * scaled by the same factor.
+ * SIMPLEX: weights = I softmax(dual) - 1 along the I inputs of each row. The 1 is added to the products: once for W_in, never for W_out,
+ * where the norm takes it away. Reads of the chunk multiply with decay * weights + (what dual has gained, less the mean of each row). */
+typedef struct {
+    const real *dual, *weights;
+    real factor[2], norm[2];
+} Point;
+
+INLINE real factor_of(const Point *point, int half) { return LINK == SCALED ? point->factor[half] : 1; }
+
+/* The l_4 norm of a matrix: in units of its largest entry, whose fourth power may not be a number. */
+static real norm_of(const real *x) {
+    vec most = splat(0), total = splat(0);
+    real largest = 0;
+    for (ptrdiff_t n = 0; n < AREA; n += LANES) {
+        const vec value = LOAD(x + n), size = where((uvec)(value < 0), -value, value);
+        most = where((uvec)(size > most), size, most);
+    }
+    for (int i = 0; i < LANES; i++) largest = most[i] > largest ? most[i] : largest;
+    if (largest == 0) return 0;
+    for (ptrdiff_t n = 0; n < AREA; n += LANES) {
+        const vec unit = LOAD(x + n) / largest, square = unit * unit;
+        total += square * square;
+    }
+    return largest * (real)sqrt(sqrt(sum_of(total)));
+}
+
+#define ROW(n, o) ((n) + (o) * KEY)
+
+INLINE vec largest_of(vec a, vec b) { return where((uvec)(a > b), a, b); }
+
+/* out = I softmax(x) - 1 along the inputs of each row: W_in's KEY, W_out's HIDDEN. */
+static void softmax(const real *x, real *out) {
+    for (int o = 0; o < HIDDEN; o++) {
+        vec most = LOAD(ROW(x, o)), total = splat(0);
+        real top;
+        EACH(c) most = largest_of(most, LOAD(ROW(x, o) + c));
+        top = most[0];
+        for (int i = 1; i < LANES; i++) top = most[i] > top ? most[i] : top;
+        EACH(c) {
+            const vec e = exp_of(LOAD(ROW(x, o) + c) - top);
+            STORE(ROW(out, o) + c, e);
+            total += e;
+        }
+        const real share = KEY / sum_of(total);
+        EACH(c) STORE(ROW(out, o) + c, LOAD(ROW(out, o) + c) * share - 1);
+    }
+    x += AREA, out += AREA;
+    EACH(c) {
+        vec most = LOAD(x + c), total = splat(0);
+        for (int o = 1; o < HIDDEN; o++) most = largest_of(most, LOAD(ROW(x, o) + c));
+        for (int o = 0; o < HIDDEN; o++) {
+            const vec e = exp_of(LOAD(ROW(x, o) + c) - most);
+            STORE(ROW(out, o) + c, e);
+            total += e;
+        }
+        for (int o = 0; o < HIDDEN; o++) STORE(ROW(out, o) + c, LOAD(ROW(out, o) + c) * (HIDDEN / total) - 1);
+    }
+}
+
+/* x of W = I softmax(x) - 1, from the gradient of W: d += (W + 1) (g - mean of (W + 1) g over the row). */
+static void softmax_back(const real *w, const real *g, real *d) {
+    for (int o = 0; o < HIDDEN; o++) {
+        vec total = splat(0);
+        EACH(c) total += (LOAD(ROW(w, o) + c) + 1) * LOAD(ROW(g, o) + c);
+        const real mean = sum_of(total) / KEY;
+        EACH(c) STORE(ROW(d, o) + c, LOAD(ROW(d, o) + c) + (LOAD(ROW(w, o) + c) + 1) * (LOAD(ROW(g, o) + c) - mean));
+    }
+    w += AREA, g += AREA, d += AREA;
+    EACH(c) {
+        vec total = splat(0);
+        for (int o = 0; o < HIDDEN; o++) total += (LOAD(ROW(w, o) + c) + 1) * LOAD(ROW(g, o) + c);
+        const vec mean = total / HIDDEN;
+        for (int o = 0; o < HIDDEN; o++) STORE(ROW(d, o) + c, LOAD(ROW(d, o) + c) + (LOAD(ROW(w, o) + c) + 1) * (LOAD(ROW(g, o) + c) - mean));
+    }
+}
+
+/* Take each row's mean away: W_in's rows are KEY long, W_out's HIDDEN. */
+static void even_rows(real *x) {
+    for (int o = 0; o < HIDDEN; o++) {
+        const real mean = total_of(ROW(x, o)) / KEY;
+        EACH(c) STORE(ROW(x, o) + c, LOAD(ROW(x, o) + c) - mean);
+    }
+    x += AREA;
+    EACH(c) {
+        vec total = splat(0);
+        for (int o = 0; o < HIDDEN; o++) total += LOAD(ROW(x, o) + c);
+        for (int o = 0; o < HIDDEN; o++) STORE(ROW(x, o) + c, LOAD(ROW(x, o) + c) - total / HIDDEN);
+    }
+}
+
+/* The same of one piece's tokens, along what is KEY and what is HIDDEN wide. */
+static void even_wide(const wide x, wide out) {
+    for (int t = 0; t < TOKENS; t++) {
+        const real mean = total_of(x[t]) / KEY;
+        EACH(c) STORE(out[t] + c, LOAD(x[t] + c) - mean);
+    }
+}
+static void even_hidden(const hidden x, hidden out) {
+    for (int t = 0; t < TOKENS; t += LANES) {
+        vec total = splat(0);
+        for (int o = 0; o < HIDDEN; o++) total += LOAD(x[o] + t);
+        for (int o = 0; o < HIDDEN; o++) STORE(out[o] + t, LOAD(x[o] + t) - total / HIDDEN);
+    }
+}
+
+/* Per token, the sum along what is HIDDEN wide. */
+static void sum_hidden(const hidden x, real *out) {
+    for (int t = 0; t < TOKENS; t += LANES) {
+        vec total = splat(0);
+        for (int o = 0; o < HIDDEN; o++) total += LOAD(x[o] + t);
+        STORE(out + t, total);
+    }
+}
+
+/* out += the sum of x over KEY, per token: the 1 of W_in. */
+static void add_ones(const wide x, hidden out) {
+    real sums[TOKENS];
+    for (int t = 0; t < TOKENS; t++) sums[t] = total_of(x[t]);
+    for (int o = 0; o < HIDDEN; o++)
+        for (int t = 0; t < TOKENS; t += LANES) STORE(out[o] + t, LOAD(out[o] + t) + LOAD(sums + t));
+}
+
+/* The decay of both matrices between the start of entry n's chunk and entry n. */
+static void kept_before(const Place *p, line kept[2]) {
+    const Call *call = p->call;
+    const Entry *first = call->table + p->batch * call->rows, *entry = p->entry;
+    const ptrdiff_t h = p->batch * call->heads + p->head;
+    Place at = *p;
+    wide in, out;
+    memset(kept, 0, 2 * sizeof(line));
+    for (; !(entry->flags & CHUNK) && entry > first; entry--) {
+        at.entry = entry - 1;
+        load(&at, call->log_alpha_in, 1, in);
+        load(&at, call->log_alpha, call->alpha_channels, out);
+        for (int t = 0; t < TOKENS; t++)
+            EACH(c) {
+                STORE(kept[0] + c, LOAD(kept[0] + c) + LOAD(in[t] + c));
+                STORE(kept[1] + c, LOAD(kept[1] + c) + LOAD(out[t] + c));
+            }
+    }
+    const int open = !(entry->flags & CHUNK);
+    const real *before = call->kept_out + h * call->alpha_channels;
+    EACH(c) {
+        const vec in_log = LOAD(kept[0] + c) + (open ? call->kept_in[h] : 0);
+        const vec out_log = LOAD(kept[1] + c) + (!open ? splat(0) : call->alpha_channels == 1 ? splat(before[0]) : LOAD(before + c));
+        STORE(kept[0] + c, exp_of(in_log));
+        STORE(kept[1] + c, exp_of(out_log));
+    }
+}
+
+/* What the reads of a piece multiply with; where that is no state, it goes to `room`. */
+INLINE const real *frame_at(const Place *p, const Point *point, const real *state, real *room) {
+    if (LINK != SIMPLEX) return state;
+    if (p->entry->flags & CHUNK) return point->weights;
+    line kept[2];
+    kept_before(p, kept);
+    for (int half = 0; half < 2; half++)
+        for (ptrdiff_t n = half * AREA; n < (half + 1) * AREA; n += KEY)
+            EACH(c) STORE(room + n + c, LOAD(state + n + c) - LOAD(kept[half] + c) * LOAD(point->dual + n + c));
+    even_rows(room);
+    for (int half = 0; half < 2; half++)
+        for (ptrdiff_t n = half * AREA; n < (half + 1) * AREA; n += KEY)
+            EACH(c) STORE(room + n + c, LOAD(room + n + c) + LOAD(kept[half] + c) * LOAD(point->weights + n + c));
+    return room;
+}
+
+/* The point of the chunk that starts at `dual`; weights that differ from it go to `room`. */
+INLINE Point point_at(const Place *p, const real *dual, real *room) {
+    Point point = {dual, LINK == IDENTITY ? dual : room, {1, 1}, {0, 0}};
+    if (LINK == SIMPLEX) softmax(dual, room);
+    if (LINK == SCALED) for (int half = 0; half < 2; half++) {
+        const real norm = norm_of(dual + half * AREA), ratio = p->call->radius[p->head * 2 + half] / (norm + LINK_EPS);
+        const real factor = ratio < 1 ? ratio * ratio : 1;
+        for (ptrdiff_t n = half * AREA; n < (half + 1) * AREA; n += LANES) STORE(room + n, LOAD(dual + n) * factor);
+        point.factor[half] = factor;
+        point.norm[half] = norm;
+    }
+    return point;
+}
+
 /* ---- forward ---- */
+
+/* act and f_in as weights see them. The mean of act is left out of all products: it would only add rounding. */
+#define EVEN_ACT(x) (LINK == SIMPLEX ? (x)->act_even[0] : (x)->act)
+#define EVEN_F(w) (LINK == SIMPLEX ? (w)->f_even[0] : (w)->f_in)
 
 /* The factors of a piece's gradients at the chunk's first state. */
 static void write_piece(const Place *p, const real *anchor, Writes *w, const int again) {
@@ -265,19 +469,22 @@ static void write_piece(const Place *p, const real *anchor, Writes *w, const int
     load(p, call->k, KEY, w->k);
     load(p, call->v, KEY, v);
     load(p, call->eta, call->eta_channels, w->eta);
-    load(p, call->log_alpha, call->alpha_channels, w->alpha);
+    load(p, call->log_alpha, call->alpha_channels, w->alpha[OUT]);
+    if (LINK == SIMPLEX) load(p, call->log_alpha_in, 1, w->alpha[0]);
     if (BIAS == HUBER) load(p, call->delta, call->delta_channels, delta);
-    EACH(c) {
-        vec all = splat(1);
-        for (int t = 0; t < TOKENS; t++) {
-            const vec a = t < p->entry->count ? exp_of(LOAD(w->alpha[t] + c)) : splat(1);
-            STORE(w->alpha[t] + c, a);
-            all *= a;
+    for (int half = 0; half <= OUT; half++)
+        EACH(c) {
+            vec all = splat(1);
+            for (int t = 0; t < TOKENS; t++) {
+                const vec a = t < p->entry->count ? exp_of(LOAD(w->alpha[half][t] + c)) : splat(1);
+                STORE(w->alpha[half][t] + c, a);
+                all *= a;
+            }
+            STORE(w->total[half] + c, all);
         }
-        STORE(w->total + c, all);
-    }
     turn(x, w->k);
     through(w->back, anchor, x, SET, 1);
+    if (LINK == SIMPLEX) add_ones(w->k, w->back);
     for (int o = 0; o < HIDDEN; o++)
         for (int t = 0; t < TOKENS; t += LANES) {
             vec value, slope, curve;
@@ -286,12 +493,13 @@ static void write_piece(const Place *p, const real *anchor, Writes *w, const int
             STORE(w->slope[o] + t, slope);
             if (again) STORE(w->curve[o] + t, curve);
         }
+    if (LINK == SIMPLEX) even_hidden(w->act, w->act_even[0]);
     if (again) load(p, call->written, KEY, u);
-    else gather(u, w->act, anchor + AREA, SET, 1);
+    else gather(u, EVEN_ACT(w), anchor + AREA, SET, 1);
     if (!again && call->saved) store(p, u, call->written, KEY);
     for (int t = 0; t < TOKENS; t++) {
         line g;
-        w->rate[t] = normalise(u[t], w->unit[t]);
+        w->rate[t] = normalise(u[t], 1, w->unit[t]);
         EACH(c) {
             const vec gain = LOAD(scale + c), unit = LOAD(w->unit[t] + c);
             vec value, slope, by_delta;
@@ -313,6 +521,7 @@ static void write_piece(const Place *p, const real *anchor, Writes *w, const int
             STORE(w->f_in[t] + c, eta * LOAD(w->k[t] + c));
         }
     }
+    if (LINK == SIMPLEX) even_wide(w->f_in, w->f_even[0]);
     turn(x, w->gu);
     through(w->back, anchor + AREA, x, SET, 1);
     for (int o = 0; o < HIDDEN; o++)
@@ -325,49 +534,52 @@ INLINE void decay_rows(wide x, const wide alpha, int end) {
 }
 
 /* Reads of a piece that starts at `state`: everything up to the normalised output. */
-static void read_piece(const Place *p, const Writes *w, const real *state, Reads *r, const int again) {
+static void read_piece(const Place *p, const Writes *w, const Point *point, const real *state, Reads *r, const int again) {
     const Call *call = p->call;
     wide f;
     turned x;
     load(p, call->q, KEY, r->q);
-    memcpy(f, w->f_in, sizeof f);
+    memcpy(f, EVEN_F(w), sizeof f);
     memset(r->s, 0, sizeof r->s);
     memset(r->s_turned, 0, sizeof r->s_turned);
     for (int t = 0; t < TOKENS; t++) {
-        EACH(c) {
-            const vec a = LOAD(w->alpha[t] + c), decay = t ? LOAD(r->decay[t - 1] + c) * a : a;
-            STORE(r->decay[t] + c, decay);
-            STORE(r->decayed_q[t] + c, LOAD(r->q[t] + c) * decay);
-        }
-        decay_rows(f, w->alpha, t);
+        for (int half = 0; half <= OUT; half++)
+            EACH(c) {
+                const vec a = LOAD(w->alpha[half][t] + c), decay = t ? LOAD(r->decay[half][t - 1] + c) * a : a;
+                STORE(r->decay[half][t] + c, decay);
+                if (!half) STORE(r->decayed_q[t] + c, LOAD(r->q[t] + c) * decay);
+            }
+        decay_rows(f, w->alpha[0], t);
         for (int i = 0; i <= t; i++) r->s[t][i] = r->s_turned[i][t] = dot(r->q[t], f[i]);
     }
     turn(x, r->decayed_q);
     through(r->pre, state, x, SET, 1);
     mix(r->pre, w->gp, r->s_turned, ADD, -1);
+    if (LINK == SIMPLEX) add_ones(r->q, r->pre);
     for (int o = 0; o < HIDDEN; o++)
         for (int t = 0; t < TOKENS; t += LANES) {
             vec value, slope;
-            gelu(LOAD(r->pre[o] + t), &value, &slope, NULL);
+            gelu(LOAD(r->pre[o] + t) * factor_of(point, 0), &value, &slope, NULL);
             STORE(r->act[o] + t, value);
             STORE(r->slope[o] + t, slope);
         }
-    scores(r->a_turned, w->act, r->act, SET, 1);
+    if (LINK == SIMPLEX) even_hidden(r->act, r->act_even[0]);
+    scores(r->a_turned, EVEN_ACT(w), EVEN_ACT(r), SET, 1);
     if (again) load(p, call->read, KEY, r->u);
     else {
-        gather(r->u, r->act, state + AREA, SET, 1);
+        gather(r->u, EVEN_ACT(r), state + AREA, SET, 1);
         memcpy(f, w->f_out, sizeof f);
         for (int t = 0; t < TOKENS; t++) {
-            decay_rows(f, w->alpha, t);
+            decay_rows(f, w->alpha[OUT], t);
             EACH(c) {
-                vec sum = LOAD(r->u[t] + c) * LOAD(r->decay[t] + c);
+                vec sum = LOAD(r->u[t] + c) * LOAD(r->decay[OUT][t] + c);
                 for (int i = 0; i <= t; i++) sum -= LOAD(f[i] + c) * r->a_turned[i][t];
                 STORE(r->u[t] + c, sum);
             }
         }
         if (call->saved) store(p, r->u, call->read, KEY);
     }
-    for (int t = 0; t < TOKENS; t++) r->rate[t] = normalise(r->u[t], r->unit[t]);
+    for (int t = 0; t < TOKENS; t++) r->rate[t] = normalise(r->u[t], factor_of(point, 1), r->unit[t]);
 }
 
 /* Factors decayed to the end of the piece. */
@@ -384,10 +596,10 @@ static void decay_to_end(const wide f, const wide alpha, wide out) {
 /* The state after a piece. */
 static void carry_piece(const Writes *w, real *state) {
     wide f;
-    decay_to_end(w->f_in, w->alpha, f);
-    update(state, w->gp, f, DECAY, -1, w->total);
-    decay_to_end(w->f_out, w->alpha, f);
-    update(state + AREA, w->act, f, DECAY, -1, w->total);
+    decay_to_end(w->f_in, w->alpha[0], f);
+    update(state, w->gp, f, DECAY, -1, w->total[0]);
+    decay_to_end(w->f_out, w->alpha[OUT], f);
+    update(state + AREA, w->act, f, DECAY, -1, w->total[OUT]);
 }
 
 /* States between the tensors' layout and the kernel's. */
@@ -427,7 +639,7 @@ void forward(const Call *call) {
     {
         Writes *w = aligned_alloc(64, (sizeof *w + 63) / 64 * 64);
         Reads *r = aligned_alloc(64, (sizeof *r + 63) / 64 * 64);
-        real *state = aligned_alloc(64, 2 * STATE * sizeof(real)), *anchor = state + STATE;
+        real *state = aligned_alloc(64, 4 * STATE * sizeof(real)), *anchor = state + STATE, *room = anchor + STATE;
 #pragma omp for schedule(dynamic, 1)
         for (ptrdiff_t h = 0; h < heads; h++) {
             Place p = {call, NULL, call->order + h / call->heads * call->length, h / call->heads, h % call->heads};
@@ -435,13 +647,15 @@ void forward(const Call *call) {
             const real *scale = call->scale + p.head * KEY, *shift = call->shift + p.head * KEY;
             load_state(call->anchor_in + h * AREA, call->anchor_out + h * AREA, anchor);
             load_state(call->in + h * AREA, call->out + h * AREA, state);
+            Point point = {0};
             for (int32_t n = 0; n < call->n_entries[p.batch]; n++) {
                 p.entry = entries + n;
                 if (p.entry->flags & DOCUMENT) load_state(call->start_in + p.head * AREA, call->start_out + p.head * AREA, state);
                 if (p.entry->flags & CHUNK) COPY(anchor, state);
+                if (p.entry->flags & CHUNK || n == 0) point = point_at(&p, anchor, room);
                 if (p.entry->segment >= 0 && call->saved) COPY(call->saved + (h * call->segments + p.entry->segment) * STATE, state);
-                write_piece(&p, anchor, w, 0);
-                read_piece(&p, w, state, r, 0);
+                write_piece(&p, point.weights, w, 0);
+                read_piece(&p, w, &point, frame_at(&p, &point, state, room + STATE), r, 0);
                 for (int t = 0; t < p.entry->count; t++) {
                     real *y = call->y + row_of(&p, t) * KEY;
                     EACH(c) STORE(y + c, LOAD(r->q[t] + c) + LOAD(scale + c) * LOAD(r->unit[t] + c) + LOAD(shift + c));
@@ -462,9 +676,17 @@ void forward(const Call *call) {
 typedef struct {
     hidden act, gp;      /* of act, gp */
     wide f_in, f_out;    /* of f_in, f_out */
-    wide q, k, v, eta, log_alpha, delta;
-    line total;          /* of the log of the decay over the piece */
+    wide q, k, v, eta, delta;
+    wide log_alpha[OUT + 1];
+    line total[OUT + 1]; /* of the log of the decay over the piece */
 } Back;
+
+/* Gradients that every piece of a head adds to. */
+typedef struct {
+    line scale, shift;
+    real factor[2], radius[2]; /* link SCALED; factor: of the chunk */
+    line kept[2];              /* link SIMPLEX: of the log of the decay between the start of the chunk and the piece */
+} Totals;
 
 /* d[i] += sign * sum over t >= i of s[t][i] * g[t] * (decay between i and t). */
 INLINE void attend_back(wide d, const square s, const wide g, const wide alpha, const int sign) {
@@ -493,7 +715,8 @@ static void carry_back(const Writes *w, const real *state, real *d_state, Back *
         real *grad = d_state + half * AREA;
         const real(*factor)[KEY] = half ? w->f_out : w->f_in;
         real(*d_factor)[KEY] = half ? b->f_out : b->f_in;
-        decay_to_end(factor, w->alpha, f);
+        const wide *alpha = &w->alpha[half * OUT];
+        decay_to_end(factor, *alpha, f);
         turn(x, f);
         through(half ? b->act : b->gp, grad, x, SET, -1);
         gather(d, half ? w->act : w->gp, grad, SET, -1);
@@ -503,22 +726,22 @@ static void carry_back(const Writes *w, const real *state, real *d_state, Back *
                 const vec g = LOAD(d[t] + c) * a;
                 STORE(d_factor[t] + c, g);
                 along += g * LOAD(factor[t] + c);
-                a *= LOAD(w->alpha[t] + c);
+                a *= LOAD((*alpha)[t] + c);
             }
-            const vec keep = LOAD(w->total + c);
+            const vec keep = LOAD(w->total[half * OUT] + c);
             for (int o = 0; o < HIDDEN; o++) {
                 const vec g = LOAD(grad + o * KEY + c) * keep;
                 along += g * LOAD(from + o * KEY + c);
                 STORE(grad + o * KEY + c, g);
             }
-            STORE(b->total + c, half ? LOAD(b->total + c) + along : along);
+            STORE(b->total[half * OUT] + c, half && !OUT ? LOAD(b->total[0] + c) + along : along);
         }
     }
 }
 
 /* Gradient through a piece's reads: to q, the state, and what the piece writes with. */
-static void read_back(const Place *p, const Gradients *out, const Writes *w, const real *state, const Reads *r, real *d_state, real *d_scale,
-                      real *d_shift, Back *b) {
+static void read_back(const Place *p, const Gradients *out, const Writes *w, const Point *point, const real *state, const Reads *r, real *d_state,
+                      Totals *sums, Back *b) {
     const real *scale = p->call->scale + p->head * KEY;
     wide d_y, d_u, f, moved;
     hidden d_act;
@@ -533,47 +756,65 @@ static void read_back(const Place *p, const Gradients *out, const Writes *w, con
         EACH(c) {
             const vec d = LOAD(d_y[t] + c);
             STORE(g + c, d * LOAD(scale + c));
-            STORE(d_scale + c, LOAD(d_scale + c) + d * LOAD(r->unit[t] + c));
-            STORE(d_shift + c, LOAD(d_shift + c) + d);
+            STORE(sums->scale + c, LOAD(sums->scale + c) + d * LOAD(r->unit[t] + c));
+            STORE(sums->shift + c, LOAD(sums->shift + c) + d);
         }
         normalise_back(g, r->unit[t], r->rate[t], d_u[t]);
-        decay_rows(f, w->alpha, t);
+        if (LINK == SCALED) {
+            sums->factor[1] += dot(d_u[t], r->u[t]);
+            EACH(c) STORE(d_u[t] + c, LOAD(d_u[t] + c) * factor_of(point, 1));
+        }
+        decay_rows(f, w->alpha[OUT], t);
         for (int i = 0; i <= t; i++) d_a[t][i] = d_a_turned[i][t] = -dot(d_u[t], f[i]);
-        EACH(c) STORE(b->log_alpha[t] + c, LOAD(d_u[t] + c) * LOAD(r->u[t] + c));
-        EACH(c) STORE(moved[t] + c, LOAD(d_u[t] + c) * LOAD(r->decay[t] + c));
+        EACH(c) STORE(b->log_alpha[OUT][t] + c, LOAD(d_u[t] + c) * LOAD(r->u[t] + c));
+        EACH(c) STORE(moved[t] + c, LOAD(d_u[t] + c) * LOAD(r->decay[OUT][t] + c));
     }
     square a; /* a[t][i], zero above the diagonal */
     for (int t = 0; t < TOKENS; t++)
         for (int i = 0; i < TOKENS; i++) a[t][i] = i <= t ? r->a_turned[i][t] : 0;
-    attend_back(b->f_out, a, d_u, w->alpha, -1);
+    attend_back(b->f_out, a, d_u, w->alpha[OUT], -1);
     turn(x, moved);
     through(d_act, state + AREA, x, SET, 1);
-    update(d_state + AREA, r->act, moved, ADD, 1, NULL);
-    mix(d_act, w->act, d_a_turned, ADD, 1);
-    mix(b->act, r->act, d_a, ADD, 1);
+    update(d_state + AREA, EVEN_ACT(r), moved, ADD, 1, NULL);
+    mix(d_act, EVEN_ACT(w), d_a_turned, ADD, 1);
+    mix(b->act, EVEN_ACT(r), d_a, ADD, 1);
+    vec along = splat(0);
     for (int o = 0; o < HIDDEN; o++)
-        for (int t = 0; t < TOKENS; t += LANES) STORE(d_act[o] + t, LOAD(d_act[o] + t) * LOAD(r->slope[o] + t)); /* of pre */
+        for (int t = 0; t < TOKENS; t += LANES) { /* of pre */
+            const vec d = LOAD(d_act[o] + t) * LOAD(r->slope[o] + t);
+            if (LINK == SCALED) along += d * LOAD(r->pre[o] + t);
+            STORE(d_act[o] + t, d * factor_of(point, 0));
+        }
+    if (LINK == SCALED) sums->factor[0] += sum_of(along);
     gather(moved, d_act, state, SET, 1);
     update(d_state, d_act, r->decayed_q, ADD, 1, NULL);
     mix(b->gp, d_act, r->s, ADD, -1);
     scores(d_a_turned, w->gp, d_act, SET, -1);
     for (int t = 0; t < TOKENS; t++)
         for (int i = 0; i < TOKENS; i++) d_s[t][i] = i <= t ? d_a_turned[i][t] : 0;
-    memcpy(f, w->f_in, sizeof f);
+    memcpy(f, EVEN_F(w), sizeof f);
+    real ones[TOKENS];
+    if (LINK == SIMPLEX) sum_hidden(d_act, ones);
     for (int t = 0; t < TOKENS; t++) {
-        decay_rows(f, w->alpha, t);
+        decay_rows(f, w->alpha[0], t);
         EACH(c) {
-            vec d = LOAD(moved[t] + c) * LOAD(r->decay[t] + c);
+            vec d = LOAD(moved[t] + c) * LOAD(r->decay[0][t] + c);
             for (int i = 0; i <= t; i++) d += d_s[t][i] * LOAD(f[i] + c);
-            STORE(b->log_alpha[t] + c, LOAD(b->log_alpha[t] + c) + d * LOAD(r->q[t] + c));
-            STORE(b->q[t] + c, d + LOAD(d_y[t] + c));
+            const vec along = d * LOAD(r->q[t] + c);
+            STORE(b->log_alpha[0][t] + c, OUT ? along : LOAD(b->log_alpha[0][t] + c) + along);
+            STORE(b->q[t] + c, d + LOAD(d_y[t] + c) + (LINK == SIMPLEX ? ones[t] : 0));
         }
     }
-    attend_back(b->f_in, d_s, r->q, w->alpha, 1);
+    if (LINK == SIMPLEX) {
+        memset(f, 0, sizeof f);
+        attend_back(f, d_s, r->q, w->alpha[0], 1);
+        even_wide(f, f);
+        for (int t = 0; t < TOKENS; t++) EACH(c) STORE(b->f_in[t] + c, LOAD(b->f_in[t] + c) + LOAD(f[t] + c));
+    } else attend_back(b->f_in, d_s, r->q, w->alpha[0], 1);
 }
 
 /* Gradient through what a piece writes with: to k, v, the gates and the chunk's first state. */
-static void write_back(const Place *p, const real *anchor, const Writes *w, real *d_anchor, real *d_scale, real *d_shift, Back *b) {
+static void write_back(const Place *p, const real *anchor, const Writes *w, real *d_anchor, Totals *sums, Back *b) {
     const real *scale = p->call->scale + p->head * KEY;
     hidden d_pre;
     wide d_gu, d_u;
@@ -581,18 +822,20 @@ static void write_back(const Place *p, const real *anchor, const Writes *w, real
     for (int t = 0; t < TOKENS; t++)
         EACH(c) {
             const vec f_in = LOAD(b->f_in[t] + c), f_out = LOAD(b->f_out[t] + c), eta = LOAD(w->eta[t] + c);
-            STORE(b->log_alpha[t] + c, LOAD(b->log_alpha[t] + c) - f_in * LOAD(w->f_in[t] + c) - f_out * LOAD(w->f_out[t] + c));
+            STORE(b->log_alpha[0][t] + c, LOAD(b->log_alpha[0][t] + c) - f_in * LOAD(w->f_in[t] + c));
+            STORE(b->log_alpha[OUT][t] + c, LOAD(b->log_alpha[OUT][t] + c) - f_out * LOAD(w->f_out[t] + c));
             STORE(b->eta[t] + c, f_in * LOAD(w->k[t] + c) + f_out * LOAD(w->gu[t] + c));
             STORE(b->k[t] + c, f_in * eta);
             STORE(d_gu[t] + c, f_out * eta);
         }
-    EACH(c) {
-        vec later = LOAD(b->total + c);
-        for (int t = TOKENS - 1; t >= 0; t--) {
-            later += LOAD(b->log_alpha[t] + c);
-            STORE(b->log_alpha[t] + c, later);
+    for (int half = 0; half <= OUT; half++)
+        EACH(c) {
+            vec later = LOAD(b->total[half] + c);
+            for (int t = TOKENS - 1; t >= 0; t--) {
+                later += LOAD(b->log_alpha[half][t] + c);
+                STORE(b->log_alpha[half][t] + c, later);
+            }
         }
-    }
     for (int o = 0; o < HIDDEN; o++)
         for (int t = 0; t < TOKENS; t += LANES) {
             const vec g = LOAD(b->gp[o] + t);
@@ -610,8 +853,8 @@ static void write_back(const Place *p, const real *anchor, const Writes *w, real
             const vec gain = LOAD(scale + c), u = LOAD(w->unit[t] + c), phi = LOAD(w->phi[t] + c), d = LOAD(a + c);
             const vec d_g = d - mean - u * along, d_phi = gain * d_g, d_r = d_phi * LOAD(w->phi_slope[t] + c);
             STORE(unit + c, gain * d_r - d * w->mean_gu[t] - gain * phi * along);
-            STORE(d_scale + c, LOAD(d_scale + c) + d_g * phi + d_r * u);
-            STORE(d_shift + c, LOAD(d_shift + c) + d_r);
+            STORE(sums->scale + c, LOAD(sums->scale + c) + d_g * phi + d_r * u);
+            STORE(sums->shift + c, LOAD(sums->shift + c) + d_r);
             STORE(b->k[t] + c, LOAD(b->k[t] + c) + d_r);
             STORE(b->v[t] + c, -d_r);
             if (BIAS == HUBER) STORE(b->delta[t] + c, d_phi * LOAD(w->phi_delta[t] + c));
@@ -621,10 +864,15 @@ static void write_back(const Place *p, const real *anchor, const Writes *w, real
     }
     turn(x, d_u);
     through(b->act, anchor + AREA, x, ADD, 1);
-    update(d_anchor + AREA, w->act, d_u, ADD, 1, NULL);
+    update(d_anchor + AREA, EVEN_ACT(w), d_u, ADD, 1, NULL);
     for (int o = 0; o < HIDDEN; o++)
         for (int t = 0; t < TOKENS; t += LANES) STORE(d_pre[o] + t, LOAD(d_pre[o] + t) + LOAD(b->act[o] + t) * LOAD(w->slope[o] + t));
     gather(b->k, d_pre, anchor, ADD, 1);
+    if (LINK == SIMPLEX) {
+        real ones[TOKENS];
+        sum_hidden(d_pre, ones);
+        for (int t = 0; t < TOKENS; t++) EACH(c) STORE(b->k[t] + c, LOAD(b->k[t] + c) + ones[t]);
+    }
     update(d_anchor, d_pre, w->k, ADD, 1, NULL);
 }
 
@@ -636,17 +884,68 @@ typedef struct {
     real state[SEGMENT][STATE] __attribute__((aligned(64))); /* at the start of each piece */
     real anchor[STATE] __attribute__((aligned(64)));         /* of the chunk that is open when the segment starts */
     real d_state[STATE] __attribute__((aligned(64))), d_anchor[STATE] __attribute__((aligned(64))), d_start[STATE] __attribute__((aligned(64)));
+    /* for links: weights of chunks that start at a piece (or are open at the first); gradient of the chunk's weights */
+    real room[SEGMENT][STATE] __attribute__((aligned(64))), d_weights[STATE] __attribute__((aligned(64)));
+    real frame[STATE] __attribute__((aligned(64))), d_frame[STATE] __attribute__((aligned(64))); /* of a piece inside a chunk */
+    Totals sums;
 } Work;
 
 static void add_state(real *to, const real *from) {
     for (ptrdiff_t n = 0; n < STATE; n += LANES) STORE(to + n, LOAD(to + n) + LOAD(from + n));
 }
 
+/* Gradient of a chunk's weights and factors, to its first state and the radius. */
+INLINE void point_back(const Place *p, const Point *point, Work *m, real *d_dual) {
+    if (LINK == IDENTITY) return;
+    if (LINK == SIMPLEX) softmax_back(point->weights, m->d_weights, d_dual);
+    if (LINK == SCALED) for (int half = 0; half < 2; half++) {
+        const real *x = point->dual + half * AREA, *g = m->d_weights + half * AREA;
+        const real radius = p->call->radius[p->head * 2 + half], size = point->norm[half] + LINK_EPS, factor = point->factor[half];
+        vec sum = splat(0);
+        for (ptrdiff_t n = 0; n < AREA; n += LANES) sum += LOAD(x + n) * LOAD(g + n);
+        const real along = radius <= size ? 2 * factor * (m->sums.factor[half] + sum_of(sum)) : 0;
+        const real inverse = point->norm[half] > 0 ? 1 / point->norm[half] : 0;
+        for (ptrdiff_t n = 0; n < AREA; n += LANES) {
+            const vec unit = LOAD(x + n) * inverse;
+            real *to = d_dual + half * AREA + n;
+            STORE(to, LOAD(to) + factor * LOAD(g + n) - along / size * unit * unit * unit);
+        }
+        m->sums.radius[half] += along / radius;
+        m->sums.factor[half] = 0;
+    }
+    memset(m->d_weights, 0, sizeof m->d_weights);
+}
+
+/* Gradient of a piece's frame, m->d_frame: to its state, the chunk's first state and weights, and the decay between. */
+static void frame_back(const Place *p, const Point *point, Work *m) {
+    real *g = m->d_frame;
+    line kept[2];
+    kept_before(p, kept);
+    for (int half = 0; half < 2; half++)
+        for (ptrdiff_t n = half * AREA; n < (half + 1) * AREA; n += KEY)
+            EACH(c) {
+                const vec d = LOAD(kept[half] + c) * LOAD(g + n + c);
+                STORE(m->d_weights + n + c, LOAD(m->d_weights + n + c) + d);
+                STORE(m->sums.kept[half] + c, LOAD(m->sums.kept[half] + c) + d * LOAD(point->weights + n + c));
+            }
+    even_rows(g);
+    add_state(m->d_state, g);
+    for (int half = 0; half < 2; half++)
+        for (ptrdiff_t n = half * AREA; n < (half + 1) * AREA; n += KEY)
+            EACH(c) {
+                const vec d = LOAD(kept[half] + c) * LOAD(g + n + c);
+                STORE(m->d_anchor + n + c, LOAD(m->d_anchor + n + c) - d);
+                STORE(m->sums.kept[half] + c, LOAD(m->sums.kept[half] + c) - d * LOAD(point->dual + n + c));
+            }
+}
+
 /* One segment: entries from `low` to `high`. */
-static void segment_back(Place *p, const Gradients *out, ptrdiff_t h, int32_t low, int32_t high, real *d_scale, real *d_shift, Work *m) {
+static void segment_back(Place *p, const Gradients *out, ptrdiff_t h, int32_t low, int32_t high, Work *m) {
     const Call *call = p->call;
     const Entry *entries = call->table + p->batch * call->rows;
-    const real *saved = call->saved + h * call->segments * STATE, *anchors[SEGMENT];
+    const real *saved = call->saved + h * call->segments * STATE;
+    real *d_weights = LINK == IDENTITY ? m->d_anchor : m->d_weights;
+    Point points[SEGMENT];
     COPY(m->state[0], saved + entries[low].segment * STATE);
     if (!(entries[low].flags & CHUNK)) {
         if (entries[low].anchor >= 0) COPY(m->anchor, saved + entries[low].anchor * STATE);
@@ -656,8 +955,9 @@ static void segment_back(Place *p, const Gradients *out, ptrdiff_t h, int32_t lo
         const int32_t at = n - low;
         p->entry = entries + n;
         if (at && entries[n].flags & DOCUMENT) load_state(call->start_in + p->head * AREA, call->start_out + p->head * AREA, m->state[at]);
-        anchors[at] = entries[n].flags & CHUNK ? m->state[at] : at ? anchors[at - 1] : m->anchor;
-        write_piece(p, anchors[at], &m->writes[at], 1);
+        if (entries[n].flags & CHUNK || !at) points[at] = point_at(p, entries[n].flags & CHUNK ? m->state[at] : m->anchor, m->room[at]);
+        else points[at] = points[at - 1];
+        write_piece(p, points[at].weights, &m->writes[at], 1);
         if (n + 1 < high) {
             COPY(m->state[at + 1], m->state[at]);
             carry_piece(&m->writes[at], m->state[at + 1]);
@@ -668,20 +968,33 @@ static void segment_back(Place *p, const Gradients *out, ptrdiff_t h, int32_t lo
         const Writes *w = &m->writes[at];
         Back *b = &m->back;
         p->entry = entries + n;
-        read_piece(p, w, m->state[at], &m->reads, 1);
+        const int inside = LINK == SIMPLEX && !(p->entry->flags & CHUNK);
+        const real *frame = frame_at(p, &points[at], m->state[at], m->frame);
+        real *d_frame = inside ? m->d_frame : LINK == SIMPLEX ? m->d_weights : m->d_state;
+        read_piece(p, w, &points[at], frame, &m->reads, 1);
         carry_back(w, m->state[at], m->d_state, b);
-        read_back(p, out, w, m->state[at], &m->reads, m->d_state, d_scale, d_shift, b);
-        write_back(p, anchors[at], w, m->d_anchor, d_scale, d_shift, b);
+        if (LINK == SIMPLEX) /* later pieces of the chunk see the decay of this one in their frames, too */
+            for (int half = 0; half < 2; half++) {
+                real *total = b->total[half * OUT];
+                EACH(c) STORE(total + c, LOAD(total + c) + LOAD(m->sums.kept[half] + c));
+            }
+        if (inside) memset(m->d_frame, 0, sizeof m->d_frame);
+        read_back(p, out, w, &points[at], frame, &m->reads, d_frame, &m->sums, b);
+        if (inside) frame_back(p, &points[at], m);
+        write_back(p, points[at].weights, w, d_weights, &m->sums, b);
         store(p, b->q, out->q, KEY);
         store(p, b->k, out->k, KEY);
         store(p, b->v, out->v, KEY);
         store(p, b->eta, out->eta, call->eta_channels);
-        store(p, b->log_alpha, out->log_alpha, call->alpha_channels);
+        store(p, b->log_alpha[OUT], out->log_alpha, call->alpha_channels);
+        if (LINK == SIMPLEX) store(p, b->log_alpha[0], out->log_alpha_in, 1);
         if (BIAS == HUBER) store(p, b->delta, out->delta, call->delta_channels);
         if (entries[n].flags & CHUNK) {
             add_state(m->d_state, m->d_anchor);
             memset(m->d_anchor, 0, sizeof m->d_anchor);
-        }
+            point_back(p, &points[at], m, m->d_state);
+            if (LINK == SIMPLEX) memset(m->sums.kept, 0, sizeof m->sums.kept);
+        } else if (n == 0) point_back(p, &points[at], m, m->d_anchor);
         if (entries[n].flags & DOCUMENT) {
             add_state(m->d_start, m->d_state);
             memset(m->d_state, 0, sizeof m->d_state);
@@ -703,9 +1016,8 @@ void backward(const Call *call, const Gradients *out) {
         for (ptrdiff_t h = 0; h < heads; h++) {
             Place p = {call, NULL, call->order + h / call->heads * call->length, h / call->heads, h % call->heads};
             const Entry *entries = call->table + p.batch * call->rows;
-            line d_scale, d_shift;
-            memset(d_scale, 0, sizeof d_scale);
-            memset(d_shift, 0, sizeof d_shift);
+            memset(&m->sums, 0, sizeof m->sums);
+            if (LINK != IDENTITY) memset(m->d_weights, 0, sizeof m->d_weights);
             memset(m->d_start, 0, sizeof m->d_start);
             load_state(out->in + h * AREA, out->out + h * AREA, m->d_state);
             load_state(out->anchor_in + h * AREA, out->anchor_out + h * AREA, m->d_anchor);
@@ -715,13 +1027,20 @@ void backward(const Call *call, const Gradients *out) {
             }
             for (int32_t high = call->n_entries[p.batch], low; high > 0; high = low) {
                 for (low = high - 1; entries[low].segment < 0; low--) {}
-                segment_back(&p, out, h, low, high, d_scale, d_shift, m);
+                segment_back(&p, out, h, low, high, m);
             }
             store_state(m->d_state, out->in + h * AREA, out->out + h * AREA);
             store_state(m->d_anchor, out->anchor_in + h * AREA, out->anchor_out + h * AREA);
             if (out->start_in) store_state(m->d_start, out->start_in + h * AREA, out->start_out + h * AREA);
-            memcpy(out->scale + h * KEY, d_scale, sizeof d_scale);
-            memcpy(out->shift + h * KEY, d_shift, sizeof d_shift);
+            memcpy(out->scale + h * KEY, m->sums.scale, sizeof m->sums.scale);
+            memcpy(out->shift + h * KEY, m->sums.shift, sizeof m->sums.shift);
+            if (LINK == SIMPLEX) {
+                real *to = out->kept_out + h * call->alpha_channels;
+                out->kept_in[h] = total_of(m->sums.kept[0]);
+                if (call->alpha_channels == 1) to[0] = total_of(m->sums.kept[1]);
+                else memcpy(to, m->sums.kept[1], sizeof m->sums.kept[1]);
+            }
+            if (LINK == SCALED) memcpy(out->radius + h * 2, m->sums.radius, sizeof m->sums.radius);
         }
         free(m);
     }

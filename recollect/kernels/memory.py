@@ -1,4 +1,4 @@
-"""The Miras recurrence of a two-layer perceptron memory on the CPU, compiled (memory.c): gradient descent with decaying retention.
+"""The Miras recurrence of a two-layer perceptron memory on the CPU, compiled (memory.c): gradient descent, decay or l_4 stability.
 
 Faster equal of the plain chunked scan (its oracle), forward and backward, fp32 and fp64. The backward pass keeps the inputs, one
 state per 64 tokens or chunk and two vectors per token, and recomputes the rest. Work is spread over batch elements and heads.
@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from recollect.kernels.compile import POINTER, SIZE, memory
 
 BIASES = {"l2": 0, "lp3": 1, "huber": 2, "l1": 3}
+LINKS = {"identity": 0, "scaled": 1, "simplex": 2}  # what the weights are of what decays
 PIECE = 16  # tokens: key dim and hidden size are multiples of it
 ENTRY_COLUMNS = 5  # int32 numbers of a row of the table
 
@@ -30,21 +31,22 @@ class Perceptron(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """What is the same at every token: tokens of a chunk, the bias by its name in `BIASES`, and `l1`'s sharpness."""
+    """What is the same at every token: tokens of a chunk, bias and link by their names in `BIASES` and `LINKS`, `l1`'s sharpness."""
 
     chunk_size: int
     bias: str = "l2"
     sharpness: float = 10.0
+    link: str = "identity"
 
 
-def can_run(q: Tensor, hidden: int, bias: str) -> bool:
+def can_run(q: Tensor, hidden: int, bias: str, link: str = "identity") -> bool:
     """CPU, fp32 or fp64, a compiler, sizes that are multiples of 16 and at most 128 (key dim) and 1024 (hidden), a bias of `BIASES`."""
     key = q.shape[-1]
     if q.device.type != "cpu" or q.dtype not in (torch.float32, torch.float64) or torch.compiler.is_compiling():
         return False
     if bias not in BIASES or key % PIECE or hidden % PIECE or not 0 < key <= 128 or not 0 < hidden <= 1024:
         return False
-    return memory(key, hidden, BIASES[bias], q.dtype == torch.float64) is not None
+    return memory(key, hidden, BIASES[bias], LINKS[link], q.dtype == torch.float64) is not None
 
 
 def perceptron_scan(
@@ -60,6 +62,8 @@ def perceptron_scan(
     settings: Settings,
     *,
     delta: Tensor | None = None,
+    radius: Tensor | None = None,
+    rows: tuple[Tensor, Tensor, Tensor] | None = None,
     start: Perceptron | None = None,
     reset: Tensor | None = None,
     valid: Tensor | None = None,
@@ -74,6 +78,12 @@ def perceptron_scan(
         slow: scale and shift of the norm, [H, K].
         phase: int64 [B], tokens already in the open chunk.
         delta: threshold of bias "huber", [B, T, H, 1 or K], positive.
+        radius: of link "scaled", [H, 2], positive: in a chunk the weights are the matrices times min(1, (radius / |matrix|_4)^2), the
+            norm with 1e-8 added and taken at the chunk's start, for each matrix alone.
+        rows: of link "simplex": log of alpha for the first matrix [B, T, H, 1] (log_alpha is for the last one only), and log of the
+            decay of the first and last matrix since the open chunk's start, [B, H, 1] and [B, H, log_alpha's channels]. The weights
+            are, at a chunk's start, I softmax(matrix) along its rows of length I; inside it they decay to 1 and take what the matrix
+            gains, less the mean of each row.
         start: matrices at the start of a document, [H, O, K] and [H, K, O]; needed with `reset`.
         reset, valid: bool [B, T]: first token of a document; False where the token is padding.
     Returns:
@@ -81,11 +91,13 @@ def perceptron_scan(
     """
     width = q.shape[-1]
     shared = tuple(x.expand(*q.shape[:3], x.shape[-1]) for x in (eta, log_alpha))
-    code = memory(width, state.first.shape[-2], BIASES[settings.bias], q.dtype == torch.float64)
+    code = memory(width, state.first.shape[-2], BIASES[settings.bias], LINKS[settings.link], q.dtype == torch.float64)
     assert code is not None
     table = _Table.of(code, q, phase, settings.chunk_size, reset, valid)
+    extra = (None, None, None) if rows is None else (rows[0].expand(*q.shape[:3], 1), *rows[1:])
+    matrices = (*state, *anchor, *(start or (None, None)))
     y, *states = _Native.apply(
-        table, settings, torch.is_grad_enabled(), q, k, v, *shared, delta, *state, *anchor, *(start or (None, None)), *slow
+        table, settings, torch.is_grad_enabled(), q, k, v, *shared, delta, *matrices, *slow, radius, *extra
     )
     return y, Perceptron(*states[:2]), Perceptron(*states[2:]), table.phase
 
@@ -101,10 +113,8 @@ class _Call(ctypes.Structure):
         ("threads", ctypes.c_int),
         ("sharpness", ctypes.c_double),
         *((name, POINTER) for name in ("order", "n_entries", "closed", "table")),
-        *(
-            (name, POINTER)
-            for name in ("q", "k", "v", "eta", "log_alpha", "delta", "scale", "shift", "start_first", "start_last")
-        ),
+        *((name, POINTER) for name in ("q", "k", "v", "eta", "log_alpha", "delta", "scale", "shift", "radius")),
+        *((name, POINTER) for name in ("log_alpha_first", "kept_first", "kept_last", "start_first", "start_last")),
         *((name, POINTER) for name in ("first", "last", "anchor_first", "anchor_last", "y")),
         *((name, POINTER) for name in ("saved", "written", "read")),
     )
@@ -116,7 +126,8 @@ class _Gradients(ctypes.Structure):
     _fields_ = tuple(
         (name, POINTER)
         for name in (
-            *("y", "q", "k", "v", "eta", "log_alpha", "delta", "scale", "shift"),
+            *("y", "q", "k", "v", "eta", "log_alpha", "delta", "scale", "shift", "radius"),
+            *("log_alpha_first", "kept_first", "kept_last"),
             *("start_first", "start_last", "first", "last", "anchor_first", "anchor_last"),
         )
     )
@@ -181,12 +192,14 @@ class _Native(torch.autograd.Function):
         d_tokens = [None if x is None else empty(x) for x in tensors[:6]]
         states = [x.clone(memory_format=torch.contiguous_format) for x in d_states]
         starts = [None if x is None else x.new_empty(len(states[0]), *x.shape) for x in tensors[10:12]]
-        slow = [x.new_empty(len(states[0]), *x.shape) for x in tensors[12:]]
+        slow = [None if x is None else x.new_empty(len(states[0]), *x.shape) for x in tensors[12:15]]
+        rows = [None if x is None else empty(x) for x in tensors[15:]]
         call = _call(table, ctx.settings, tensors, tensors[6:10], None, kept)
         d_y = d_y.contiguous()
-        gradients = _Gradients(*map(_pointer, (d_y, *d_tokens, *slow, *starts, *states)))
+        gradients = _Gradients(*map(_pointer, (d_y, *d_tokens, *slow, *rows, *starts, *states)))
         table.code.backward(ctypes.byref(call), ctypes.byref(gradients))
-        return None, None, None, *d_tokens, *states, *(None if x is None else x.sum(0) for x in (*starts, *slow))
+        shared = (None if x is None else x.sum(0) for x in (*starts, *slow))
+        return None, None, None, *d_tokens, *states, *shared, *rows
 
 
 def _call(

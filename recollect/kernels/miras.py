@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from recollect.kernels.memory import Perceptron, Settings, can_run, perceptron_scan
+from recollect.ops.miras.inputs import reduced
+from recollect.ops.miras.retentions import NORM_EPS, q_norm
 from recollect.ops.miras.scan import Call
 from recollect.ops.miras.spec import MirasSpec, MirasState
 
 
 def can_scan(call: Call) -> bool:
-    """Two gelu layers with norm and residual, gradient descent, no retention or plain decay, a bias that is built in."""
+    """Two gelu layers with norm and residual, gradient descent, a retention and a bias that are built in."""
     spec = call.spec
     if spec.memory.name != "mlp" or (spec.memory.options[0], *spec.memory.options[2:]) != (2, "gelu", True, True):
         return False
-    if spec.retention.name not in ("none", "l2", "l2_coupled") or spec.rule.name != "gd" or spec.gradient_at != "previous":
+    bias, link = _bias(spec), _link(spec)
+    if bias is None or link is None or spec.rule.name != "gd" or spec.gradient_at != "previous" or spec.chunk_size == 1:
         return False
-    bias = _bias(spec)
-    return spec.chunk_size > 1 and bias is not None and can_run(call.inputs.q, call.parameters.fast[0].shape[1], bias)
+    return can_run(call.inputs.q, call.parameters.fast[0].shape[1], bias, link)
 
 
 def native(call: Call) -> tuple[Tensor, MirasState]:
     """The compiled form."""
     spec, inputs, state = call.spec, call.inputs, call.state
-    bias = _bias(spec)
+    bias, link = _bias(spec), _link(spec)
     assert bias is not None
+    assert link is not None
     assert state.anchor is not None
     sharpness = float(spec.bias.options[0]) if bias == "l1" else 1.0
     y, dual, anchor, phase = perceptron_scan(
@@ -37,13 +41,47 @@ def native(call: Call) -> tuple[Tensor, MirasState]:
         Perceptron(*state.anchor),
         (call.parameters.slow[0], call.parameters.slow[1]),
         state.phase,
-        Settings(spec.chunk_size, bias, sharpness),
+        Settings(spec.chunk_size, bias, sharpness, link),
         delta=inputs.bias[0] if inputs.bias else None,
+        radius=_radius(call) if link == "scaled" else None,
+        rows=_rows(call) if link == "simplex" else None,
         start=None if call.reset is None else Perceptron(*call.parameters.fast),
         reset=call.reset,
         valid=call.valid,
     )
-    return y, MirasState(tuple(dual), tuple(anchor), None, None, None, phase)
+    return y, MirasState(tuple(dual), tuple(anchor), _kept(call, phase), None, None, phase)
+
+
+def _radius(call: Call) -> Tensor:
+    """The l_4 norm of what is learned of each matrix, [H, 2]."""
+    norms = [q_norm(initial, 4.0) + NORM_EPS for initial in call.parameters.fast]
+    return torch.cat(norms, dim=-1).squeeze(-2)
+
+
+def _rows(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """The decay of the first matrix, one number per token, and of both since the start of the open chunk."""
+    assert call.state.kept is not None
+    first, last = call.state.kept
+    return reduced(call.inputs.log_alpha, "input", row_constant=True, log=True), first, last
+
+
+def _kept(call: Call, phase: Tensor) -> tuple[Tensor, ...] | None:
+    """The decay since the start of the chunk that is open after the call, as `MirasState` has it."""
+    spec, before, log_alpha, valid = call.spec, call.state.kept, call.inputs.log_alpha, call.valid
+    if before is None:
+        return None
+    if valid is None:
+        log_alpha = log_alpha[:, -spec.chunk_size :]
+        valid = log_alpha.new_ones(log_alpha.shape[:2], dtype=torch.bool)
+    later = valid.flip(1).cumsum(1).flip(1)  # tokens from this one to the last
+    inside = (valid & (later <= phase[:, None]))[:, :, None, None]
+    held = (later[:, 0] < phase)[:, None, None]  # the chunk was open before the call
+
+    def of(old: Tensor, axis: str) -> Tensor:
+        gate = reduced(log_alpha, axis, spec.retention.row_constant, log=True)
+        return torch.where(inside, gate, 0).sum(1) + torch.where(held, old, 0)
+
+    return tuple(of(old, axis) for old, axis in zip(before, spec.memory.axes, strict=True))
 
 
 def _bias(spec: MirasSpec) -> str | None:
@@ -54,3 +92,14 @@ def _bias(spec: MirasSpec) -> str | None:
     if name == "lp" and options[0] == 3:
         return "lp3"
     return "huber" if name == "huber" and options[0] == "coordinate" else None
+
+
+def _link(spec: MirasSpec) -> str | None:
+    """The kernel's name of the retention's map from dual to weights, None if it is not built in."""
+    if spec.retention.name in ("none", "l2", "l2_coupled"):
+        return "identity"
+    if spec.read != "linear":
+        return None
+    if spec.retention.name == "kl" and spec.retention.options == (None,):
+        return "simplex"
+    return "scaled" if spec.retention.name == "lq" and spec.retention.options == (4, "safe", None) else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -11,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recollect.kernels import compile as building
-from recollect.kernels.memory import Perceptron, Settings, can_run, perceptron_scan
-from recollect.ops.miras import MirasSpec, Parameters, scan
+from recollect.kernels.memory import can_run
+from recollect.ops.miras import MirasSpec, MirasState, Parameters, Retention, scan
 from recollect.ops.miras.biases import AttentionalBias, huber, l1, l2, lp
 from recollect.ops.miras.memories import mlp
+from recollect.ops.miras.retentions import kl, lq
 from recollect.ops.miras.retentions import l2 as decay
 from recollect.ops.miras.rules import gd
 
@@ -22,7 +24,28 @@ pytestmark = pytest.mark.skipif(building.compiler() is None, reason="no C compil
 
 EXACT = 1e-12
 N_ROWS, N_HEADS, SIZE = 2, 2, 16
-BIASES: dict[str, AttentionalBias] = {"l2": l2(), "lp3": lp(3.0), "huber": huber(), "l1": l1()}
+
+
+class Model(NamedTuple):
+    """What the kernel is compiled for; steps: the largest eta, such that the memory leaves its first weights.
+
+    Tolerance: Memora's plain form, its oracle, moves by 1.2e-12 with the last bits of its inputs (the kernel by a tenth of that).
+    """
+
+    bias: AttentionalBias
+    retention: Retention = decay()
+    steps: float = 0.1
+    tolerance: float = EXACT
+
+
+MODELS = {
+    "l2": Model(l2()),
+    "lp3": Model(lp(3.0)),
+    "huber": Model(huber()),
+    "l1": Model(l1()),
+    "moneta": Model(lp(3.0), lq(4.0), 0.3),
+    "memora": Model(l2(), kl(), tolerance=3e-12),
+}
 PROCESSORS = ("native", "x86-64-v3", "x86-64")  # vectors of the widest kind here, of 32 and of 16 bytes
 
 
@@ -40,7 +63,9 @@ def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     building.memory.cache_clear()
 
 
-def draw(length: int, *, channels: bool, dtype: torch.dtype = torch.float64, strongest: float = 0.1) -> dict[str, Tensor]:
+def draw(
+    length: int, *, channels: bool, dtype: torch.dtype = torch.float64, strongest: float = 0.1, steps: float = 0.1
+) -> dict[str, Tensor]:
     """Everything that a gradient is taken of; numbers do not depend on the precision."""
     generator = torch.Generator().manual_seed(length)
 
@@ -54,7 +79,7 @@ def draw(length: int, *, channels: bool, dtype: torch.dtype = torch.float64, str
     named = {name: F.normalize(normal(*tokens, SIZE), dim=-1) for name in ("q", "k")}
     named |= {
         "v": normal(*tokens, SIZE),
-        "eta": uniform(*tokens, width) / 10,
+        "eta": steps * uniform(*tokens, width),
         "log_alpha": -strongest * uniform(*tokens, width),
     }
     named["delta"] = 0.1 + uniform(*tokens, width)
@@ -72,51 +97,50 @@ def flags(length: int) -> tuple[Tensor, Tensor]:
     return reset, valid
 
 
-def oracle(
-    named: dict[str, Tensor], chunk: int, bias: str, reset: Tensor | None = None, valid: Tensor | None = None
-) -> list[Tensor]:
-    """y and the last states of the token loop."""
-    spec = MirasSpec(memory=mlp(), bias=BIASES[bias], retention=decay(), rule=gd(), chunk_size=chunk)
-    gates = {name: named[name] for name in ("eta", "log_alpha", *(("delta",) if bias == "huber" else ()))}
-    parameters = Parameters((named["first"], named["last"]), (named["scale"], named["shift"]))
-    q, k, v = named["q"], named["k"], named["v"]
-    y, state = scan(spec, q, k, v, gates, parameters=parameters, reset=reset, valid=valid, backend="sequential")
-    return [y, *state.dual, *(state.anchor or state.dual)]
-
-
-def compiled(
+def run(
     named: dict[str, Tensor],
     chunk: int,
-    bias: str,
+    model: str,
+    backend: str,
     reset: Tensor | None = None,
     valid: Tensor | None = None,
     cuts: tuple[int, ...] = (),
-) -> list[Tensor]:
-    """The same of the kernel, in one call or cut into several."""
-    length = named["q"].shape[1]
-    state = anchor = Perceptron(*(named[name].expand(N_ROWS, *named[name].shape) for name in ("first", "last")))
-    phase, outputs = torch.zeros(N_ROWS, dtype=torch.int64), []
-    for low, high in zip((0, *cuts), (*cuts, length), strict=True):
-        q, k, v, eta, log_alpha = (named[name][:, low:high] for name in ("q", "k", "v", "eta", "log_alpha"))
-        slow, settings = (named["scale"], named["shift"]), Settings(chunk, bias)
-        y, state, anchor, phase = perceptron_scan(
-            *(q, k, v, eta, log_alpha, state, anchor, slow, phase, settings),
-            delta=named["delta"][:, low:high] if bias == "huber" else None,
-            start=None if reset is None else Perceptron(named["first"], named["last"]),
-            reset=None if reset is None else reset[:, low:high],
-            valid=None if valid is None else valid[:, low:high],
-        )
+) -> dict[str, Tensor]:
+    """y and the last states, of one call or cut into several."""
+    kind = MODELS[model]
+    spec = MirasSpec(memory=mlp(), bias=kind.bias, retention=kind.retention, rule=gd(), chunk_size=chunk)
+    parameters = Parameters((named["first"], named["last"]), (named["scale"], named["shift"]))
+    state, outputs = None, []
+    for low, high in zip((0, *cuts), (*cuts, named["q"].shape[1]), strict=True):
+        q, k, v = (named[name][:, low:high] for name in ("q", "k", "v"))
+        gates = {name: named[name][:, low:high] for name in ("eta", "log_alpha", *kind.bias.gates)}
+        marks = {name: None if x is None else x[:, low:high] for name, x in (("reset", reset), ("valid", valid))}
+        y, state = scan(spec, q, k, v, gates, state, parameters=parameters, backend=backend, **marks)
         outputs.append(y)
-    return [torch.cat(outputs, dim=1), *state, *anchor]
+    assert isinstance(state, MirasState)
+    assert state.anchor is not None
+    held = {"state": state.dual, "anchor": state.anchor, "kept": state.kept or ()}
+    return {"y": torch.cat(outputs, dim=1)} | {f"{name} {m}": x for name, pair in held.items() for m, x in enumerate(pair)}
 
 
-def with_gradients(outputs: list[Tensor], named: dict[str, Tensor]) -> dict[str, Tensor]:
+def oracle(named: dict[str, Tensor], chunk: int, model: str, *flags: Tensor | None) -> dict[str, Tensor]:
+    """The token loop, in one call; for Memora the plain chunks: the loop adds what the norm takes away, and loses a digit with it."""
+    return run(named, chunk, model, "chunked" if model == "memora" else "sequential", *flags)
+
+
+def compiled(
+    named: dict[str, Tensor], chunk: int, model: str, *flags: Tensor | None, cuts: tuple[int, ...] = ()
+) -> dict[str, Tensor]:
+    """The kernel."""
+    return run(named, chunk, model, "native", *flags, cuts=cuts)
+
+
+def with_gradients(outputs: dict[str, Tensor], named: dict[str, Tensor]) -> dict[str, Tensor]:
     """Outputs and the gradients of a weighted sum of them all; zeros where nothing depends on an input."""
-    total = sum((torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view_as(x) * x).sum() for x in outputs)
+    total = sum((torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view_as(x) * x).sum() for x in outputs.values())
     assert isinstance(total, Tensor)
     gradients = torch.autograd.grad(total, list(named.values()), allow_unused=True, materialize_grads=True)
-    names = ("y", "state first", "state last", "anchor first", "anchor last")
-    return {**dict(zip(names, outputs, strict=True)), **dict(zip(named, gradients, strict=True))}
+    return {**outputs, **dict(zip(named, gradients, strict=True))}
 
 
 def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = EXACT) -> None:
@@ -126,42 +150,55 @@ def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], toleran
         assert error <= tolerance, f"{name}: {error:.1e}"
 
 
-@pytest.mark.parametrize("bias", list(BIASES))
+@pytest.mark.parametrize("model", list(MODELS))
 @pytest.mark.parametrize(("length", "chunk"), [(1, 16), (50, 16), (40, 5), (90, 64), (150, 100)])
-def test_compiled_memory_equals_the_token_loop(length: int, chunk: int, bias: str) -> None:
+def test_compiled_memory_equals_the_token_loop(length: int, chunk: int, model: str) -> None:
     """Prevents a gradient point, a decay or a second-order term that is lost between pieces, chunks or segments."""
-    named = draw(length, channels=length % 20 == 10)
-    assert_close(with_gradients(compiled(named, chunk, bias), named), with_gradients(oracle(named, chunk, bias), named))
+    named = draw(length, channels=length % 20 == 10, steps=MODELS[model].steps)
+    actual, expected = (with_gradients(form(named, chunk, model), named) for form in (compiled, oracle))
+    assert_close(actual, expected, MODELS[model].tolerance)
 
 
+@pytest.mark.parametrize("model", ["l2", "moneta", "memora"])
 @pytest.mark.parametrize(("chunk", "cuts"), [(16, ()), (16, (21,)), (64, (1, 37)), (100, (70,))])
-def test_compiled_memory_keeps_documents_padding_and_cuts_apart(chunk: int, cuts: tuple[int, ...]) -> None:
+def test_compiled_memory_keeps_documents_padding_and_cuts_apart(chunk: int, cuts: tuple[int, ...], model: str) -> None:
     """Prevents a document that sees the one before it, padding that moves the chunks, and states that do not go on."""
-    named = draw(80, channels=True)
-    reset, valid = flags(80)
-    actual = with_gradients(compiled(named, chunk, "l2", reset, valid, cuts), named)
-    assert_close(actual, with_gradients(oracle(named, chunk, "l2", reset, valid), named))
+    named = draw(80, channels=True, steps=MODELS[model].steps)
+    marks = flags(80)
+    actual = with_gradients(compiled(named, chunk, model, *marks, cuts=cuts), named)
+    assert_close(actual, with_gradients(oracle(named, chunk, model, *marks), named), MODELS[model].tolerance)
 
 
-def test_compiled_memory_survives_any_decay() -> None:
+@pytest.mark.parametrize("cuts", [(29,), (1, 17, 70, 71)])
+def test_scaled_memory_goes_on_in_the_middle_of_a_chunk(cuts: tuple[int, ...]) -> None:
+    """Prevents a scale, or its gradient, that is lost with the open chunk, once the memory has outgrown its radius."""
+    named = draw(90, channels=True, steps=MODELS["moneta"].steps)
+    expected, plain = oracle(named, 64, "moneta"), oracle(named, 64, "lp3")
+    assert_close(with_gradients(compiled(named, 64, "moneta", cuts=cuts), named), with_gradients(expected, named))
+    assert float((expected["y"] - plain["y"])[:, 64:].detach().abs().max()) > 0.1
+
+
+@pytest.mark.parametrize("model", ["l2", "moneta", "memora"])
+def test_compiled_memory_survives_any_decay(model: str) -> None:
     """Prevents overflow or 0/0 where a gate forgets everything: log alpha down to -1e4, forward and backward."""
     named = draw(60, channels=True, strongest=3.0)
     with torch.no_grad():
         named["log_alpha"][:, 7] = -1e4
-    actual, expected = (with_gradients(form(named, 16, "l2"), named) for form in (compiled, oracle))
+    actual, expected = (with_gradients(form(named, 20, model), named) for form in (compiled, oracle))
     assert_close(actual, expected, 1e-11)  # the norm divides by a memory that is nearly empty
 
 
-@pytest.mark.parametrize("chunk", [16, 64])
-def test_compiled_memory_in_single_precision_is_as_exact_as_the_token_loop(chunk: int, processor: str) -> None:
+@pytest.mark.parametrize(("chunk", "model"), [(16, "l2"), (64, "l2"), (16, "moneta"), (64, "memora")])
+def test_compiled_memory_in_single_precision_is_as_exact_as_the_token_loop(chunk: int, model: str, processor: str) -> None:
     """Prevents vector code of one width, or its exponential, that is less exact: mean error of four draws, each result and gradient.
 
     One draw's rounding is amplified by what the memory has become; the mean says what the arithmetic loses.
     """
     errors: dict[str, list[float]] = {}
+    steps = MODELS[model].steps
     for length in (66, 70, 74, 78):
         exact, *single = (
-            with_gradients(form(named := draw(length, channels=True, dtype=dtype), chunk, "l2"), named)
+            with_gradients(form(named := draw(length, channels=True, dtype=dtype, steps=steps), chunk, model), named)
             for form, dtype in ((oracle, torch.float64), (compiled, torch.float32), (oracle, torch.float32))
         )
         for name, value in exact.items():
@@ -172,25 +209,24 @@ def test_compiled_memory_in_single_precision_is_as_exact_as_the_token_loop(chunk
         assert actual <= 2 * plain, f"{name}: {actual / 4:.1e}, the loop {plain / 4:.1e}"
 
 
-def test_compiled_memory_is_exact_on_every_processor(processor: str) -> None:
+@pytest.mark.parametrize("model", ["huber", "moneta", "memora"])
+def test_compiled_memory_is_exact_on_every_processor(model: str, processor: str) -> None:
     """Prevents products that assume one width of vectors."""
-    named = draw(50, channels=True)
-    reset, valid = flags(50)
-    assert_close(
-        with_gradients(compiled(named, 16, "huber", reset, valid), named),
-        with_gradients(oracle(named, 16, "huber", reset, valid), named),
-    )
+    named = draw(50, channels=True, steps=MODELS[model].steps)
+    marks = flags(50)
+    actual, expected = (with_gradients(form(named, 40, model, *marks), named) for form in (compiled, oracle))
+    assert_close(actual, expected, MODELS[model].tolerance)
 
 
 @pytest.mark.parametrize("chunk", [16, 64])
 def test_compiled_memory_is_causal_and_rows_are_apart(chunk: int) -> None:
     """Prevents a token that changes a bit of an earlier one, or of another row of the batch."""
     named = {name: part.detach() for name, part in draw(60, channels=True, dtype=torch.float32).items()}
-    before = compiled(named, chunk, "l2")[0]
+    before = compiled(named, chunk, "l2")["y"]
     for name in ("q", "k", "v", "eta"):
         named[name] = named[name].clone()
         named[name][0, 29:] *= 3
-    after = compiled(named, chunk, "l2")[0]
+    after = compiled(named, chunk, "l2")["y"]
     assert torch.equal(before[0, :29], after[0, :29])
     assert torch.equal(before[1], after[1])
     assert not torch.equal(before[0, 29], after[0, 29])
@@ -203,3 +239,13 @@ def test_can_run_refuses_what_the_kernel_has_no_code_for() -> None:
     assert not can_run(q.half(), 64, "l2")
     assert not can_run(torch.zeros(1, 1, 1, 24), 96, "l2")
     assert not can_run(q, 64, "l_infinity")
+
+
+@pytest.mark.parametrize("retention", [lq(3.0), lq(4.0, "paper"), lq(4.0, radius=1.0), kl(2.0)])
+def test_native_refuses_links_that_it_has_no_code_for(retention: Retention) -> None:
+    """Prevents a scale that is computed with another exponent or radius than the spec's."""
+    named = draw(4, channels=True)
+    spec = MirasSpec(memory=mlp(), bias=l2(), retention=retention, rule=gd(), chunk_size=16)
+    parameters = Parameters((named["first"], named["last"]), (named["scale"], named["shift"]))
+    with pytest.raises(RuntimeError, match="native"):
+        scan(spec, named["q"], named["k"], named["v"], {}, parameters=parameters, backend="native")
