@@ -10,10 +10,12 @@ from tests.laws import Maker, maker
 SMALL: dict[str, dict[str, Any]] = {
     # Presets whose own size is beyond the laws' short sequences.
     "sliding_window": {"window": 5},
-    **{name: {"chunk_size": 4} for name in ("atlas", "miras", "moneta", "omega", "titans", "ttt_linear", "ttt_mlp", "yaad")},
     **{name: {"window": 5, "memory_options": {"chunk_size": 4}} for name in ("memory_as_gate", "memory_as_layer")},
     # A LayerNorm over the four channels of a head of 16 / 4 divides by almost nothing now and then; over eight it does not.
-    "memora": {"chunk_size": 4, "n_heads": 2},
+    **{
+        name: {"chunk_size": 4, "n_heads": 2}
+        for name in ("atlas", "memora", "miras", "moneta", "omega", "titans", "ttt_linear", "ttt_mlp", "yaad")
+    },
 }
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {

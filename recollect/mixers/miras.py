@@ -313,7 +313,7 @@ def default_eta_base(spec: MirasSpec) -> float:
     """
     if spec.memory.name in ("matrix", "vector"):
         return min(1.0, 2.0 / spec.chunk_size)
-    base = 0.8 if spec.retention.row_constant else {"lp": 0.015}.get(spec.bias.name, 0.05)
+    base = 0.8 if spec.retention.row_constant else {"lp": 0.03}.get(spec.bias.name, 0.05)
     return base / 2 if spec.rule.momentum or spec.rule.window > 1 else base
 
 
