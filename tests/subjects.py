@@ -7,15 +7,14 @@ from typing import Any
 from recollect.mixers import available
 from tests.laws import Maker, maker
 
+# Heads of eight channels for memories with a LayerNorm: over the four of 16 / 4 it divides by almost nothing now and then.
+PERCEPTRONS = ("atlas", "memora", "miras", "moneta", "omega", "titans", "ttt_linear", "ttt_mlp", "yaad")
+
 SMALL: dict[str, dict[str, Any]] = {
     # Presets whose own size is beyond the laws' short sequences.
     "sliding_window": {"window": 5},
     **{name: {"window": 5, "memory_options": {"chunk_size": 4}} for name in ("memory_as_gate", "memory_as_layer")},
-    # A LayerNorm over the four channels of a head of 16 / 4 divides by almost nothing now and then; over eight it does not.
-    **{
-        name: {"chunk_size": 4, "n_heads": 2}
-        for name in ("atlas", "memora", "miras", "moneta", "omega", "titans", "ttt_linear", "ttt_mlp", "yaad")
-    },
+    **{name: {"chunk_size": 4, "n_heads": 2} for name in PERCEPTRONS},
 }
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -71,4 +70,5 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 def subjects() -> dict[str, Maker]:
     """Maker by name, for every registered mixer (present and future) and every variant."""
     named = {name: maker(name, **SMALL.get(name, {})) for name in available()}
-    return named | {label: maker(name, **options) for label, (name, options) in VARIANTS.items()}
+    wide = {name: {"n_heads": 2} for name in PERCEPTRONS}
+    return named | {label: maker(name, **{**wide.get(name, {}), **options}) for label, (name, options) in VARIANTS.items()}
