@@ -186,7 +186,8 @@ class _Native(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_y: Tensor, *d_states: Tensor) -> tuple[Tensor | None, ...]:
-        tensors, kept = list(ctx.saved_tensors[:-3]), ctx.saved_tensors[-3:]
+        saved = ctx.saved_tensors  # unpacked once: checkpointing allows no second time
+        tensors, kept = list(saved[:-3]), saved[-3:]
         table = ctx.table
         empty = torch.zeros_like if table.padded else torch.empty_like
         d_tokens = [None if x is None else empty(x) for x in tensors[:6]]

@@ -89,10 +89,10 @@ def _toy_mixer() -> Iterator[None]:
 def tiny_config(mixer: Any = TOY, **options: Any) -> RecollectConfig:
     """Two layers of width 32 with 4 heads and 61 tokens.
 
-    Memora has 2 heads: the units of a memory whose weights are softmaxes differ by less than they are, and over the 8 channels of
-    a head the norm of their sum loses another digit.
+    Memora has 1 head: the units of a memory whose weights are softmaxes differ by less than they are, and over the 8 channels of
+    a quarter the norm of their sum loses another digit.
     """
-    n_heads = 2 if mixer == "memora" else 4
+    n_heads = 1 if mixer == "memora" else 4
     sizes: dict[str, Any] = {"vocab_size": 61, "hidden_size": 32, "num_attention_heads": n_heads, "intermediate_size": 48}
     n_layers = {"num_hidden_layers": 2} if isinstance(mixer, str) else {}
     return RecollectConfig(layers=mixer, **{**sizes, **n_layers, **options})
