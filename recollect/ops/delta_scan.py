@@ -89,6 +89,19 @@ def delta_scan(
     Source: Yang et al. 2024, arXiv 2406.06484 (chunk form) and 2412.06464 (with decay); Peng et al. 2025, arXiv 2503.14456.
     """
     tiles.check_tokens(q, k, v, reset, valid)
+    if q.shape[1] > tiles.SLAB:
+
+        def slab(carried: Tensor | None, *parts: Tensor | None) -> tuple[Tensor, Tensor]:
+            q, k, v, a, b, log_decay, strength, reset, valid = parts
+            assert q is not None
+            assert k is not None
+            assert v is not None
+            assert a is not None
+            assert b is not None
+            marks = {"strength": strength, "reset": reset, "valid": valid}
+            return delta_scan(q, k, v, a, b, log_decay, carried, **marks, floor=floor, tile=tile, backend=backend)
+
+        return tiles.by_slabs(slab, state, q, k, v, a, b, log_decay, strength, reset, valid)
     tiles.check_shape("a", a, q.shape)
     tiles.check_shape("b", b, q.shape)
     tiles.check_shape("log_decay", log_decay, q.shape[:3], q.shape)

@@ -54,6 +54,19 @@ def gated_linear_scan(
     arXiv 2312.06635 (per key channel).
     """
     tiles.check_tokens(q, k, v, reset, valid)
+    if q.shape[1] > tiles.SLAB:
+
+        def slab(carried: Tensor | None, *parts: Tensor | None) -> tuple[Tensor, Tensor]:
+            q, k, v, log_decay, reset, valid = parts
+            assert q is not None
+            assert k is not None
+            assert v is not None
+            marks = {"reset": reset, "valid": valid}
+            return gated_linear_scan(
+                q, k, v, log_decay, carried, **marks, decay_axis=decay_axis, floor=floor, tile=tile, backend=backend
+            )
+
+        return tiles.by_slabs(slab, state, q, k, v, log_decay, reset, valid)
     if decay_axis not in ("key", "value"):
         raise ValueError(f"unknown decay_axis {decay_axis!r}; known: key, value")
     channels = q.shape[-1] if decay_axis == "key" else v.shape[-1]

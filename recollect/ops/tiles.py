@@ -8,7 +8,7 @@ Axis legend: B batch, T time, H heads, K key dim, V value dim, N tiles, C tokens
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from recollect.ops.decay import cumulative_log_decay
 
 BACKENDS = ("chunked", "sequential")
+SLAB = 4096  # tokens whose tiles are in memory at once; longer calls gain nothing but page faults
 
 
 class Breaks(NamedTuple):
@@ -166,3 +167,20 @@ def runs_sequentially(backend: str | None, n_tokens: int, tile: int) -> bool:
     if tile < 1:
         raise ValueError(f"tile is a number of tokens, at least 1; got {tile}")
     return backend == "sequential" or (backend is None and n_tokens == 1)
+
+
+def by_slabs(scan: Callable[..., tuple[Tensor, Tensor]], state: Tensor | None, *tokens: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A scan over tokens [B, T, ...] in slabs of `SLAB`, the state carried on: the same numbers from a smaller working set.
+
+    Args:
+        scan: (state, *slab of each of `tokens`) -> (y [B, slab, ...], state).
+    """
+    n_slabs = max(-(-x.shape[1] // SLAB) for x in tokens if x is not None)
+    pieces = [(None,) * n_slabs if x is None else x.split(SLAB, dim=1) for x in tokens]  # split: one gradient, not one per slab
+    outputs: list[Tensor] = []
+    carried = state
+    for slab in zip(*pieces, strict=True):
+        y, carried = scan(carried, *slab)
+        outputs.append(y)
+    assert carried is not None
+    return torch.cat(outputs, dim=1), carried

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from recollect import state as states
+from recollect.ops import tiles
 from recollect.ops.linear_scan import delta_scan, gated_linear_scan, least_squares_scan, slot_scan
 from tests.laws import assert_bitwise, assert_near, assert_same_state
 
@@ -403,3 +404,23 @@ def test_errors_say_what_to_do() -> None:
         slot_scan(**with_decay(4))
     with pytest.raises(ValueError, match=r"v must be \[B, T, H, V\] with the B, T, H of q"):
         gated_linear_scan(tokens["q"], tokens["k"], tokens["v"][:, :3])
+
+
+@pytest.mark.parametrize("strength", [None, "row"])
+def test_slabs_change_nothing(strength: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prevents long calls, which are cut, from giving other numbers or gradients than short ones."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, a, b = (torch.randn(2, 23, 2, 3, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(5))
+    decay = -torch.rand(2, 23, 2, 3, generator=generator, dtype=torch.float64)
+    reset = torch.rand(2, 23, generator=generator) < 0.2
+    valid = torch.arange(23)[None] >= torch.tensor([[0], [4]])
+    force = None if strength is None else torch.rand(2, 23, 2, 3, generator=generator, dtype=torch.float64)
+    results = []
+    for slab in (4096, 5):
+        monkeypatch.setattr(tiles, "SLAB", slab)
+        linear, s = gated_linear_scan(q, k, v, decay, reset=reset, valid=valid, tile=4)
+        delta, m = delta_scan(q, k, v, a, -0.3 * b, decay, strength=force, reset=reset, valid=valid, tile=4)
+        total = (linear.square().sum() + delta.square().sum()) / 100
+        results.append([linear, s, delta, m, *torch.autograd.grad(total, [q, k, v, a, b])])
+    for whole, cut in zip(*results, strict=True):
+        torch.testing.assert_close(cut, whole, atol=1e-12, rtol=1e-12)
