@@ -41,7 +41,7 @@ PUBLIC: dict[str, dict[str, str]] = {
         "LearningRule": "name, update, gates, momentum, window, n_steps, implicit, n_iterations, kind, ridge",
         "MEMORIES": "",
         "Memory": (
-            "name, shapes, axes, read, pullback, queried, n_slow, offset_free, initial_std, diagonal, residual, kind, n_slots, options"
+            "name, shapes, axes, read, pullback, n_slow, offset_free, initial_std, diagonal, residual, kind, n_slots, options"
         ),
         "MirasSpec": "*, memory, bias, retention, rule, chunk_size, gradient_at, read",
         "MirasState": "dual, anchor, kept, momentum, tail, phase",

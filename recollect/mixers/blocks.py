@@ -223,12 +223,14 @@ class Resettable(Protocol):
 
 
 def reset(module: nn.Module) -> None:
-    """Fresh parameters for every direct part of `module`, in the order of registration; linear maps by `draw`."""
+    """Fresh parameters for every part of `module`, in the order of registration; linear maps by `draw`."""
     for part in module.children():
         if isinstance(part, nn.Linear):
             draw(part)
         elif isinstance(part, Resettable):
             part.reset_parameters()
+        elif isinstance(part, nn.ModuleDict):
+            reset(part)
 
 
 def inverse_softplus(y: Tensor) -> Tensor:

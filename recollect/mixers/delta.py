@@ -13,7 +13,17 @@ from torch import Tensor, nn
 
 from recollect.mixers.base import register
 from recollect.mixers.blocks import HeadNorm, draw_time_steps, exact, inverse_softplus, l2_normalize
-from recollect.mixers.recurrent import Branch, Cached, HeadSizeConfig, RecurrentMixer, check_width, held, zeros
+from recollect.mixers.recurrent import (
+    Branch,
+    Cached,
+    HeadSizeConfig,
+    RecurrentMixer,
+    check_width,
+    empty_matrix,
+    no_inputs,
+    run_branches,
+    zeros,
+)
 from recollect.mixers.stream import Steps
 from recollect.ops.linear_scan import least_squares_scan
 from recollect.ops.miras import MirasState, presets, scan
@@ -69,19 +79,16 @@ class DeltaNet(RecurrentMixer):
 
     def start(self, batch_size: int) -> tuple[MirasState, Cached]:
         """Zeros [B, H, V, K]."""
-        memory = zeros(self.o.weight, batch_size, self.config.n_heads, self.config.value_dim, self.config.key_dim)
-        return held(memory), tuple(branch.start(batch_size) for branch in (self.q, self.k, self.v))
+        return empty_matrix(self.o.weight, batch_size, self.config), no_inputs((self.q, self.k, self.v), batch_size)
 
     def mix(self, x: Tensor, memory: MirasState, inputs: Cached, steps: Steps) -> tuple[Tensor, MirasState, Cached]:
         """See `RecurrentMixer.mix`."""
-        q, cached_q = self.q(x, inputs[0], steps)
-        k, cached_k = self.k(x, inputs[1], steps)
-        v, cached_v = self.v(x, inputs[2], steps)
+        (q, k, v), inputs = run_branches((self.q, self.k, self.v), x, inputs, steps)
         q, k = l2_normalize(q) * self.config.key_dim**-0.5, l2_normalize(k)
         gates = {"eta": torch.sigmoid(self.beta(x)) * (2 if self.config.negative_eigenvalues else 1)}
         y, memory = scan(presets.delta_net(), q, k, v, gates, memory, reset=steps.reset, valid=steps.valid)
         y = self.norm(y, None if self.gate is None else self.gate(x).unflatten(-1, (self.config.n_heads, -1)))
-        return self.o(y.flatten(2)), memory, (cached_q, cached_k, cached_v)
+        return self.o(y.flatten(2)), memory, inputs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -158,20 +165,17 @@ class GatedDeltaNet(RecurrentMixer):
 
     def start(self, batch_size: int) -> tuple[MirasState, Cached]:
         """Zeros [B, H, V, K]."""
-        memory = zeros(self.o.weight, batch_size, self.config.n_heads, self.config.value_dim, self.config.key_dim)
-        return held(memory), tuple(branch.start(batch_size) for branch in (self.q, self.k, self.v))
+        return empty_matrix(self.o.weight, batch_size, self.config), no_inputs((self.q, self.k, self.v), batch_size)
 
     def mix(self, x: Tensor, memory: MirasState, inputs: Cached, steps: Steps) -> tuple[Tensor, MirasState, Cached]:
         """See `RecurrentMixer.mix`."""
-        q, cached_q = self.q(x, inputs[0], steps)
-        k, cached_k = self.k(x, inputs[1], steps)
-        v, cached_v = self.v(x, inputs[2], steps)
+        (q, k, v), inputs = run_branches((self.q, self.k, self.v), x, inputs, steps)
         q, k = l2_normalize(q) * self.config.key_dim**-0.5, l2_normalize(k)
         beta = torch.sigmoid(self.beta(x)) * (2 if self.config.negative_eigenvalues else 1)
         gates = {"eta": beta, "log_alpha": self.alpha(x)}
         y, memory = scan(presets.gated_delta_net(), q, k, v, gates, memory, reset=steps.reset, valid=steps.valid)
         y = self.norm(y, self.gate(x).unflatten(-1, (self.config.n_heads, -1)))
-        return self.o(y.flatten(2)), memory, (cached_q, cached_k, cached_v)
+        return self.o(y.flatten(2)), memory, inputs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -232,15 +236,12 @@ class DeltaProduct(RecurrentMixer):
 
     def start(self, batch_size: int) -> tuple[MirasState, Cached]:
         """Zeros [B, H, V, K]."""
-        memory = zeros(self.o.weight, batch_size, self.config.n_heads, self.config.value_dim, self.config.key_dim)
-        return held(memory), tuple(branch.start(batch_size) for branch in (self.q, self.k, self.v))
+        return empty_matrix(self.o.weight, batch_size, self.config), no_inputs((self.q, self.k, self.v), batch_size)
 
     def mix(self, x: Tensor, memory: MirasState, inputs: Cached, steps: Steps) -> tuple[Tensor, MirasState, Cached]:
         """See `RecurrentMixer.mix`."""
         n_steps, n_heads = self.config.n_steps, self.config.n_heads
-        q, cached_q = self.q(x, inputs[0], steps)
-        k, cached_k = self.k(x, inputs[1], steps)
-        v, cached_v = self.v(x, inputs[2], steps)
+        (q, k, v), inputs = run_branches((self.q, self.k, self.v), x, inputs, steps)
         q, k = l2_normalize(q) * self.config.key_dim**-0.5, l2_normalize(k)
         beta = torch.sigmoid(self.beta(x)) * (2 if self.config.negative_eigenvalues else 1)
         k, v, beta = (t.unflatten(2, (n_steps, n_heads)) for t in (k, v, beta))
@@ -248,7 +249,7 @@ class DeltaProduct(RecurrentMixer):
         spec = presets.delta_product(n_steps)
         y, memory = scan(spec, q, k, v, gates, memory, reset=steps.reset, valid=steps.valid)
         y = self.norm(y, self.gate(x).unflatten(-1, (n_heads, -1)))
-        return self.o(y.flatten(2)), memory, (cached_q, cached_k, cached_v)
+        return self.o(y.flatten(2)), memory, inputs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -317,14 +318,13 @@ class Mesa(RecurrentMixer):
             zeros(self.o.weight, batch_size, n_heads, self.config.value_dim, key_dim),
             zeros(self.o.weight, batch_size, n_heads, key_dim, key_dim),
         )
-        return memory, tuple(branch.start(batch_size) for branch in (self.q, self.k))
+        return memory, no_inputs((self.q, self.k), batch_size)
 
     def mix(
         self, x: Tensor, memory: tuple[Tensor, Tensor], inputs: Cached, steps: Steps
     ) -> tuple[Tensor, tuple[Tensor, Tensor], Cached]:
         """See `RecurrentMixer.mix`."""
-        q, cached_q = self.q(x, inputs[0], steps)
-        k, cached_k = self.k(x, inputs[1], steps)
+        (q, k), inputs = run_branches((self.q, self.k), x, inputs, steps)
         v, _ = self.v(x, None, steps)
         gamma, beta, ridge = exact(self.gamma(x), self.beta(x), self.ridge)
         y, memory = least_squares_scan(
@@ -339,4 +339,4 @@ class Mesa(RecurrentMixer):
             valid=steps.valid,
         )
         y = self.norm(y, None if self.gate is None else self.gate(x).unflatten(-1, (self.config.n_heads, -1)))
-        return self.o(y.flatten(2)), memory, (cached_q, cached_k)
+        return self.o(y.flatten(2)), memory, inputs

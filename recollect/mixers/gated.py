@@ -21,11 +21,14 @@ from recollect.mixers.recurrent import (
     RecurrentMixer,
     check_width,
     depth_pattern,
-    held,
+    empty_matrix,
+    no_inputs,
+    run_branches,
     zeros,
 )
 from recollect.mixers.stream import Steps
 from recollect.ops.miras import MirasState, presets, scan
+from recollect.ops.miras.spec import held
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,21 +87,18 @@ class GLA(RecurrentMixer):
 
     def start(self, batch_size: int) -> tuple[MirasState, Cached]:
         """Zeros [B, H, V, K]."""
-        memory = zeros(self.o.weight, batch_size, self.config.n_heads, self.config.value_dim, self.config.key_dim)
-        return held(memory), tuple(branch.start(batch_size) for branch in (self.q, self.k, self.v))
+        return empty_matrix(self.o.weight, batch_size, self.config), no_inputs((self.q, self.k, self.v), batch_size)
 
     def mix(self, x: Tensor, memory: MirasState, inputs: Cached, steps: Steps) -> tuple[Tensor, MirasState, Cached]:
         """See `RecurrentMixer.mix`."""
         heads = (self.config.n_heads, -1)
-        q, cached_q = self.q(x, inputs[0], steps)
-        k, cached_k = self.k(x, inputs[1], steps)
-        v, cached_v = self.v(x, inputs[2], steps)
+        (q, k, v), inputs = run_branches((self.q, self.k, self.v), x, inputs, steps)
         (logits,) = exact(self.alpha(x).unflatten(-1, heads))
         gates = {"log_alpha": F.logsigmoid(logits) / self.config.gate_temperature}
         q = q * self.config.key_dim**-0.5
         y, memory = scan(presets.gla(), q, k, v, gates, memory, reset=steps.reset, valid=steps.valid)
         y = self.norm(y, self.gate(x).unflatten(-1, heads))
-        return self.o(y.flatten(2)), memory, (cached_q, cached_k, cached_v)
+        return self.o(y.flatten(2)), memory, inputs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -157,14 +157,11 @@ class HGRN2(RecurrentMixer):
 
     def start(self, batch_size: int) -> tuple[MirasState, Cached]:
         """Zeros [B, H, V, K]."""
-        memory = zeros(self.o.weight, batch_size, self.config.n_heads, self.config.value_dim, self.config.key_dim)
-        return held(memory), tuple(branch.start(batch_size) for branch in (self.q, self.f, self.v))
+        return empty_matrix(self.o.weight, batch_size, self.config), no_inputs((self.q, self.f, self.v), batch_size)
 
     def mix(self, x: Tensor, memory: MirasState, inputs: Cached, steps: Steps) -> tuple[Tensor, MirasState, Cached]:
         """See `RecurrentMixer.mix`."""
-        q, cached_q = self.q(x, inputs[0], steps)
-        f, cached_f = self.f(x, inputs[1], steps)
-        v, cached_v = self.v(x, inputs[2], steps)
+        (q, f, v), inputs = run_branches((self.q, self.f, self.v), x, inputs, steps)
         (f,) = exact(f)
         log_decay, k = F.logsigmoid(f), torch.sigmoid(-f)
         if self.floor is not None:
@@ -174,7 +171,7 @@ class HGRN2(RecurrentMixer):
         q = F.silu(q) * self.config.key_dim**-0.5
         gates = {"log_alpha": log_decay}
         y, memory = scan(presets.hgrn2(), q, k, v, gates, memory, reset=steps.reset, valid=steps.valid)
-        return self.o(self.norm(y.flatten(2))), memory, (cached_q, cached_f, cached_v)
+        return self.o(self.norm(y.flatten(2))), memory, inputs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -238,14 +235,12 @@ class GSA(RecurrentMixer):
         """Zeros [B, H, M, K] and [B, H, M, V]."""
         shape = (batch_size, self.config.n_heads, self.config.slots)
         memories = (zeros(self.o.weight, *shape, self.config.key_dim), zeros(self.o.weight, *shape, self.config.value_dim))
-        return held(*memories), tuple(branch.start(batch_size) for branch in (self.q, self.k, self.v))
+        return held(memories), no_inputs((self.q, self.k, self.v), batch_size)
 
     def mix(self, x: Tensor, memory: MirasState, inputs: Cached, steps: Steps) -> tuple[Tensor, MirasState, Cached]:
         """See `RecurrentMixer.mix`."""
-        q, cached_q = self.q(x, inputs[0], steps)
-        k, cached_k = self.k(x, inputs[1], steps)
-        v, cached_v = self.v(x, inputs[2], steps)
+        (q, k, v), inputs = run_branches((self.q, self.k, self.v), x, inputs, steps)
         (logits,) = exact(self.f(x).unflatten(-1, (self.config.n_heads, -1)))
         gates, spec = {"log_alpha": F.logsigmoid(logits) / self.config.gate_temperature}, presets.gsa(self.config.slots)
         y, memory = scan(spec, F.silu(q), F.silu(k), F.silu(v), gates, memory, reset=steps.reset, valid=steps.valid)
-        return self.o(self.norm(F.silu(y).flatten(2))), memory, (cached_q, cached_k, cached_v)
+        return self.o(self.norm(F.silu(y).flatten(2))), memory, inputs

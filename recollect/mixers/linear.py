@@ -21,12 +21,15 @@ from recollect.mixers.recurrent import (
     RecurrentMixer,
     check_width,
     depth_pattern,
-    held,
+    empty_matrix,
+    no_inputs,
+    run_branches,
     zeros,
 )
 from recollect.mixers.stream import Steps
 from recollect.ops.attention import rotary
 from recollect.ops.miras import MirasState, presets, scan
+from recollect.ops.miras.spec import held
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,7 +86,7 @@ class LinearAttention(RecurrentMixer):
         """Zeros [B, H, V (+ 1 for the sum of weights), K]."""
         size = self.config.value_dim + self.config.normalize
         memory = zeros(self.o.weight, batch_size, self.config.n_heads, size, self.config.key_dim)
-        return held(memory), tuple(branch.start(batch_size) for branch in (self.q, self.k, self.v))
+        return held((memory,)), no_inputs((self.q, self.k, self.v), batch_size)
 
     def _features(self, x: Tensor) -> Tensor:
         if self.config.feature_map == "identity":
@@ -92,16 +95,14 @@ class LinearAttention(RecurrentMixer):
 
     def mix(self, x: Tensor, memory: MirasState, inputs: Cached, steps: Steps) -> tuple[Tensor, MirasState, Cached]:
         """See `RecurrentMixer.mix`."""
-        q, cached_q = self.q(x, inputs[0], steps)
-        k, cached_k = self.k(x, inputs[1], steps)
-        v, cached_v = self.v(x, inputs[2], steps)
+        (q, k, v), inputs = run_branches((self.q, self.k, self.v), x, inputs, steps)
         q, k, v = exact(q, k, v)
         q, k = self._features(q) * self.config.key_dim**-0.5, self._features(k)
         if self.norm is None:
             v = F.pad(v, (0, 1), value=1.0)
         y, memory = scan(presets.linear_attention(), q, k, v, {}, memory, reset=steps.reset, valid=steps.valid)
         y = y[..., :-1] / (y[..., -1:] + 1e-6) if self.norm is None else self.norm(y)
-        return self.o(y.to(x.dtype).flatten(2)), memory, (cached_q, cached_k, cached_v)
+        return self.o(y.to(x.dtype).flatten(2)), memory, inputs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -158,15 +159,12 @@ class RetNet(RecurrentMixer):
 
     def start(self, batch_size: int) -> tuple[MirasState, Cached]:
         """Zeros [B, H, V, K]."""
-        memory = zeros(self.o.weight, batch_size, self.config.n_heads, self.config.value_dim, self.config.key_dim)
-        return held(memory), tuple(branch.start(batch_size) for branch in (self.q, self.k, self.v))
+        return empty_matrix(self.o.weight, batch_size, self.config), no_inputs((self.q, self.k, self.v), batch_size)
 
     def mix(self, x: Tensor, memory: MirasState, inputs: Cached, steps: Steps) -> tuple[Tensor, MirasState, Cached]:
         """See `RecurrentMixer.mix`."""
         n_heads, theta = self.config.n_heads, self.config.rope_theta
-        q, cached_q = self.q(x, inputs[0], steps)
-        k, cached_k = self.k(x, inputs[1], steps)
-        v, cached_v = self.v(x, inputs[2], steps)
+        (q, k, v), inputs = run_branches((self.q, self.k, self.v), x, inputs, steps)
         q = rotary(q, steps.positions, theta=theta)
         k = rotary(k, steps.positions, theta=theta) * self.config.key_dim**-0.5
         head = torch.arange(n_heads, device=x.device, dtype=memory.dual[0].dtype)
@@ -174,7 +172,7 @@ class RetNet(RecurrentMixer):
         gates = {"log_alpha": log_decay}
         y, memory = scan(presets.retnet(), q, k, v, gates, memory, reset=steps.reset, valid=steps.valid)
         y = self.norm(y, self.gate(x).unflatten(-1, (n_heads, -1)))
-        return self.o(y.flatten(2)), memory, (cached_q, cached_k, cached_v)
+        return self.o(y.flatten(2)), memory, inputs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -214,8 +212,7 @@ class Lightning(RecurrentMixer):
 
     def start(self, batch_size: int) -> tuple[MirasState, Cached]:
         """Zeros [B, H, V, K]."""
-        memory = zeros(self.o.weight, batch_size, self.config.n_heads, self.config.value_dim, self.config.key_dim)
-        return held(memory), ()
+        return empty_matrix(self.o.weight, batch_size, self.config), ()
 
     def mix(self, x: Tensor, memory: MirasState, inputs: Cached, steps: Steps) -> tuple[Tensor, MirasState, Cached]:
         """See `RecurrentMixer.mix`."""

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from recollect.mixers.base import MixerConfig, register
 from recollect.mixers.blocks import HeadNorm, ShortConvolution, draw_time_steps, exact
-from recollect.mixers.recurrent import Cached, RecurrentMixer, check_width, held, zeros
+from recollect.mixers.recurrent import Cached, RecurrentMixer, check_width, zeros
 from recollect.mixers.stream import Steps
 from recollect.ops.miras import MirasState, presets, scan
+from recollect.ops.miras.spec import held
 from recollect.ops.selective_scan import selective_scan
 
 
@@ -166,7 +167,7 @@ class Longhorn(RecurrentMixer):
     def start(self, batch_size: int) -> tuple[MirasState, Cached]:
         """Zeros [B, 1, E, N]."""
         memory = zeros(self.selection.skip, batch_size, 1, self.config.inner, self.config.state_dim)
-        return held(memory), (self.selection.conv.init_state(batch_size),)
+        return held((memory,)), (self.selection.conv.init_state(batch_size),)
 
     def mix(self, x: Tensor, memory: MirasState, inputs: Cached, steps: Steps) -> tuple[Tensor, MirasState, Cached]:
         """See `RecurrentMixer.mix`."""
@@ -261,7 +262,7 @@ class Mamba2(RecurrentMixer):
     def start(self, batch_size: int) -> tuple[MirasState, Cached]:
         """Zeros [B, H, V, N]."""
         memory = zeros(self.skip, batch_size, self.n_heads, self.config.value_dim, self.config.n_state)
-        return held(memory), (self.conv.init_state(batch_size),)
+        return held((memory,)), (self.conv.init_state(batch_size),)
 
     def mix(self, x: Tensor, memory: MirasState, inputs: Cached, steps: Steps) -> tuple[Tensor, MirasState, Cached]:
         """See `RecurrentMixer.mix`."""

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recollect.mixers.base import MixerConfig, register
-from recollect.mixers.blocks import HeadNorm, LowRank, draw, exact, l2_normalize
-from recollect.mixers.recurrent import Branch, Cached, RecurrentMixer, check_width
+from recollect.mixers.blocks import HeadNorm, LowRank, exact, l2_normalize
+from recollect.mixers.recurrent import Branch, Cached, RecurrentMixer, check_width, no_inputs, run_branches
 from recollect.mixers.stream import Steps
 from recollect.ops.attention import rotary
 from recollect.ops.miras import BIASES, MEMORIES, RETENTIONS, RULES, MirasSpec, MirasState, Parameters, initial_state, scan
@@ -228,11 +228,7 @@ class Miras(RecurrentMixer):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Fresh weights; the memory's matrices normal with std I^(-1/2) (logits of the KL retention: 1/2), its norm the identity."""
-        for part in (self.q, self.k, self.v, self.eta, self.alpha, *self.own.values(), *self.rule_gates.values(), self.norm):
-            if part is not None:
-                part.reset_parameters()  # type: ignore[operator]
-        draw(self.gate)
-        draw(self.o)
+        super().reset_parameters()
         for fast in self.fast:
             fast.normal_(std=0.5 if self.spec.retention.row_constant else fast.shape[-1] ** -0.5)
         for n, slow in enumerate(self.slow):
@@ -246,17 +242,15 @@ class Miras(RecurrentMixer):
         if self.alpha is not None:
             gates["log_alpha"] = gates["eta"]
         memory = initial_state(self.spec, none, none, none, gates, parameters=self.memory_parameters())
-        return memory, tuple(branch.start(batch_size) for branch in (self.q, self.k, self.v))
+        return memory, no_inputs((self.q, self.k, self.v), batch_size)
 
     def fresh(self, batch_size: int) -> tuple[MirasState | None, Cached]:
         """No memory: the scan starts one, and then knows that no chunk is open."""
-        return None, tuple(branch.start(batch_size) for branch in (self.q, self.k, self.v))
+        return None, no_inputs((self.q, self.k, self.v), batch_size)
 
     def mix(self, x: Tensor, memory: MirasState | None, inputs: Cached, steps: Steps) -> tuple[Tensor, MirasState, Cached]:
         """See `RecurrentMixer.mix`."""
-        q, cached_q = self.q(x, inputs[0], steps)
-        k, cached_k = self.k(x, inputs[1], steps)
-        v, cached_v = self.v(x, inputs[2], steps)
+        (q, k, v), inputs = run_branches((self.q, self.k, self.v), x, inputs, steps)
         q, k = (l2_normalize(self._rotate(x, steps.positions)) for x in (q, k))
         y, memory = scan(
             self.spec,
@@ -271,7 +265,7 @@ class Miras(RecurrentMixer):
             decay_floor=LOG_ALPHA_FLOOR,
         )
         y = self.norm(y, self.gate(x).unflatten(-1, (self.config.n_heads, -1)))
-        return self.o(y.flatten(2)), memory, (cached_q, cached_k, cached_v)
+        return self.o(y.flatten(2)), memory, inputs
 
     def _rotate(self, x: Tensor, positions: Tensor) -> Tensor:
         """The first channels of x [B, T, H, K] by their positions."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -17,6 +17,7 @@ from recollect.mixers.base import Mixer, MixerConfig
 from recollect.mixers.blocks import ShortConvolution, draw, reset
 from recollect.mixers.stream import Steps, Stream, beginning, follow
 from recollect.ops.miras import MirasState
+from recollect.ops.miras.spec import held
 from recollect.state import State
 
 Cached: TypeAlias = tuple[Tensor | None, ...]
@@ -150,9 +151,9 @@ def zeros(like: Tensor, *shape: int) -> Tensor:
     return like.new_zeros(shape, dtype=torch.promote_types(like.dtype, torch.float32))
 
 
-def held(*memories: Tensor) -> MirasState:
-    """What `scan` carries of matrices [B, ...] that take every token at once."""
-    return MirasState(memories, None, None, None, None, memories[0].new_zeros(memories[0].shape[0], dtype=torch.int64))
+def empty_matrix(like: Tensor, batch_size: int, config: HeadSizeConfig) -> MirasState:
+    """What `scan` carries of one matrix [V, K] per head before the first token: zeros."""
+    return held((zeros(like, batch_size, config.n_heads, config.value_dim, config.key_dim),))
 
 
 class Branch(nn.Module):
@@ -195,3 +196,14 @@ class Branch(nn.Module):
         if self.conv is not None:
             y, cached = self.conv(y, cached, steps.valid, steps.reset)
         return y.unflatten(-1, (self.n_heads, -1)), cached
+
+
+def no_inputs(branches: Sequence[Branch], batch_size: int) -> Cached:
+    """What the branches' convolutions have cached before the first token."""
+    return tuple(branch.start(batch_size) for branch in branches)
+
+
+def run_branches(branches: Sequence[Branch], x: Tensor, inputs: Cached, steps: Steps) -> tuple[list[Tensor], Cached]:
+    """x [B, T, D] through each branch: the heads [B, T, H, K], and the next cached inputs."""
+    pairs = [branch(x, cached, steps) for branch, cached in zip(branches, inputs, strict=True)]
+    return [heads for heads, _ in pairs], tuple(cached for _, cached in pairs)

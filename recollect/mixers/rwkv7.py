@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from recollect.mixers.base import register
 from recollect.mixers.blocks import LowRank, exact, l2_normalize, shift_back
-from recollect.mixers.recurrent import Cached, DepthConfig, RecurrentMixer, depth_pattern, held, zeros
+from recollect.mixers.recurrent import Cached, DepthConfig, RecurrentMixer, depth_pattern, zeros
 from recollect.mixers.stream import Steps
 from recollect.ops.miras import MirasState, presets, scan
+from recollect.ops.miras.spec import held
 
 STRONGEST = -math.exp(-0.5)  # the log decay of one token lies between this and 0
 
@@ -131,7 +132,7 @@ class RWKV7(RecurrentMixer):
         """Zeros [B, H, K, K], and the input before the first token, zeros [B, 1, D]."""
         size = self.config.head_dim
         memory = zeros(self.o.weight, batch_size, self.config.n_heads, size, size)
-        return held(memory), (self.o.weight.new_zeros(batch_size, 1, self.config.dim),)
+        return held((memory,)), (self.o.weight.new_zeros(batch_size, 1, self.config.dim),)
 
     def mix(self, x: Tensor, memory: MirasState, inputs: Cached, steps: Steps) -> tuple[Tensor, MirasState, Cached]:
         """See `RecurrentMixer.mix`."""

@@ -39,7 +39,7 @@ def chunked(
     spec: MirasSpec,
     inputs: Inputs,
     state: MirasState,
-    start: MirasState,
+    start: MirasState | None,
     parameters: Parameters,
     slots: Slots,
     *,
@@ -49,7 +49,7 @@ def chunked(
 
     Args:
         inputs: in the precision of the computation.
-        state, start: before the first token; at the start of a document.
+        state, start: before the first token; at the start of a document (None: none starts here).
         slots: where the tokens stand.
         floor: the most negative log alpha that one token can have, if known.
     """
@@ -324,10 +324,8 @@ def _base(spec: MirasSpec, state: MirasState, frame: Frame, m: int) -> Frame:
     if z is state.anchor[m]:
         return frame
     remaining = on_axis(state.kept[m], spec.memory.axes[m]).exp()
-    added = z - remaining * state.anchor[m]
-    added = added - added.mean(-1, keepdim=True) if frame.centred else added
-    added = added if frame.scale is None else frame.scale * added
-    return frame._replace(moving=remaining * frame.moving + added)
+    moving = frame._replace(fixed=None).weights(remaining, z - remaining * state.anchor[m])
+    return frame._replace(moving=moving)
 
 
 # --- the dense form ---------------------------------------------------------------------------------------------------------
@@ -344,12 +342,15 @@ def _dense(spec: MirasSpec, chunk: _Chunk, state: MirasState, parameters: Parame
     weights = [spec.retention.link(a, initial) for a, initial in zip(point, parameters.fast, strict=True)]
     factors = _factors(spec, weights, chunk, state.tail, parameters.slow)
     mask = None if slots.real is None else slots.mask()
+    frames: list[Frame] = []
+    if spec.chunk_size > 1 and spec.read == "linear":
+        frames = [spec.retention.frame(a, initial) for a, initial in zip(anchor, parameters.fast, strict=True)]
 
     outputs, now = [], state
     for t in range(slots.size(chunk.n)):
         after = _write(spec, chunk, now, anchor, [log[:, :, t] for log in log_alpha], factors, t)
         now = after if mask is None else choose(mask[chunk.n, :, t], after, now)
-        read = dense(_weights(spec, chunk, now, anchor, parameters, t), diagonal=spec.memory.diagonal)
+        read = dense(_weights(spec, chunk, now, anchor, frames, parameters, t), diagonal=spec.memory.diagonal)
         outputs.append(spec.memory.read(read, parameters.slow, chunk.inputs.q[:, :, t : t + 1]))
     y = torch.cat(outputs, dim=2)
     if y.shape[2] < slots.length:
@@ -393,11 +394,12 @@ def _push(spec: MirasSpec, chunk: _Chunk, z: Tensor, step: Tensor, t: int) -> Te
     return torch.where((seen == spec.chunk_size)[:, None, None, None], z + step, z)
 
 
-def _weights(spec: MirasSpec, chunk: _Chunk, now: MirasState, anchor: Matrices, parameters: Parameters, t: int) -> list[Tensor]:
-    """The weights that token t reads."""
+def _weights(
+    spec: MirasSpec, chunk: _Chunk, now: MirasState, anchor: Matrices, frames: list[Frame], parameters: Parameters, t: int
+) -> list[Tensor]:
+    """The weights that token t reads: through the chunk's frames, or, without any, exactly."""
     retention = spec.retention
-    if spec.chunk_size > 1 and spec.read == "linear":
-        frames = [retention.frame(a, initial) for a, initial in zip(anchor, parameters.fast, strict=True)]
+    if frames:
         bases = [_base(spec, now, frame, m) for m, frame in enumerate(frames)]
         return [base.moving if base.fixed is None else base.moving + base.fixed for base in bases]
     dual = now.dual

@@ -42,7 +42,6 @@ class Memory(NamedTuple):
             the matrix takes the mean of the gate over channels).
         read: (apply, slow, q [B, H, C, K]) -> y [B, H, C, V].
         pullback: (weights, slow, k [B, H, C, K], phi) -> factors, the matrices `weights` [B, H, O, I] being the same at every token.
-        queried: matrices that read multiplies with q itself (a scan prepares these products for all chunks at once).
         n_slow: number of slow parameters, each [H, V]: the first starts at one, the others at zero.
         offset_free: matrices to which a constant can be added without changing read or pullback: a norm takes it away.
         initial_std: of the matrices before the first token, times I^(-1/2); 0: zeros.
@@ -58,7 +57,6 @@ class Memory(NamedTuple):
     axes: tuple[str, ...]
     read: Callable[[Apply, Sequence[Tensor], Tensor], Tensor]
     pullback: Callable[[Sequence[Tensor], Sequence[Tensor], Tensor, Phi], Factors]
-    queried: tuple[int, ...] = (0,)
     n_slow: int = 0
     offset_free: tuple[int, ...] = ()
     initial_std: float = 0.0
@@ -205,7 +203,6 @@ def gated_mlp(expansion: int = 4, activation: str = "silu", *, residual: bool = 
         ("input", "input", "output"),
         read,
         pullback,
-        queried=(0, 1),
         n_slow=2 if norm else 0,
         offset_free=(2,) if norm else (),
         initial_std=1.0,

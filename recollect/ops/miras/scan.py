@@ -14,14 +14,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from recollect.ops.attention import softmax_attention
-from recollect.ops.linear_scan import delta_scan, gated_linear_scan, least_squares_scan, slot_scan
 from recollect.ops.miras.chunked import chunked
+from recollect.ops.miras.closed import delta_rule, hebbian, own_scan
 from recollect.ops.miras.inputs import Inputs, check_channels, reduced, tree_map
 from recollect.ops.miras.memories import Parameters
 from recollect.ops.miras.sequential import sequential
 from recollect.ops.miras.slots import lay_out, whole
-from recollect.ops.miras.spec import MirasSpec, MirasState, Tail
+from recollect.ops.miras.spec import MirasSpec, MirasState, Tail, held
 
 # Faster equals of this package: packages that, when imported, add themselves to BACKENDS and PREFERRED. Loaded by name on first use, so
 # that the ops depend on no kernel.
@@ -29,13 +28,13 @@ PLUGINS = ("recollect.kernels",)
 
 
 class Call(NamedTuple):
-    """One scan with everything checked and in one precision; `start` is the state at the start of a document, which is `learned`
-    if the caller gave parameters."""
+    """One scan with everything checked and in one precision. `start` is the state at the start of a document (None: none starts
+    here), which is `learned` if the caller gave parameters."""
 
     spec: MirasSpec
     inputs: Inputs
     state: MirasState
-    start: MirasState
+    start: MirasState | None
     parameters: Parameters
     reset: Tensor | None
     valid: Tensor | None
@@ -98,18 +97,21 @@ def scan(
     if spec.memory.kind != "parametric" or spec.rule.kind != "gradient":
         if learned:
             raise ValueError(f"memory {spec.memory.name!r} with rule {spec.rule.name!r} starts empty: leave parameters out")
-        y, after = _own_scan(spec, inputs, state, reset, valid, backend)
+        y, after = own_scan(spec, inputs, state, reset, valid, backend)
         return y.to(q.dtype), after
     if write is not None or spec.rule.implicit:
         if learned and reset is not None:
             raise ValueError("documents of this form of the delta rule start from zeros: leave parameters or reset out")
         if learned and state is None:
             state = _start(spec, inputs, _parameters(spec, inputs, parameters))
-        y, after = _delta_rule(spec, inputs, write, state, reset, valid, decay_floor, backend)
+        y, after = delta_rule(spec, inputs, write, state, reset, valid, decay_floor, backend)
         return y.to(q.dtype), after
     parameters = _parameters(spec, inputs, parameters)
-    start = _start(spec, inputs, parameters)
-    call = Call(spec, inputs, start if state is None else state, start, parameters, reset, valid, decay_floor, learned)
+    start = None if state is not None and reset is None else _start(spec, inputs, parameters)  # decoding needs none
+    if state is None:
+        assert start is not None
+        state = start
+    call = Call(spec, inputs, state, start, parameters, reset, valid, decay_floor, learned)
     y, after = _choose(call, backend)(call)
     return y.to(q.dtype), after
 
@@ -138,9 +140,9 @@ def _chunked(call: Call) -> tuple[Tensor, MirasState]:
     spec, inputs, state, reset, valid = call.spec, call.inputs, call.state, call.reset, call.valid
     zeros = reset is None or not call.learned  # what the forms below take documents to start from
     if spec.hebbian and zeros:
-        return _hebbian(inputs, state, reset, valid, call.decay_floor)
+        return hebbian(inputs, state, reset, valid, call.decay_floor)
     if spec.linear and spec.bias.name == "l2" and spec.chunk_size == 1 and spec.rule.name in ("gd", "multi_step") and zeros:
-        return _delta_rule(spec, inputs, None, state, reset, valid, call.decay_floor, None)
+        return delta_rule(spec, inputs, None, state, reset, valid, call.decay_floor, None)
     batch_size, n_tokens = inputs.q.shape[:2]
     if reset is None and valid is None and (state is call.start or not spec.stale):
         slots = whole(n_tokens, batch_size, spec.chunk_size, inputs.q.device)
@@ -163,13 +165,13 @@ def initial_state(
     n_rows, _, n_heads, key_dim = inputs.k.shape
     value_dim = inputs.v.shape[-1]
     if spec.memory.kind == "growing":
-        return _held((inputs.k[:, :0], inputs.v[:, :0]), inputs)
+        return held((inputs.k[:, :0], inputs.v[:, :0]))
     if spec.memory.kind == "slots":
         sizes = [(spec.memory.n_slots, key_dim), (spec.memory.n_slots, value_dim)]
-        return _held(tuple(inputs.k.new_zeros(n_rows, n_heads, *size) for size in sizes), inputs)
+        return held(tuple(inputs.k.new_zeros(n_rows, n_heads, *size) for size in sizes))
     if spec.rule.kind == "least_squares":
         sizes = [(value_dim, key_dim), (key_dim, key_dim)]
-        return _held(tuple(inputs.k.new_zeros(n_rows, n_heads, *size) for size in sizes), inputs)
+        return held(tuple(inputs.k.new_zeros(n_rows, n_heads, *size) for size in sizes))
     return _start(spec, inputs, _parameters(spec, inputs, parameters))
 
 
@@ -343,121 +345,6 @@ def _several_steps(
         backend=backend,
     )
     return y[:, n_steps - 1 :: n_steps], after
-
-
-# --- specs with an exact form of their own ----------------------------------------------------------------------------------
-
-
-def _scalar(gate: Tensor) -> Tensor:
-    """[B, T, H, 1] -> [B, T, H]; channel-wise gates stay."""
-    return gate.squeeze(-1) if gate.shape[-1] == 1 else gate
-
-
-def _held(dual: tuple[Tensor, ...], inputs: Inputs, phase: Tensor | None = None) -> MirasState:
-    """A state without an open chunk."""
-    if phase is None:
-        phase = torch.zeros(inputs.q.shape[0], dtype=torch.int64, device=inputs.q.device)
-    return MirasState(dual, None, None, None, None, phase)
-
-
-def _hebbian(
-    inputs: Inputs, state: MirasState, reset: Tensor | None, valid: Tensor | None, floor: float | None
-) -> tuple[Tensor, MirasState]:
-    """A matrix written without being read: decayed linear attention."""
-    k = inputs.k * inputs.eta
-    log_alpha = _scalar(inputs.log_alpha)
-    y, s = gated_linear_scan(inputs.q, k, inputs.v, log_alpha, state.dual[0], reset=reset, valid=valid, floor=floor)
-    return y, _held((s,), inputs)
-
-
-def _delta_rule(
-    spec: MirasSpec,
-    inputs: Inputs,
-    write: Tensor | None,
-    state: MirasState | None,
-    reset: Tensor | None,
-    valid: Tensor | None,
-    floor: float | None,
-    backend: str | None,
-) -> tuple[Tensor, MirasState]:
-    """A matrix, the l2 bias, one token per gradient: M <- M alpha - (M k - v) (eta k)^T, k decayed first if the gradient is."""
-    k, v, eta = inputs.k, inputs.v, inputs.eta
-    read = k * inputs.log_alpha.exp() if spec.gradient_at == "decayed" else k
-    strength = None
-    if spec.rule.implicit:
-        eta = eta / (1 + eta * k.square().sum(-1, keepdim=True))
-    if eta.shape[-1] > 1 and spec.rule.implicit:
-        strength, v, erase = eta, eta * v, k
-    else:
-        erase = eta * k
-    y, s = delta_scan(
-        inputs.q,
-        erase if write is None else write,
-        v,
-        read,
-        -erase,
-        _scalar(inputs.log_alpha),
-        None if state is None else state.dual[0],
-        strength=strength,
-        reset=reset,
-        valid=valid,
-        floor=floor,
-        backend=backend,
-    )
-    return y, _held((s,), inputs)
-
-
-def _own_scan(
-    spec: MirasSpec, inputs: Inputs, state: MirasState | None, reset: Tensor | None, valid: Tensor | None, backend: str | None
-) -> tuple[Tensor, MirasState]:
-    """Gated slots, least squares, softmax attention."""
-    q, k, v = inputs.q, inputs.k, inputs.v
-    if spec.memory.kind == "growing":
-        return _softmax(inputs, state, reset, valid)
-    if spec.memory.kind == "slots":
-        shape = (*q.shape[:3], spec.memory.n_slots)
-        if inputs.log_alpha.shape != shape:
-            raise ValueError(f"memory 'slots' needs the gate 'log_alpha' {list(shape)}; got {list(inputs.log_alpha.shape)}")
-        held = None if state is None else (state.dual[0], state.dual[1])
-        y, pair = slot_scan(q, k, v, inputs.log_alpha, held, reset=reset, valid=valid, backend=backend)
-        return y, _held(pair, inputs)
-    for name, gate in (("eta", inputs.eta), ("log_alpha", inputs.log_alpha)):
-        if gate.shape[-1] != 1:
-            raise ValueError(f"least squares takes gate {name!r} as one number per head, [B, T, H]; got {list(gate.shape)}")
-    y, pair = least_squares_scan(
-        q,
-        k,
-        v,
-        inputs.log_alpha[..., 0],
-        None if state is None else (state.dual[0], state.dual[1]),
-        eta=inputs.eta[..., 0],
-        ridge=spec.rule.ridge,
-        reset=reset,
-        valid=valid,
-        backend=backend,
-    )
-    return y, _held(pair, inputs)
-
-
-def _softmax(inputs: Inputs, state: MirasState | None, reset: Tensor | None, valid: Tensor | None) -> tuple[Tensor, MirasState]:
-    """All pairs so far; `phase` is the index of the current document's first one."""
-    k, v, n_tokens = inputs.k, inputs.v, inputs.q.shape[1]
-    n_cached = 0
-    first = torch.zeros(k.shape[0], dtype=torch.int64, device=k.device)
-    if state is not None:
-        n_cached, first = state.dual[0].shape[1], state.phase
-        k, v = torch.cat((state.dual[0], k), dim=1), torch.cat((state.dual[1], v), dim=1)
-    index = torch.arange(n_cached, n_cached + n_tokens, device=k.device).expand(k.shape[0], -1)
-    fresh = torch.zeros_like(index, dtype=torch.bool) if reset is None else reset
-    if valid is not None:
-        fresh = fresh | ~valid
-        fresh[:, 1:] |= ~valid[:, :-1]
-    start = torch.cat((first[:, None], torch.where(fresh, index, 0)), dim=1).cummax(1).values[:, 1:]
-    y = softmax_attention(inputs.q, k, v, start=start)
-    last = start[:, -1]
-    if valid is not None:
-        y, last = y.masked_fill(~valid[:, :, None, None], 0.0), torch.where(valid[:, -1], last, n_cached + n_tokens)
-    return y, _held((k, v), inputs, last)
 
 
 BACKENDS.update(chunked=_chunked, sequential=_sequential)

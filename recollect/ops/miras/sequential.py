@@ -23,13 +23,13 @@ def sequential(
     spec: MirasSpec,
     inputs: Inputs,
     state: MirasState,
-    start: MirasState,
+    start: MirasState | None,
     parameters: Parameters,
     *,
     reset: Tensor | None,
     valid: Tensor | None,
 ) -> tuple[Tensor, MirasState]:
-    """y [B, T, H, V] and the state after the last token; `start` is the state at the start of a document."""
+    """y [B, T, H, V] and the state after the last token; `start` is the state at the start of a document (None: none starts here)."""
     outputs = []
     for t in range(inputs.q.shape[1]):
         before = state if reset is None else choose(reset[:, t], start, state)
@@ -134,8 +134,4 @@ def _framed(spec: MirasSpec, anchor: Tensor, z: Tensor, kept: Tensor | None, ini
     if kept is None:  # nothing but the sum is read
         return z if frame.fixed is None else z + frame.fixed
     remaining = on_axis(kept, axis).exp()
-    added = z - remaining * anchor
-    if frame.centred:
-        added = added - added.mean(-1, keepdim=True)
-    weights = remaining * frame.moving + (added if frame.scale is None else frame.scale * added)
-    return weights if frame.fixed is None else weights + frame.fixed
+    return frame.weights(remaining, z - remaining * anchor)

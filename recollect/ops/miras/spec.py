@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from recollect.ops.miras.biases import AttentionalBias
@@ -41,6 +42,13 @@ class MirasState(NamedTuple):
     momentum: tuple[Tensor, ...] | None
     tail: Tail | None
     phase: Tensor
+
+
+def held(dual: tuple[Tensor, ...], phase: Tensor | None = None) -> MirasState:
+    """A state without an open chunk: of memories [B, ...] that take every token at once."""
+    if phase is None:
+        phase = torch.zeros(dual[0].shape[0], dtype=torch.int64, device=dual[0].device)
+    return MirasState(dual, None, None, None, None, phase)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
