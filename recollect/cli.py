@@ -80,6 +80,10 @@ def compare(
     width: Annotated[int | None, typer.Option(help="Model dim.", rich_help_panel=_MODEL)] = None,
     heads: Annotated[int | None, typer.Option(help="Heads.", rich_help_panel=_MODEL)] = None,
     intermediate: Annotated[int | None, typer.Option(help="Hidden size of the SwiGLU.", rich_help_panel=_MODEL)] = None,
+    parameters: Annotated[
+        int | None,
+        typer.Option(help="Parameters of every model: its SwiGLUs are as wide as that takes.", rich_help_panel=_MODEL),
+    ] = None,
     dropout: Annotated[
         float | None, typer.Option(help="Of the attention weights, where a mixer has it.", rich_help_panel=_MODEL)
     ] = None,
@@ -142,6 +146,7 @@ def compare(
             width=width,
             heads=heads,
             intermediate=intermediate,
+            parameters=parameters,
             dropout=dropout,
             batch_size=batch_size,
             seq_len=seq_len,

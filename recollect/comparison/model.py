@@ -17,7 +17,7 @@ def make_model(
     """A freshly initialised model on the CPU; dropout will go on from where this leaves torch's generator.
 
     Args:
-        sizes: `Plan.model`.
+        sizes: `Plan.model_of(label)`.
         layers: per-layer mixers and options, `Plan.mixers[i]["layers"]`.
         seed: of weights and dropout.
         length: tokens of an example.

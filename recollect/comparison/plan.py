@@ -25,7 +25,7 @@ from recollect.mixers.base import option_names
 from recollect.mixers.patterns import with_options
 from recollect.training.config import TrainingConfig
 
-VERSION = 1
+VERSION = 2
 EQUAL = ("data", "time")
 MIN_EVAL_EVERY = 10
 
@@ -44,6 +44,7 @@ class Request:
         data, eval_data: files, folders or globs (task "text").
         imports: modules or files that register mixers or tasks.
         layers, width, heads, intermediate, dropout: the model.
+        parameters: trainable numbers of every model, by the width of its SwiGLUs; instead of `intermediate`.
         batch_size, seq_len, lr, schedule, warmup, end_lr, weight_decay, clip: the recipe.
         eval_every: steps between evaluations.
         n_eval, n_eval_curve: held-out examples of the last and of the earlier evaluations.
@@ -64,6 +65,7 @@ class Request:
     width: int | None = None
     heads: int | None = None
     intermediate: int | None = None
+    parameters: int | None = None
     dropout: float | None = None
     batch_size: int | None = None
     seq_len: int | None = None
@@ -122,6 +124,10 @@ class Plan:
 
     def mixer(self, label: str) -> dict[str, Any]:
         return next(mixer for mixer in self.mixers if mixer["label"] == label)
+
+    def model_of(self, label: str) -> dict[str, Any]:
+        """Sizes of one mixer's model: `RecollectConfig` without its layers."""
+        return {**self.model, "intermediate_size": self.mixer(label)["intermediate_size"]}
 
     def steps_of(self, label: str) -> int:
         if self.steps is None:
@@ -185,7 +191,6 @@ def make_plan(request: Request, *, command: str = "") -> Plan:
         "hidden_size": _or(request.width, defaults.width),
         "num_hidden_layers": _or(request.layers, defaults.layers),
         "num_attention_heads": _or(request.heads, defaults.heads),
-        "intermediate_size": _or(request.intermediate, defaults.intermediate),
     }
     plan = Plan(
         version=VERSION,
@@ -251,7 +256,7 @@ def _differences(name: str, old: Any, new: Any) -> list[str]:
     if name == "mixers":
         old, new = ([mixer["label"] for mixer in mixers] for mixers in (old, new))
         if old == new:
-            return ["options of the mixers"]
+            return ["options or sizes of the mixers"]
     if name in ("data", "imports"):  # hashes say nothing to a person
         return ["other data" if name == "data" else "other --import modules"]
     return [f"{name}: {_short(old)} -> {_short(new)}"]
@@ -324,6 +329,7 @@ def _check_counts(request: Request) -> None:
         "width",
         "heads",
         "intermediate",
+        "parameters",
         "seq_len",
         "eval_every",
         "n_eval",
@@ -332,6 +338,8 @@ def _check_counts(request: Request) -> None:
         value = vars(request)[name]
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1; got {value}")
+    if request.parameters is not None and request.intermediate is not None:
+        raise ValueError("--parameters sets the hidden size of the SwiGLUs: leave --intermediate out")
     if request.dropout is not None and not 0 <= request.dropout < 1:
         raise ValueError(f"dropout must be at least 0 and below 1; got {request.dropout}")
 
@@ -368,11 +376,18 @@ def _mixers(
         if "/" in label or "\0" in label or len(label.encode()) > 200:
             raise ValueError(f"mixer {label!r} cannot name a folder: it holds a slash or is longer than 200 bytes")
     dropout = _or(request.dropout, defaults.dropout)
-    return [_mixer(label, defaults.mixer_options(task_options), model, dropout) for label in labels]
+    widths = {"intermediate": _or(request.intermediate, defaults.intermediate), "parameters": request.parameters}
+    return [_mixer(label, defaults.mixer_options(task_options), model, dropout, **widths) for label in labels]
 
 
 def _mixer(
-    label: str, task_defaults: Mapping[str, Mapping[str, Any]], model: Mapping[str, Any], dropout: float
+    label: str,
+    task_defaults: Mapping[str, Mapping[str, Any]],
+    model: Mapping[str, Any],
+    dropout: float,
+    *,
+    intermediate: int | None,
+    parameters: int | None,
 ) -> dict[str, Any]:
     name, typed = parse_mixer(label)
     for option, flag in (("dim", "--width"), ("n_heads", "--heads"), ("layer", "")):
@@ -385,5 +400,27 @@ def _mixer(
         common = {"dropout": dropout} if dropout and "dropout" in option_names(mixer) else {}
         given[mixer] = {**common, **task_defaults.get(mixer, {})}
     layers = with_options([{**layer, **given[layer["mixer"]]} for layer in layers], typed)
-    spec = {"label": label, "mixer": name, "options": {**given.get(name, {}), **typed}, "layers": layers}
-    return {**spec, "parameters": n_parameters(make_model(model, layers, seed=0))}
+    if parameters is not None:
+        intermediate = _fitting(label, model, layers, parameters)
+    built = make_model({**model, "intermediate_size": intermediate}, layers, seed=0)
+    return {
+        "label": label,
+        "mixer": name,
+        "options": {**given.get(name, {}), **typed},
+        "layers": layers,
+        "intermediate_size": built.config.intermediate_size,
+        "parameters": n_parameters(built),
+    }
+
+
+def _fitting(label: str, model: Mapping[str, Any], layers: Sequence[Mapping[str, Any]], parameters: int) -> int:
+    """Hidden size of the SwiGLUs with which a model comes closest to a number of parameters (linear in it).
+
+    Raises:
+        ValueError: the model is larger even with SwiGLUs of size 1.
+    """
+    one, two = (n_parameters(make_model({**model, "intermediate_size": size}, layers, seed=0)) for size in (1, 2))
+    size = 1 + round((parameters - one) / (two - one))
+    if size < 1:
+        raise ValueError(f"--parameters {parameters}: mixer {label!r} at this width and depth needs at least {one}")
+    return size

@@ -125,7 +125,7 @@ def prepare(plan: Plan, label: str, seed: int) -> tuple[RecollectForCausalLM, Wo
     workload = make_workload(plan.task, plan.task_options, plan.data)
     if workload.fingerprint != plan.data.get("fingerprint", ""):
         raise ValueError("the data have changed since the comparison began")
-    model = make_model(plan.model, plan.mixer(label)["layers"], seed=seed, length=workload.length)
+    model = make_model(plan.model_of(label), plan.mixer(label)["layers"], seed=seed, length=workload.length)
     if plan.device.startswith("cuda"):
         torch.cuda.set_device(torch.device(plan.device))  # its generator is the one that checkpoints hold
     torch.nn.Module.to(model, plan.device)

@@ -19,7 +19,7 @@ def test_task_examples_maps_and_kernels(label: str) -> None:
     """Predictions are the argmax; maps are causal and rows of "attention" sum to one; kernels have their sizes."""
     plan = make_plan(small(mixers=[label], layers=2))
     workload = make_workload(plan.task, plan.task_options)
-    model = make_model(plan.model, plan.mixer(label)["layers"], seed=0).eval()
+    model = make_model(plan.model_of(label), plan.mixer(label)["layers"], seed=0).eval()
     described, tensors = inspect(model, workload)
     assert len(described["examples"]) == 8
     batch = next(iter(workload.held_out(8, batch_size=8)))
@@ -52,7 +52,7 @@ def test_text_examples_are_greedy_continuations(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("To be, or not to be, that is the question. " * 20)
     plan = make_plan(small(task="text", task_options={}, data=[str(tmp_path)], seq_len=12, mixers=["mta"]))
     workload = make_workload("text", plan.task_options, plan.data)
-    model = make_model(plan.model, plan.mixer("mta")["layers"], seed=0).eval()
+    model = make_model(plan.model_of("mta"), plan.mixer("mta")["layers"], seed=0).eval()
     example = inspect(model, workload)[0]["examples"][0]
     tokens = next(iter(workload.held_out(8, batch_size=8))).inputs[:1, :6]
     for _ in range(6):
@@ -63,7 +63,7 @@ def test_text_examples_are_greedy_continuations(tmp_path: Path) -> None:
 def test_state_bytes_count_keys_and_values() -> None:
     """Attention keeps two times width numbers per token and layer, in fp32, and a little about positions."""
     plan = make_plan(small(mixers=["attention"], layers=2))
-    model = make_model(plan.model, plan.mixer("attention")["layers"], seed=0).eval()
+    model = make_model(plan.model_of("attention"), plan.mixer("attention")["layers"], seed=0).eval()
     sizes = [state_bytes(model, torch.zeros(length, dtype=torch.int64)) for length in (10, 20)]
     assert 0 <= sizes[1] - sizes[0] - 10 * 2 * 2 * 16 * 4 <= 10 * 2 * 8
     assert n_parameters(model) == plan.mixer("attention")["parameters"]
@@ -71,7 +71,7 @@ def test_state_bytes_count_keys_and_values() -> None:
 
 def test_the_seed_changes_the_weights() -> None:
     plan = make_plan(small())
-    models = [make_model(plan.model, plan.mixer("mta")["layers"], seed=seed) for seed in (0, 0, 1)]
+    models = [make_model(plan.model_of("mta"), plan.mixer("mta")["layers"], seed=seed) for seed in (0, 0, 1)]
     weights = [model.model.embed_tokens.weight for model in models]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])

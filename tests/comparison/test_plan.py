@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from recollect.comparison.defaults import DEFAULTS
+from recollect.comparison.model import make_model, n_parameters
 from recollect.comparison.plan import Plan, differences, make_plan
 from tests.comparison.small import small
 
@@ -39,6 +40,8 @@ def test_a_file_that_is_no_plan_is_refused(text: str) -> None:
         {"eval_every": 4},
         {"n_eval": 20},
         {"clip": 0.5},
+        {"intermediate": 32},
+        {"intermediate": None, "parameters": 4000},
     ],
     ids=str,
 )
@@ -73,6 +76,16 @@ def test_options_typed_win_over_the_tasks_defaults() -> None:
     assert {"c_q": 1, "c_k": 3}.items() <= plan.mixer("mta_toy")["options"].items()
     assert [layer["c_k"] for layer in plan.mixer("mta:c_k=3")["layers"]] == [3, 3]
     assert plan.mixer("mta:c_k=3")["options"]["kq"] is True
+
+
+def test_parameters_are_equal_where_asked() -> None:
+    """SwiGLUs of another width make up for mixers of another size, to half a unit of the width."""
+    plan = make_plan(small(mixers=["attention", "mta", "yaad", "gla"], layers=2, intermediate=None, parameters=20_000))
+    unit = 2 * 3 * 16
+    assert all(abs(mixer["parameters"] - 20_000) <= unit / 2 for mixer in plan.mixers)
+    assert len({mixer["intermediate_size"] for mixer in plan.mixers}) > 2
+    for mixer in plan.mixers:
+        assert n_parameters(make_model(plan.model_of(mixer["label"]), mixer["layers"], seed=1)) == mixer["parameters"]
 
 
 @pytest.mark.parametrize("task", sorted(DEFAULTS))
@@ -110,6 +123,8 @@ def test_every_tasks_defaults_make_a_plan(task: str, tmp_path: Path) -> None:
         ({"task": "text", "task_options": {"seqlen": 2}, "data": ["x"]}, "did you mean 'seq_len'"),
         ({"seq_len": 20}, "--seq-len"),
         ({"width": 15}, "."),
+        ({"parameters": 9000}, "leave --intermediate out"),
+        ({"intermediate": None, "parameters": 10}, "mixer 'attention' at this width and depth needs at least"),
         ({"device": "gpu9"}, "device 'gpu9'"),
         ({"imports": ["no_such_module_of_mine"]}, "--import no_such_module_of_mine failed"),
         ({"imports": ["no_such_file.py"]}, "no such file"),
