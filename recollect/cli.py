@@ -80,6 +80,12 @@ def compare(
     width: Annotated[int | None, typer.Option(help="Model dim.", rich_help_panel=_MODEL)] = None,
     heads: Annotated[int | None, typer.Option(help="Heads.", rich_help_panel=_MODEL)] = None,
     intermediate: Annotated[int | None, typer.Option(help="Hidden size of the SwiGLU.", rich_help_panel=_MODEL)] = None,
+    mlp: Annotated[
+        bool | None,
+        typer.Option(
+            "--mlp/--no-mlp", help="With or without SwiGLUs beside the mixers (recall: without).", rich_help_panel=_MODEL
+        ),
+    ] = None,
     parameters: Annotated[
         int | None,
         typer.Option(help="Parameters of every model: its SwiGLUs are as wide as that takes.", rich_help_panel=_MODEL),
@@ -147,6 +153,7 @@ def compare(
             heads=heads,
             intermediate=intermediate,
             parameters=parameters,
+            mlp=mlp,
             dropout=dropout,
             batch_size=batch_size,
             seq_len=seq_len,

@@ -31,6 +31,7 @@ class Defaults:
     width: int
     heads: int
     intermediate: int | None = None
+    mlp: bool = True
     batch_size: int
     lr: float
     schedule: str = "cosine"
@@ -70,10 +71,11 @@ DEFAULTS: dict[str, Defaults] = {
         n_eval=2000,
         n_eval_curve=250,
     ),
-    "recall": Defaults(
+    "recall": Defaults(  # mixers only, as is usual for it: with SwiGLUs, learning to recall takes several times as many steps
         layers=2,
         width=64,
         heads=2,
+        mlp=False,
         batch_size=64,
         lr=3e-3,
         budget="1500steps",

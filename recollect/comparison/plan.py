@@ -45,6 +45,7 @@ class Request:
         imports: modules or files that register mixers or tasks.
         layers, width, heads, intermediate, dropout: the model.
         parameters: trainable numbers of every model, by the width of its SwiGLUs; instead of `intermediate`.
+        mlp: whether the model has SwiGLUs beside its mixers.
         batch_size, seq_len, lr, schedule, warmup, end_lr, weight_decay, clip: the recipe.
         eval_every: steps between evaluations.
         n_eval, n_eval_curve: held-out examples of the last and of the earlier evaluations.
@@ -66,6 +67,7 @@ class Request:
     heads: int | None = None
     intermediate: int | None = None
     parameters: int | None = None
+    mlp: bool | None = None
     dropout: float | None = None
     batch_size: int | None = None
     seq_len: int | None = None
@@ -191,7 +193,10 @@ def make_plan(request: Request, *, command: str = "") -> Plan:
         "hidden_size": _or(request.width, defaults.width),
         "num_hidden_layers": _or(request.layers, defaults.layers),
         "num_attention_heads": _or(request.heads, defaults.heads),
+        "mlp": _or(request.mlp, defaults.mlp),
     }
+    if not model["mlp"] and (request.intermediate or request.parameters):
+        raise ValueError("--intermediate and --parameters are about SwiGLUs, which this model has not; add --mlp")
     plan = Plan(
         version=VERSION,
         task=request.task,

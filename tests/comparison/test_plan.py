@@ -42,6 +42,7 @@ def test_a_file_that_is_no_plan_is_refused(text: str) -> None:
         {"clip": 0.5},
         {"intermediate": 32},
         {"intermediate": None, "parameters": 4000},
+        {"intermediate": None, "mlp": False},
     ],
     ids=str,
 )
@@ -124,6 +125,7 @@ def test_every_tasks_defaults_make_a_plan(task: str, tmp_path: Path) -> None:
         ({"seq_len": 20}, "--seq-len"),
         ({"width": 15}, "."),
         ({"parameters": 9000}, "leave --intermediate out"),
+        ({"mlp": False}, "add --mlp"),
         ({"intermediate": None, "parameters": 10}, "mixer 'attention' at this width and depth needs at least"),
         ({"device": "gpu9"}, "device 'gpu9'"),
         ({"imports": ["no_such_module_of_mine"]}, "--import no_such_module_of_mine failed"),
