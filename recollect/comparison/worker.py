@@ -31,8 +31,10 @@ from recollect.comparison.user_modules import import_user_modules
 from recollect.comparison.workload import Workload, make_workload
 from recollect.evaluation.metrics import score
 from recollect.models import RecollectForCausalLM
-from recollect.training.loop import train, train_step
-from recollect.training.optimiser import make_optimiser
+from recollect.training.checkpoint import Saving
+from recollect.training.loop import Drawn, train, update
+from recollect.training.optimiser import make_optimisers
+from recollect.training.parallel import Scored
 
 CHECKPOINT_SECONDS = 20.0
 ORPHAN_SECONDS = 60.0  # how long a worker whose parent has died may take to reach its next step
@@ -81,12 +83,11 @@ def _run(folder: Path, journal: Journal, checkpoint_seconds: float, stop: thread
     progress = train(
         model,
         plan.training_of(label),
-        batch_at=lambda step: workload.train_batch(batch_size, run_seed=seed, step=step),
+        data=Drawn(lambda step: workload.train_batch(batch_size, run_seed=seed, step=step)),
         evaluate=evaluator,
         eval_every=plan.eval_every_of(label),
         report=journal.write,
-        checkpoints=folder / "checkpoint",
-        checkpoint_seconds=checkpoint_seconds,
+        saving=Saving(folder / "checkpoint", seconds=checkpoint_seconds),
         fingerprint=plan.config_hash,
         should_stop=stop.is_set,
     )
@@ -154,14 +155,15 @@ def time_steps(folder: Path, *, seconds: float) -> dict[str, float]:
     begun = time.perf_counter()
     batch_size = plan.training["batch_size"]
     config = plan.training_of(label, steps=1000)
-    optimiser = make_optimiser(model, config)
+    scored, optimisers = Scored(model), make_optimisers(model, config)
+    data = Drawn(lambda step: workload.train_batch(batch_size, run_seed=seed, step=step))
     model.train()
     durations: list[float] = []
     deadline = time.perf_counter() + seconds
     while len(durations) < 5 or (time.perf_counter() < deadline and len(durations) < 200):
         started = time.perf_counter()
-        batch = workload.train_batch(batch_size, run_seed=seed, step=len(durations))
-        value, _ = train_step(model, optimiser, batch, config, len(durations))
+        step = len(durations)
+        value, *_ = update(scored, optimisers, data.pieces(step), config, step)
         value.item()  # waits for a GPU
         durations.append(time.perf_counter() - started)
     model.eval()

@@ -206,6 +206,7 @@ class Miras(RecurrentMixer):
         self.spec = config.spec()
         self.channels = _channels_allowed(self.spec) if config.channel_gates is None else config.channel_gates
         self.eta_base = default_eta_base(self.spec) if config.eta_base is None else config.eta_base
+        self.step_share = 1.0  # of the inner step size; `models.set_inner_steps` warms it up
         self.q = Branch(dim, n_heads, size, conv_width=config.conv_width)
         self.k = Branch(dim, n_heads, size, conv_width=config.conv_width)
         self.v = Branch(dim, n_heads, size, conv_width=config.conv_width)
@@ -285,7 +286,7 @@ class Miras(RecurrentMixer):
             (u,) = exact(u)
             return u.unflatten(-1, (self.config.n_heads, -1)) if channels else u
 
-        found = {"eta": self.eta_base * torch.sigmoid(heads(self.eta(x), self.channels))}
+        found = {"eta": self.step_share * self.eta_base * torch.sigmoid(heads(self.eta(x), self.channels))}
         if self.alpha is not None:
             found["log_alpha"] = LOG_ALPHA_FLOOR * torch.sigmoid(heads(self.alpha(x), self.channels))
         for name, generator in self.own.items():

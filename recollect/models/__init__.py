@@ -2,6 +2,7 @@
 
 from recollect.models.cache import RecollectCache
 from recollect.models.configuration import RecollectConfig
+from recollect.models.inner_steps import set_inner_steps
 from recollect.models.memory import load_memory, remember, save_memory
 from recollect.models.modeling import RecollectForCausalLM, RecollectModel
 from recollect.models.sizes import SIZES, n_parameters, size
@@ -16,5 +17,6 @@ __all__ = [
     "n_parameters",
     "remember",
     "save_memory",
+    "set_inner_steps",
     "size",
 ]

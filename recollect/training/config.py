@@ -7,6 +7,7 @@ import difflib
 import math
 
 SCHEDULES = ("constant", "linear", "cosine", "wsd")
+OPTIMISERS = ("adamw", "muon")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,6 +25,10 @@ class TrainingConfig:
         weight_decay: decoupled weight decay of the matrices (not of norms, biases, gates, kernels, embeddings).
         beta1, beta2, eps: AdamW's.
         clip: largest gradient norm; 0 switches clipping off.
+        optimiser: adamw | muon (the weight matrices inside the layers by Muon, everything else by AdamW).
+        muon_lr: peak learning rate of Muon's matrices; None: `lr`.
+        decay_all: weight decay of every parameter instead of matrices only.
+        inner_warmup: steps over which the inner step size of Miras memories rises linearly from 0; 0: off.
     """
 
     steps: int
@@ -38,12 +43,19 @@ class TrainingConfig:
     beta2: float = 0.98
     eps: float = 1e-8
     clip: float = 1.0
+    optimiser: str = "adamw"
+    muon_lr: float | None = None
+    decay_all: bool = False
+    inner_warmup: int = 0
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
             near = difflib.get_close_matches(self.schedule, SCHEDULES, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else "."
             raise ValueError(f"unknown schedule {self.schedule!r}{hint} Known schedules: {', '.join(SCHEDULES)}")
+        _require(self.optimiser in OPTIMISERS, "optimiser", self.optimiser, " or ".join(OPTIMISERS))
+        _require(self.muon_lr is None or 0 < self.muon_lr < math.inf, "muon_lr", self.muon_lr, "positive and finite, or None")
+        _require(self.inner_warmup >= 0, "inner_warmup", self.inner_warmup, "0 (off) or more")
         _require(self.steps >= 1, "steps", self.steps, "at least 1")
         _require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
         _require(0 < self.lr < math.inf, "lr", self.lr, "positive and finite")

@@ -2,64 +2,96 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
+import math
 import os
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from recollect.models import RecollectConfig, RecollectForCausalLM
 from recollect.training import checkpoint
-from recollect.training.checkpoint import Progress, load_checkpoint, save_checkpoint
-from recollect.training.loop import train_step
-from recollect.training.optimiser import make_optimiser
+from recollect.training.checkpoint import Progress, Run, Saving, load_checkpoint, save_checkpoint
+from recollect.training.config import TrainingConfig
+from recollect.training.loop import Drawn, update
+from recollect.training.optimiser import make_optimisers
+from recollect.training.parallel import Scored
 from tests.training.tiny import CONFIG, batch_at, bits, tiny_model
 
 
-def trained(steps: int) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-    model = tiny_model()
-    optimiser = make_optimiser(model, CONFIG)
-    for step in range(steps):
-        train_step(model, optimiser, batch_at(step), CONFIG, step)
-    return model, optimiser
+def fresh(*, seed: int = 0, fingerprint: str = "a", config: TrainingConfig = CONFIG) -> Run:
+    model = tiny_model(seed=seed)
+    return Run(model, make_optimisers(model, config), fingerprint)
 
 
-def test_a_checkpoint_restores_weights_moments_random_state_and_progress(tmp_path: Path) -> None:
+def advance(run: Run, steps: range, config: TrainingConfig = CONFIG) -> Run:
+    for step in steps:
+        update(Scored(run.model), run.optimisers, Drawn(batch_at).pieces(step), config, step)
+    return run
+
+
+def trained(steps: int) -> Run:
+    return advance(fresh(), range(steps))
+
+
+@pytest.mark.parametrize("optimiser", ["adamw", "muon"])
+def test_a_checkpoint_restores_weights_moments_random_state_and_progress(tmp_path: Path, optimiser: str) -> None:
     """Whatever is missing makes the next step differ."""
-    model, optimiser = trained(2)
-    save_checkpoint(tmp_path, model, optimiser, Progress(2, 1.5, 99), fingerprint="a")
+    config = dataclasses.replace(CONFIG, optimiser=optimiser)
+    run = advance(fresh(config=config), range(2), config)
+    run.data = {"rows": [3, 4]}
+    save_checkpoint(run, Progress(2, 1.5, 99), Saving(tmp_path))
     next_random = torch.rand(3)
 
-    other = tiny_model(seed=5)
-    fresh = make_optimiser(other, CONFIG)
-    progress, skipped = load_checkpoint(tmp_path, other, fresh, fingerprint="a")
+    other = fresh(seed=5, config=config)
+    progress, skipped = load_checkpoint(other, tmp_path)
     assert progress == Progress(2, 1.5, 99)
     assert skipped == []
-    assert bits(other) == bits(model)
+    assert other.data == {"rows": [3, 4]}
+    assert bits(other.model) == bits(run.model)
     assert torch.equal(torch.rand(3), next_random)
-    old, new = optimiser.state_dict()["state"], fresh.state_dict()["state"]
+    names = {p: name for name, p in (*run.model.named_parameters(), *other.model.named_parameters())}
+    old, new = ({names[p]: state for p, state in r.optimisers.states().items()} for r in (run, other))
     assert old.keys() == new.keys()
-    for index, moments in old.items():
-        assert all(torch.equal(tensor, new[index][name]) for name, tensor in moments.items())
+    for name, moments in old.items():
+        assert all(torch.equal(tensor, new[name][key]) for key, tensor in moments.items())
+    for r in (run, other):
+        torch.manual_seed(0)
+        advance(r, range(2, 4), config)
+    assert bits(other.model) == bits(run.model)
 
 
 def test_only_the_newest_two_stay(tmp_path: Path) -> None:
-    """A long run must not fill the disk."""
-    model, optimiser = trained(1)
+    """A long run must not fill the disk, nor must what a kill left behind."""
+    run = trained(1)
+    (tmp_path / ".step-00000002").mkdir()
     for step in (1, 2, 3, 10):
-        save_checkpoint(tmp_path, model, optimiser, Progress(step), fingerprint="a")
+        save_checkpoint(run, Progress(step), Saving(tmp_path))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000003", "step-00000010"]
+
+
+def test_the_best_stay_besides(tmp_path: Path) -> None:
+    """The lowest validation loss is what one came for; a checkpoint without one is no rival."""
+    run = trained(1)
+    saving = Saving(tmp_path, keep_last=1, keep_best=2)
+    for step, loss in enumerate((3.0, 1.0, None, 2.0, math.nan, 4.0)):
+        save_checkpoint(run, Progress(step), saving, loss=loss)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"step-0000000{step}" for step in (1, 3, 5)]
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "missing", "json"])
 def test_a_damaged_checkpoint_is_skipped_and_named(tmp_path: Path, damage: str) -> None:
     """Training on from half a file would give a wrong result without a word."""
-    model, optimiser = trained(1)
-    save_checkpoint(tmp_path, model, optimiser, Progress(1), fingerprint="a")
-    train_step(model, optimiser, batch_at(1), CONFIG, 1)
-    newest = save_checkpoint(tmp_path, model, optimiser, Progress(2), fingerprint="a")
-    weights = newest / "model.safetensors"
+    run = trained(1)
+    save_checkpoint(run, Progress(1), Saving(tmp_path))
+    advance(run, range(1, 2))
+    newest = save_checkpoint(run, Progress(2), Saving(tmp_path))
+    (weights,) = (newest / "model").iterdir()
     data = bytearray(weights.read_bytes())
     if damage == "flip":
         data[-1] ^= 1
@@ -67,10 +99,10 @@ def test_a_damaged_checkpoint_is_skipped_and_named(tmp_path: Path, damage: str) 
     elif damage == "cut":
         weights.write_bytes(data[: len(data) // 2])
     elif damage == "missing":
-        (newest / "optimiser.safetensors").unlink()
+        shutil.rmtree(newest / "optimiser")
     else:
         (newest / "state.json").write_text("{")
-    progress, skipped = load_checkpoint(tmp_path, tiny_model(), make_optimiser(tiny_model(), CONFIG), fingerprint="a")
+    progress, skipped = load_checkpoint(fresh(), tmp_path)
     assert progress is not None
     assert progress.step == 1
     assert len(skipped) == 1
@@ -79,33 +111,46 @@ def test_a_damaged_checkpoint_is_skipped_and_named(tmp_path: Path, damage: str) 
 
 def test_a_checkpoint_of_another_run_is_not_loaded(tmp_path: Path) -> None:
     """Same shapes, other recipe: only the fingerprint tells."""
-    model, optimiser = trained(1)
-    save_checkpoint(tmp_path, model, optimiser, Progress(1), fingerprint="a")
-    before = bits(model)
-    progress, skipped = load_checkpoint(tmp_path, model, optimiser, fingerprint="b")
+    run = trained(1)
+    save_checkpoint(run, Progress(1), Saving(tmp_path))
+    before = bits(run.model)
+    run.fingerprint = "b"
+    progress, skipped = load_checkpoint(run, tmp_path)
     assert progress is None
     assert "another configuration" in skipped[0]
-    assert bits(model) == before
+    assert bits(run.model) == before
 
 
-def test_a_full_disk_keeps_the_older_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_of_another_model_is_not_loaded(tmp_path: Path) -> None:
+    """A wider model with the same names would be filled in part."""
+    save_checkpoint(trained(1), Progress(1), Saving(tmp_path))
+    model = RecollectForCausalLM(RecollectConfig(vocab_size=32, hidden_size=32, layers=["mta", "mta"]))
+    progress, skipped = load_checkpoint(Run(model, make_optimisers(model, CONFIG), "a"), tmp_path)
+    assert progress is None
+    assert "other tensors" in skipped[0]
+
+
+@pytest.mark.parametrize("place", ["tensors", "state.json"])
+def test_a_full_disk_keeps_the_older_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
     """Running out of space in the middle of a file leaves no half checkpoint behind."""
-    model, optimiser = trained(1)
-    save_checkpoint(tmp_path, model, optimiser, Progress(1), fingerprint="a")
+    run = trained(1)
+    save_checkpoint(run, Progress(1), Saving(tmp_path))
 
-    def full(path: Path, data: bytes) -> None:
-        path.write_bytes(data[:10])
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(checkpoint, "write_synced", full)
+    if place == "tensors":
+        monkeypatch.setattr(os, "fsync", full)
+    else:
+        monkeypatch.setattr(checkpoint, "write_synced", full)
     with pytest.raises(OSError, match="No space left"):
-        save_checkpoint(tmp_path, model, optimiser, Progress(2), fingerprint="a")
+        save_checkpoint(run, Progress(2), Saving(tmp_path))
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
 
 
 def test_nothing_is_pickled(tmp_path: Path) -> None:
     """A checkpoint from a stranger must not be able to run code."""
-    model, optimiser = trained(1)
-    folder = save_checkpoint(tmp_path, model, optimiser, Progress(1), fingerprint="a")
-    assert {p.suffix for p in folder.iterdir()} == {".safetensors", ".json"}
-    assert set(json.loads((folder / "state.json").read_text())["sha256"]) == {"model.safetensors", "optimiser.safetensors"}
+    folder = save_checkpoint(trained(1), Progress(1), Saving(tmp_path))
+    files = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+    assert {Path(name).suffix for name in files} == {".safetensors", ".json"}
+    assert set(json.loads((folder / "state.json").read_text())["sha256"]) == files - {"state.json"}

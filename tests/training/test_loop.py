@@ -11,7 +11,8 @@ import pytest
 from transformers import PreTrainedModel
 
 from recollect.evaluation.metrics import score
-from recollect.training.loop import NonFiniteLoss, train
+from recollect.training.checkpoint import Saving
+from recollect.training.loop import Drawn, NonFiniteLoss, train
 from tests.training.tiny import CONFIG, TASK, batch_at, bits, tiny_model
 
 
@@ -34,18 +35,18 @@ def evaluations(events: list[dict[str, Any]]) -> dict[int, float]:
 def test_resumed_run_equals_uninterrupted_run_bit_by_bit(tmp_path: Path, stops: tuple[int, ...]) -> None:
     """Catches a lost moment, a lost random state (dropout is on), a batch drawn twice, a shifted schedule."""
     whole, events = tiny_model(), list[dict[str, Any]]()
-    train(whole, CONFIG, batch_at=batch_at, evaluate=evaluate, eval_every=4, report=events.append)
+    train(whole, CONFIG, data=Drawn(batch_at), evaluate=evaluate, eval_every=4, report=events.append)
     pieces = list[dict[str, Any]]()
     for stop in (*stops, None):
         model = tiny_model()
         progress = train(
             model,
             CONFIG,
-            batch_at=batch_at,
+            data=Drawn(batch_at),
             evaluate=evaluate,
             eval_every=4,
             report=pieces.append,
-            checkpoints=tmp_path,
+            saving=Saving(tmp_path),
             should_stop=stop_after(stop) if stop else lambda: False,
         )
     assert progress.step == CONFIG.steps
@@ -57,22 +58,22 @@ def test_resumed_run_equals_uninterrupted_run_bit_by_bit(tmp_path: Path, stops: 
 def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
     """Starting it again loads the end and does nothing."""
     model = tiny_model()
-    train(model, CONFIG, batch_at=batch_at, checkpoints=tmp_path)
+    train(model, CONFIG, data=Drawn(batch_at), saving=Saving(tmp_path))
     again = tiny_model(seed=3)
 
     def no_data(step: int) -> Any:
         raise AssertionError("no batch may be asked for")
 
-    assert train(again, CONFIG, batch_at=no_data, checkpoints=tmp_path).step == CONFIG.steps
+    assert train(again, CONFIG, data=Drawn(no_data), saving=Saving(tmp_path)).step == CONFIG.steps
     assert bits(again) == bits(model)
 
 
 def test_evaluation_changes_nothing() -> None:
     """Evaluating draws no random numbers and leaves training mode as it was."""
     never = tiny_model()
-    train(never, CONFIG, batch_at=batch_at)
+    train(never, CONFIG, data=Drawn(batch_at))
     often = tiny_model()
-    train(often, CONFIG, batch_at=batch_at, evaluate=evaluate, eval_every=1)
+    train(often, CONFIG, data=Drawn(batch_at), evaluate=evaluate, eval_every=1)
     assert bits(often) == bits(never)
 
 
@@ -84,7 +85,7 @@ def test_dropout_is_off_in_evaluation() -> None:
         seen.append(model.training)
         return {}
 
-    train(tiny_model(), CONFIG, batch_at=batch_at, evaluate=look, eval_every=6)
+    train(tiny_model(), CONFIG, data=Drawn(batch_at), evaluate=look, eval_every=6)
     assert seen == [False] * 3
 
 
@@ -92,7 +93,7 @@ def test_divergence_stops_with_evidence(tmp_path: Path) -> None:
     """A run whose loss is NaN would otherwise train on and be reported as merely bad; no checkpoint of it may stay."""
     config = dataclasses.replace(CONFIG, lr=1e30, warmup=0, clip=0, schedule="constant", weight_decay=0)
     with pytest.raises(NonFiniteLoss, match=r"diverged at step \d+ of 12: loss .*gradient norm .*learning rate 1e\+30"):
-        train(tiny_model(), config, batch_at=batch_at, checkpoints=tmp_path, checkpoint_seconds=1e9)
+        train(tiny_model(), config, data=Drawn(batch_at), saving=Saving(tmp_path, 1e9))
     assert not list(tmp_path.glob("step-*"))
 
 
@@ -100,6 +101,6 @@ def test_training_learns() -> None:
     """The loss on held-out data falls: gradient, sign and schedule are right."""
     events = list[dict[str, Any]]()
     config = dataclasses.replace(CONFIG, steps=60, lr=1e-2)
-    train(tiny_model(dropout=0.0), config, batch_at=batch_at, evaluate=evaluate, report=events.append)
+    train(tiny_model(dropout=0.0), config, data=Drawn(batch_at), evaluate=evaluate, report=events.append)
     losses = evaluations(events)
     assert losses[60] < losses[0] - 0.5

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from recollect.training.optimiser import make_optimiser, parameter_groups
+import dataclasses
+
+import pytest
+import torch
+
+from recollect.training.optimiser import make_optimisers, parameter_groups
 from tests.training.tiny import CONFIG, tiny_model
 
 
@@ -22,8 +27,35 @@ def test_only_weight_matrices_are_decayed() -> None:
     assert any("mlp.up" in name for name in in_decayed)
 
 
-def test_every_parameter_is_optimised_once() -> None:
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_every_parameter_is_optimised_once(name: str) -> None:
     """A tied weight in two groups would be stepped twice."""
-    model = tiny_model()
-    optimised = [id(p) for group in make_optimiser(model, CONFIG).param_groups for p in group["params"]]
+    model, config = tiny_model(), dataclasses.replace(CONFIG, optimiser=name)
+    optimised = [id(p) for p in make_optimisers(model, config).parameters()]
     assert sorted(optimised) == sorted({id(p) for p in model.parameters()})
+
+
+def test_decay_all_decays_everything() -> None:
+    """The Multi-Token Attention paper's recipe decays kernels and norms, too."""
+    groups = parameter_groups(tiny_model(), 0.1, decay_all=True)
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.1]
+
+
+def test_muon_orthogonalises_the_update_of_a_matrix() -> None:
+    """Its first update of a matrix has singular values near one, at AdamW's root mean square, and nothing else is Muon's."""
+    model = tiny_model(dropout=0.0)
+    config = dataclasses.replace(CONFIG, optimiser="muon", weight_decay=0.0)
+    optimisers = make_optimisers(model, config)
+    weight = model.model.layers[0].mlp.up.weight
+    before = weight.detach().clone()
+    generator = torch.Generator().manual_seed(0)
+    for p in model.parameters():
+        p.grad = torch.randn(p.shape, generator=generator)
+    optimisers.set_rate(1e-3)
+    optimisers.step()
+    change = (weight.detach() - before) / 1e-3
+    singular = torch.linalg.svdvals(change) / (0.2 * max(change.shape) ** 0.5)
+    assert ((singular > 0.6) & (singular < 1.4)).all()
+    muon, adamw = optimisers.parts
+    assert all(p.ndim == 2 for group in muon.param_groups for p in group["params"])
+    assert any(p is model.model.embed_tokens.weight for group in adamw.param_groups for p in group["params"])
