@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
 import os
 import shutil
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from recollect.comparison.journal import Event, append_line, clean, read_lines
 from recollect.comparison.plan import Plan, differences
 from recollect.training.checkpoint import replace_file
+from recollect.training.folder import LOCK, is_disk_full
+from recollect.training.journal import Event, append_line, clean, read_lines
 
 DISK_FULL_TEXT = "the disk is full; free some space and run the same command again"
-PLAN, RESULTS, LOCK = "comparison.json", "results.jsonl", ".lock"
-
-
-class Busy(Exception):
-    """Another process holds a lock."""
+PLAN, RESULTS = "comparison.json", "results.jsonl"
 
 
 def default_folder(plan: Plan) -> Path:
@@ -69,31 +62,6 @@ def forget(out: Path) -> None:
     """Remove a plan that has no results."""
     shutil.rmtree(out / "runs", ignore_errors=True)
     (out / PLAN).unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def locked(folder: Path, *, wait_seconds: float = 0.0) -> Iterator[None]:
-    """Hold `folder`/.lock; the operating system lets go of it when the process ends, however it ends.
-
-    Raises:
-        Busy: another process holds it for longer than `wait_seconds`.
-    """
-    try:
-        import fcntl
-    except ImportError:  # Windows: nobody is kept out, nothing else changes
-        yield
-        return
-    deadline = time.monotonic() + wait_seconds
-    with open(folder / LOCK, "w") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError as error:
-                if time.monotonic() >= deadline:
-                    raise Busy(f"{folder} is in use by another recollect process") from error
-                time.sleep(0.1)
-        yield
 
 
 class Results:
@@ -154,13 +122,6 @@ def explain(error: BaseException) -> str:
     if isinstance(error, OSError) and error.filename:
         return f"{error.strerror}: {error.filename}"
     return text or type(error).__name__
-
-
-def is_disk_full(error: BaseException) -> bool:
-    """ENOSPC or EDQUOT, also where a library has turned it into a text."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return True
-    return "No space left on device" in str(error) or "Disk quota exceeded" in str(error)
 
 
 def _some(names: list[str]) -> str:

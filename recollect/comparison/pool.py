@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from recollect.comparison.folder import DISK_FULL_TEXT, run_folder
-from recollect.comparison.journal import DISK_FULL, DONE, STOPPED, Event, Listener
 from recollect.comparison.plan import Plan
+from recollect.training.journal import DISK_FULL, DONE, STOPPED, Event, Listener
 
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 30.0  # how long a worker may take to write its checkpoint when it is told to stop

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-from recollect.comparison.journal import Event
 from recollect.comparison.plan import Plan
+from recollect.training.journal import Event
 
 Key = tuple[str, int]
 

@@ -12,13 +12,14 @@ from rich.console import Console, RenderableType
 from recollect.comparison import folder as folders
 from recollect.comparison.budget import choose_steps, measure
 from recollect.comparison.folder import Results
-from recollect.comparison.journal import Event, read_lines
 from recollect.comparison.options import parse_budget
 from recollect.comparison.plan import Plan, Request, make_plan, moved, usable_cores
 from recollect.comparison.pool import run_all
 from recollect.comparison.progress import Display, Silent, make_display
 from recollect.mixers import entry
 from recollect.mixers.multi_token import MultiTokenAttention
+from recollect.training.folder import Busy, locked
+from recollect.training.journal import Event, read_lines
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,7 +66,7 @@ def compare(
     jobs = jobs or default_jobs(plan)
     out.mkdir(parents=True, exist_ok=True)
     try:
-        with folders.locked(out):
+        with locked(out):
             stored = folders.look(out, plan)  # again: another process may have been here in between
             _tell_beginning(plan, stored, out, console)
             plan = moved(stored, plan) if stored else plan
@@ -73,7 +74,7 @@ def compare(
                 folders.store(out, plan)
             plan = _with_steps(out, plan, jobs, begun, console)
             failed = _train(out, plan, jobs, make_display(plan, console) if console else Silent())
-    except folders.Busy as error:
+    except Busy as error:
         raise ValueError(f"{error}; wait for it, or give another --out") from error
     return Outcome(out=out, table=_report(out), report=out / "report.html", failed=failed)
 

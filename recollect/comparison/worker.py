@@ -22,9 +22,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from recollect.comparison.folder import PLAN, explain, is_disk_full, locked
+from recollect.comparison.folder import PLAN, explain
 from recollect.comparison.inspection import write_inspection
-from recollect.comparison.journal import DISK_FULL, DONE, FAILED, STOPPED, Journal
 from recollect.comparison.model import make_model, state_bytes
 from recollect.comparison.plan import Plan
 from recollect.comparison.user_modules import import_user_modules
@@ -32,6 +31,8 @@ from recollect.comparison.workload import Workload, make_workload
 from recollect.evaluation.metrics import score
 from recollect.models import RecollectForCausalLM
 from recollect.training.checkpoint import Saving
+from recollect.training.folder import is_disk_full, locked
+from recollect.training.journal import DISK_FULL, DONE, FAILED, STOPPED, Journal
 from recollect.training.loop import Drawn, train, update
 from recollect.training.optimiser import make_optimisers
 from recollect.training.parallel import Scored

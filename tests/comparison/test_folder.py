@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from recollect.comparison.folder import Busy, Results, default_folder, explain, is_done, locked, look, run_folder, store
-from recollect.comparison.journal import Journal
+from recollect.comparison.folder import Results, default_folder, explain, is_done, look, run_folder, store
 from recollect.comparison.plan import make_plan
+from recollect.training.folder import Busy, locked
+from recollect.training.journal import Journal
 from tests.comparison.small import small
 
 

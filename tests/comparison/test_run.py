@@ -11,9 +11,10 @@ import pytest
 from rich.console import Console
 
 from recollect.comparison import compare
-from recollect.comparison.folder import locked, run_folder
+from recollect.comparison.folder import run_folder
 from recollect.comparison.plan import differences, make_plan, moved
 from recollect.comparison.run import default_jobs
+from recollect.training.folder import locked
 from tests.comparison.small import small
 
 BROKEN = """

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from recollect.comparison.folder import run_folder
-from recollect.comparison.journal import DISK_FULL, DONE, FAILED, STOPPED, Event, read_lines
 from recollect.comparison.plan import make_plan
 from recollect.comparison.pool import environment
 from recollect.comparison.worker import find_run, run, time_steps
+from recollect.training.journal import DISK_FULL, DONE, FAILED, STOPPED, Event, read_lines
 from tests.comparison.small import small, stored_run
 
 STEPS = 60

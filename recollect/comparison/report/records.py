@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from recollect.comparison.journal import read_lines
+from recollect.training.journal import read_lines
 
 Status = Literal["finished", "unfinished", "failed", "not started"]
 

@@ -6,7 +6,7 @@ import json
 import math
 from pathlib import Path
 
-from recollect.comparison.journal import Journal, Listener, append_line, read_lines
+from recollect.training.journal import Journal, Listener, append_line, read_lines
 
 
 def test_a_listener_hears_every_event_once(tmp_path: Path) -> None:
