@@ -21,7 +21,7 @@ import recollect
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "recollect"
-DATA_SUFFIXES = {".c", ".css", ".h", ".html", ".js", ".typed"}
+DATA_SUFFIXES = {".c", ".css", ".h", ".html", ".js", ".typed", ".yaml"}
 
 
 def pyproject() -> dict[str, Any]:

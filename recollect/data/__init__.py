@@ -1,5 +1,20 @@
-"""Text as a stream of bytes: read, hold out, pack."""
+"""Text as tokens: read, tokenised, held out, packed into rows. `ByteText` is small text in memory, `Rows` any amount from disk."""
 
+from recollect.data.rows import Rows, TokenBatch
 from recollect.data.text import DOCUMENT_START, VOCAB_SIZE, ByteText, decode, encode
+from recollect.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from recollect.data.validation import validation_rows
 
-__all__ = ["DOCUMENT_START", "VOCAB_SIZE", "ByteText", "decode", "encode"]
+__all__ = [
+    "DOCUMENT_START",
+    "VOCAB_SIZE",
+    "ByteText",
+    "Rows",
+    "TokenBatch",
+    "Tokenizer",
+    "decode",
+    "encode",
+    "load_tokenizer",
+    "train_tokenizer",
+    "validation_rows",
+]

@@ -1,0 +1,361 @@
+"""`recollect train`: from a run's settings to a trained model in a folder, on any number of processes, from wherever it stopped.
+
+    OUT/run.yaml          the resolved run
+    OUT/progress.jsonl    every report
+    OUT/checkpoints/      where it goes on from
+    OUT/tokens/           tokenised text
+    OUT/model/            the trained model, as Hugging Face saves it
+    OUT/curves.png        loss, learning rate and speed over the run
+
+Axis legend: n rows, T time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fnmatch
+import gc
+import math
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from recollect.data.rows import Rows, TokenBatch
+from recollect.data.tokenizer import Tokenizer, load_tokenizer
+from recollect.data.validation import validation_rows
+from recollect.models import RecollectForCausalLM
+from recollect.state import fingerprint
+from recollect.tasks.base import IGNORE, stream_seed
+from recollect.training.carry import Carry
+from recollect.training.check import batch_rows, check, n_steps
+from recollect.training.checkpoint import Progress, Saving, replace_file
+from recollect.training.config import TrainingConfig
+from recollect.training.folder import locked
+from recollect.training.loop import Piece, train
+from recollect.training.model_config import model_config, saved_model
+from recollect.training.parallel import distribute
+from recollect.training.recipe import dump_run, load_run
+from recollect.training.reports import Reports
+from recollect.training.settings import RunSettings
+from recollect.training.world import World, alone, joined, totals, wait
+
+CHECKPOINTS, MODEL, RUN = "checkpoints", "model", "run.yaml"
+FREE = ("out", "eval_every", "eval_rows", "saving", "logging")  # may differ when a run goes on: they change no weight
+
+
+def run_training(
+    run: RunSettings, *, should_stop: Callable[[], bool] = lambda: False, say: Callable[[str], None] = print, live: bool = False
+) -> Progress:
+    """Train what `run` describes, or go on with it. Several processes call it alike, as torchrun starts them.
+
+    Args:
+        run: see `settings`.
+        should_stop: asked before every step; True on any process saves and returns.
+        say: takes lines for a person, on the first process only.
+        live: draw a bar that moves.
+    Returns:
+        progress; `step` is less than the run's if it was stopped.
+    Raises:
+        ValueError: the run cannot start, or the folder holds another one.
+        recollect.training.loop.NonFiniteLoss: training diverged; the last checkpoint stays.
+        recollect.training.folder.Busy: another process trains into the folder.
+        OSError: the disk is full or not writable; the last checkpoint stays.
+    """
+    check(run)
+    transformers_logging.disable_progress_bar()
+    if run.engine.threads:
+        torch.set_num_threads(run.engine.threads)
+    out = Path(run.out)
+    with joined(run.engine.device) as world, _own(out, world):
+        if world.rank == 0:
+            _store(run, out)
+        wait(world)
+        return _Training(run, out, world, say if world.rank == 0 else lambda line: None, live and world.rank == 0)(should_stop)
+
+
+def identity(run: RunSettings) -> dict[str, Any]:
+    """Whatever changes a weight: the settings without those that may differ when a run goes on."""
+    values = {name: value for name, value in dataclasses.asdict(run).items() if name not in FREE}
+    values["data"] = {name: value for name, value in values["data"].items() if name != "shards"}
+    values["engine"] = {name: values["engine"][name] for name in ("precision",)}
+    return values
+
+
+class RowData:
+    """The loop's view of `Rows`: micro-batches of this process, the next batch being read while the last one is learned from."""
+
+    def __init__(self, rows: Rows, *, n_rows: int, micro_batch: int) -> None:
+        self.rows, self.n_rows, self.micro_batch = rows, n_rows, micro_batch
+        self.reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rows")
+        self.position = rows.state()
+        self.coming: Future[tuple[TokenBatch, dict[str, Any]]] | None = None
+
+    def pieces(self, step: int) -> Sequence[Piece]:
+        batch, self.position = self._read() if self.coming is None else self.coming.result()
+        self.coming = self.reader.submit(self._read)
+        ids = [None] * len(batch.inputs) if batch.document_ids is None else batch.document_ids.split(self.micro_batch)
+        parts = zip(batch.inputs.split(self.micro_batch), batch.labels.split(self.micro_batch), ids, strict=False)
+        return [Piece(*part) for part in parts]
+
+    def state(self) -> dict[str, Any]:
+        return self.position
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.rows.restore(state)
+        self.position, self.coming = self.rows.state(), None
+
+    def _read(self) -> tuple[TokenBatch, dict[str, Any]]:
+        batch = self.rows.next(self.n_rows)
+        return batch, self.rows.state()
+
+
+class _Training:
+    """One process's part of a run."""
+
+    def __init__(self, run: RunSettings, out: Path, world: World, say: Callable[[str], None], live: bool) -> None:
+        self.run, self.out, self.world, self.say, self.live = run, out, world, say, live
+        share = run.engine.tensor_parallel  # processes that read the same rows
+        self.readers = World(world.rank // share, world.size // share, world.device)
+        self.n_rows = batch_rows(run)
+        if self.n_rows % self.readers.size:
+            raise ValueError(
+                f"a batch has {self.n_rows} rows (batch_tokens={run.batch_tokens}, seq_len={run.data.seq_len}), which "
+                f"{self.readers.size} processes cannot share: set batch_tokens to a multiple of "
+                f"{self.readers.size * run.data.seq_len}"
+            )
+        self.n_own = self.n_rows // self.readers.size
+        self.micro_batch = min(run.engine.micro_batch or self.n_own, self.n_own)
+        if run.data.carry and self.n_own % self.micro_batch:
+            raise ValueError(f"with carry, micro_batch={self.micro_batch} must divide the {self.n_own} rows of a process")
+        self.tokenizer = load_tokenizer(run.data.tokenizer)
+        self.folder = Path(run.data.shards or out / "tokens")
+        self.config = training_config(run)
+
+    def __call__(self, should_stop: Callable[[], bool]) -> Progress:
+        run, world = self.run, self.world
+        model = self._model()
+        n_parameters = sum(p.numel() for p in model.parameters())
+        n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        module = distribute(
+            model,
+            world,
+            strategy=run.engine.strategy,
+            precision=run.engine.precision,
+            tensor_parallel=run.engine.tensor_parallel,
+            checkpoint_activations=run.engine.checkpoint_activations,
+            compile_blocks=run.engine.compile,
+        )
+        rows = Rows(
+            run.data,
+            seed=run.seed,
+            folder=self.folder,
+            rank=self.readers.rank,
+            world=self.readers.size,
+            tokenizer=self.tokenizer,
+            note=self.say,
+        )
+        validation = validation_rows(
+            run.data,
+            self.tokenizer,
+            run.eval_rows,
+            folder=self.folder,
+            batch_rows=self.micro_batch,
+            note=self.say,
+        )
+        trained = "" if n_trained == n_parameters else f", {n_trained:,} of them trained"
+        shape = f"{self.config.steps:,} steps of {self.n_rows} x {run.data.seq_len} tokens"
+        self.say(f"{n_parameters:,} parameters{trained}; {shape}; {self.out}")
+        carry = None
+        if run.data.carry:
+            carry = Carry(model, n_lanes=self.n_own, micro_batch=self.micro_batch, world=self.readers)
+        torch.manual_seed(stream_seed("train", run.seed, world.rank))  # dropout differs between processes
+        with Reports(
+            run, self.out, world, n_parameters=n_parameters, config=self.config, say=self.say, live=self.live
+        ) as reports:
+            progress = train(
+                module,
+                self.config,
+                data=RowData(rows, n_rows=self.n_rows, micro_batch=self.micro_batch),
+                evaluate=Validation(module, validation, self.tokenizer, world) if validation else None,
+                eval_every=run.eval_every,
+                report=reports,
+                report_seconds=run.logging.every_seconds,
+                saving=Saving(
+                    self.out / CHECKPOINTS,
+                    seconds=60 * run.saving.every_minutes,
+                    steps=run.saving.every_steps,
+                    keep_last=run.saving.keep_last,
+                    keep_best=run.saving.keep_best,
+                ),
+                fingerprint=fingerprint(identity(run)),
+                carry=carry,
+                should_stop=should_stop,
+                world=world,
+            )
+            if progress.step == self.config.steps:
+                save_model(model, self.out / MODEL, world, tokenizer=Path(run.data.tokenizer))
+                reports.finish()
+        del module, model
+        gc.collect()  # FSDP's buffers must go before the process group does
+        return progress
+
+    def _model(self) -> RecollectForCausalLM:
+        """The same weights on every process."""
+        run = self.run
+        config = model_config(run, self.tokenizer.vocab_size)
+        torch.manual_seed(stream_seed("train", run.seed))
+        model = RecollectForCausalLM(config)
+        if run.model.start_from is not None:
+            source = RecollectForCausalLM.from_pretrained(saved_model(Path(run.model.start_from)))
+            model.load_state_dict(source.state_dict())
+        if run.model.train_only is not None:
+            train_only(model, run.model.train_only)
+        return model
+
+
+class Validation:
+    """Loss and bits per byte of every validation source, shared out among the processes.
+
+    Calling it gives {"loss": nats per token over all sources, "bits_per_byte"}, and for several sources "loss/NAME" and
+    "bits_per_byte/NAME" besides.
+    """
+
+    def __init__(
+        self, module: nn.Module, batches: Mapping[str, Sequence[TokenBatch]], tokenizer: Tokenizer, world: World
+    ) -> None:
+        self.module, self.batches, self.tokenizer, self.world = module, batches, tokenizer, world
+
+    def __call__(self, model: PreTrainedModel, *, final: bool) -> Mapping[str, float]:
+        metrics: dict[str, float] = {}
+        whole = [0.0, 0.0, 0.0]
+        for name, batches in self.batches.items():
+            sums = totals(self.world, *self._sums(batches))
+            whole = [a + b for a, b in zip(whole, sums, strict=True)]
+            if len(self.batches) > 1:
+                metrics.update({f"{key}/{name}": value for key, value in _rates(sums).items()})
+        return {**_rates(whole), **metrics}
+
+    def _sums(self, batches: Sequence[TokenBatch]) -> tuple[float, float, float]:
+        """Nats, tokens and bytes of this process's share. All call the model equally often: FSDP's processes go in step."""
+        nats = n_tokens = n_bytes = 0.0
+        for turn in range(0, len(batches), self.world.size):
+            mine = turn + self.world.rank
+            batch = batches[min(mine, len(batches) - 1)]
+            moved = [None if x is None else x.to(self.world.device) for x in batch]
+            value = self.module(*moved).item()
+            if mine < len(batches):
+                labels = batch.labels[batch.labels != IGNORE]
+                nats, n_tokens = nats + value, n_tokens + labels.numel()
+                n_bytes += float(self.tokenizer.bytes_of(labels.numpy()).sum())
+        return nats, n_tokens, n_bytes
+
+
+def training_config(run: RunSettings) -> TrainingConfig:
+    """The loop's part of the settings."""
+    o = run.optimiser
+    same = (
+        "lr",
+        "muon_lr",
+        "schedule",
+        "warmup",
+        "end_lr",
+        "decay",
+        "weight_decay",
+        "decay_all",
+        "beta1",
+        "beta2",
+        "eps",
+        "clip",
+    )
+    values = {name: getattr(o, name) for name in same}
+    return TrainingConfig(
+        steps=n_steps(run), batch_size=batch_rows(run), optimiser=o.name, inner_warmup=o.inner_warmup, **values
+    )
+
+
+def train_only(model: nn.Module, globs: Sequence[str]) -> None:
+    """Freeze every parameter whose name matches none of the globs.
+
+    Raises:
+        ValueError: a glob that matches nothing.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    for glob in globs:
+        if not fnmatch.filter(names, glob):
+            raise ValueError(
+                f"model.train_only: no parameter's name matches {glob!r}; names look like {names[len(names) // 2]!r}"
+            )
+    for name, p in model.named_parameters():
+        p.requires_grad_(any(fnmatch.fnmatchcase(name, glob) for glob in globs))
+
+
+def save_model(model: PreTrainedModel, folder: Path, world: World | None = None, *, tokenizer: Path | None = None) -> None:
+    """`save_pretrained` of the whole model, with its tokenizer's file beside it; whole or not at all. All processes call it."""
+    world = world or alone()
+    whole: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if world.rank == 0:
+            whole[name] = full.detach().cpu().clone()
+    if world.rank == 0:
+        temporary = folder.with_name(f".{folder.name}")
+        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            model.save_pretrained(temporary, state_dict=whole)
+            file = tokenizer / "tokenizer.json" if tokenizer is not None and tokenizer.is_dir() else tokenizer
+            if file is not None and file.is_file():
+                shutil.copyfile(file, temporary / "tokenizer.json")
+            shutil.rmtree(folder, ignore_errors=True)
+            temporary.rename(folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    wait(world)
+
+
+@contextlib.contextmanager
+def _own(out: Path, world: World) -> Iterator[None]:
+    """The first process holds the folder's lock."""
+    if world.rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        with locked(out):
+            yield
+    else:
+        yield
+
+
+def _store(run: RunSettings, out: Path) -> None:
+    """Write the resolved run; refuse a folder that holds another one."""
+    path = out / RUN
+    if path.is_file():
+        old = load_run(path)
+        different = list(_differences("", identity(old), identity(run)))
+        if different:
+            raise ValueError(
+                f"{out} holds another run ({'; '.join(different[:4])}); give another out=, or continue its weights with "
+                f"model.start_from={out}"
+            )
+    elif strangers := sorted(p.name for p in out.iterdir() if not p.name.startswith(".")):
+        raise ValueError(f"{out} holds other files ({', '.join(strangers[:3])}) and no run; give a new or empty folder")
+    replace_file(path, dump_run(run).encode())
+
+
+def _differences(name: str, old: Any, new: Any) -> Iterator[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(old.keys() | new.keys()):
+            yield from _differences(f"{name}.{key}" if name else key, old.get(key), new.get(key))
+    elif old != new:
+        yield f"{name}: {str(old)[:60]} -> {str(new)[:60]}"
+
+
+def _rates(sums: Sequence[float]) -> dict[str, float]:
+    nats, n_tokens, n_bytes = sums
+    return {"loss": nats / n_tokens, "bits_per_byte": nats / max(1.0, n_bytes) / math.log(2)}
