@@ -102,11 +102,7 @@ def _train(run: object) -> int:
             refuse(error)
         except SystemExit as leaving:
             return int(leaving.code or SOME_FAILED)
-    if progress.step < training_config(run).steps:
-        print(f"stopped at step {progress.step}; the same command goes on", flush=True)
-        return STOPPED
-    print(f"finished: {run.out}/model", flush=True)
-    return OK
+    return OK if progress.step == training_config(run).steps else STOPPED
 
 
 def _list_recipes() -> None:

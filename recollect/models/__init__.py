@@ -5,6 +5,7 @@ from recollect.models.configuration import RecollectConfig
 from recollect.models.inner_steps import set_inner_steps
 from recollect.models.memory import load_memory, remember, save_memory
 from recollect.models.modeling import RecollectForCausalLM, RecollectModel
+from recollect.models.retrofitting import load_retrofitted, new_parameters, retrofit
 from recollect.models.sizes import SIZES, n_parameters, size
 
 __all__ = [
@@ -14,8 +15,11 @@ __all__ = [
     "RecollectForCausalLM",
     "RecollectModel",
     "load_memory",
+    "load_retrofitted",
     "n_parameters",
+    "new_parameters",
     "remember",
+    "retrofit",
     "save_memory",
     "set_inner_steps",
     "size",

@@ -43,7 +43,7 @@ class RecollectPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Fresh weights for one module: mixers, norms and SwiGLUs know their own rule; the embedding's is D^(-1/2)."""
         if isinstance(module, Mixer | RMSNorm | SwiGLU):
-            with _keep_loaded(module) as incomplete:
+            with keep_loaded(module) as incomplete:
                 if incomplete:
                     module.reset_parameters()
         elif isinstance(module, nn.Embedding):
@@ -261,7 +261,7 @@ def next_token_loss(logits: Tensor, labels: Tensor, *, n_items: Tensor | int | N
 
 
 @contextmanager
-def _keep_loaded(module: nn.Module) -> Iterator[bool]:
+def keep_loaded(module: nn.Module) -> Iterator[bool]:
     """Protect the tensors of `module` that a checkpoint has filled (Hugging Face marks them) while the others are initialised.
 
     Yields:

@@ -1,4 +1,4 @@
-"""The model that a run asks for, as a configuration; nothing is allocated."""
+"""The model that a run asks for: as a configuration, and with its first weights."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from recollect.models import SIZES, RecollectConfig, size
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from recollect.models import SIZES, RecollectConfig, RecollectForCausalLM, load_retrofitted, size
 from recollect.training.settings import ModelSettings, RunSettings
 
 
@@ -72,13 +74,41 @@ def saved_model(folder: Path) -> Path:
     raise ValueError(f"model.start_from: {folder} holds no model (no config.json in it or in its folder model)")
 
 
+def start_model(run: RunSettings, vocab_size: int) -> PreTrainedModel:
+    """The model that `run` trains, with its weights: drawn from torch's generator, or those of `model.start_from`.
+
+    `model.start_from` may also hold a retrofitted model (`recollect retrofit`), or a stock causal model that can be one: those are
+    trained as they are.
+
+    Raises:
+        ValueError: as `model_config`; or settings of our models for a model that is none.
+    """
+    if run.model.start_from is None:
+        return RecollectForCausalLM(model_config(run, vocab_size))
+    place = saved_model(Path(run.model.start_from))
+    kind = _kind(place)
+    if kind == RecollectConfig.model_type:
+        return RecollectForCausalLM.from_pretrained(place, config=model_config(run, vocab_size))
+    if run.model.options or run.data.carry:
+        raise ValueError(f"model.options and data.carry are for models of this package; {place} holds a {kind!r}")
+    model = load_retrofitted(place) if kind.startswith("recollect_") else AutoModelForCausalLM.from_pretrained(place)
+    if model.config.vocab_size < vocab_size:
+        raise ValueError(f"model.start_from: {place} has {model.config.vocab_size} tokens, the tokenizer {vocab_size}")
+    return model
+
+
+def _kind(place: Path) -> str:
+    """The type of a saved model."""
+    try:
+        return str(json.loads((place / "config.json").read_text(encoding="utf-8")).get("model_type"))
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"model.start_from: cannot read {place / 'config.json'}: {error}") from error
+
+
 def _saved(folder: Path, vocab_size: int) -> RecollectConfig:
     """Configuration of a saved model, or of the one in a run's folder."""
     place = saved_model(folder)
-    try:
-        kind = json.loads((place / "config.json").read_text(encoding="utf-8")).get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(f"model.start_from: cannot read {place / 'config.json'}: {error}") from error
+    kind = _kind(place)
     if kind != RecollectConfig.model_type:
         raise ValueError(f"model.start_from: {place} holds a model of the type {kind!r}, not {RecollectConfig.model_type!r}")
     config: RecollectConfig = RecollectConfig.from_pretrained(place)

@@ -6,6 +6,7 @@ Axis legend: n rows, T time, m labelled positions, C vocabulary.
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,6 +22,7 @@ from transformers import PreTrainedModel
 
 from recollect.models import RecollectCache
 from recollect.models.layers import Block, SwiGLU
+from recollect.models.modeling import RecollectPreTrainedModel
 from recollect.training.loss import labelled
 from recollect.training.world import World
 
@@ -50,7 +52,7 @@ class Scored(nn.Module):
         """
         device = inputs.device.type
         with torch.autocast(device, torch.bfloat16) if self.low else contextlib.nullcontext():
-            extra: dict[str, Any] = {} if document_ids is None else {"document_ids": document_ids}
+            extra: dict[str, Any] = {} if document_ids is None else self._apart(document_ids)
             if cache is not None:
                 extra["past_key_values"] = cache
             hidden = self.model.base_model(input_ids=inputs, use_cache=cache is not None, **extra).last_hidden_state
@@ -63,6 +65,15 @@ class Scored(nn.Module):
                 )
             parts = (checkpoint(_sum, head, h, t, use_reentrant=False) for h, t in _slabs(hidden, targets, size))
             return torch.stack(list(parts)).sum()
+
+    def _apart(self, document_ids: Tensor) -> dict[str, Tensor]:
+        """How the model is told of documents: ours by their ids, others of Hugging Face's by positions that begin anew."""
+        if isinstance(self.model, RecollectPreTrainedModel):
+            return {"document_ids": document_ids}
+        steps = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)
+        begins = torch.ones_like(document_ids, dtype=torch.bool)
+        begins[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+        return {"position_ids": steps - torch.where(begins, steps, 0).cummax(dim=1).values}
 
 
 def distribute(
@@ -89,7 +100,7 @@ def distribute(
         ValueError: a strategy that this number of processes or this model does not allow.
     """
     strategy = _choose(strategy, world, tensor_parallel)
-    blocks = [module for module in model.modules() if isinstance(module, Block)]
+    blocks = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
     if checkpoint_activations:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     nn.Module.to(model, world.device)
@@ -111,6 +122,8 @@ def distribute(
         if precision == "bf16"
         else MixedPrecisionPolicy()
     )
+    # A block also returns its state, some of it views; nobody changes those in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     for block in blocks:
         fully_shard(block, mesh=mesh["data"], mp_policy=low)
     fully_shard(scored, mesh=mesh["data"], mp_policy=low)
@@ -154,10 +167,10 @@ def _choose(strategy: str, world: World, tensor_parallel: int) -> str:
     return strategy
 
 
-def _share_matrices(blocks: list[Block], mesh: Any) -> None:
+def _share_matrices(blocks: list[nn.Module], mesh: Any) -> None:
     """SwiGLUs column-wise then row-wise over the processes of the mesh: one sum per SwiGLU travels."""
     for block in blocks:
-        if isinstance(block.mlp, SwiGLU):
+        if isinstance(block, Block) and isinstance(block.mlp, SwiGLU):
             plan = {"gate": ColwiseParallel(), "up": ColwiseParallel(), "down": RowwiseParallel()}
             parallelize_module(block.mlp, mesh, plan)
 

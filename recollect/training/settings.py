@@ -27,8 +27,10 @@ class ModelSettings:
         intermediate_size: hidden size of the SwiGLUs; null: about 8/3 of the model dim.
         mlp: false leaves the SwiGLUs out.
         tie_embeddings: input and output embedding are one matrix.
-        start_from: folder of a saved model, or of a run, whose weights training starts from; size and shape are then its own.
-        train_only: names of parameters, as globs (["*.mixer.kq_*"]); all others stay as they are. Null: all are trained.
+        start_from: folder of a saved model (a retrofitted one, too), or of a run, whose weights training starts from; size and shape
+            are then its own.
+        train_only: names of parameters, as globs (["*.mixer.kq_*"]), or [new] for what a retrofit has added; all others stay as they
+            are. Null: all are trained.
     """
 
     __pydantic_config__ = STRICT

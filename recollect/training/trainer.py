@@ -32,7 +32,7 @@ from transformers.utils import logging as transformers_logging
 from recollect.data.rows import Rows, TokenBatch
 from recollect.data.tokenizer import Tokenizer, load_tokenizer
 from recollect.data.validation import validation_rows
-from recollect.models import RecollectForCausalLM
+from recollect.models import RecollectForCausalLM, new_parameters
 from recollect.state import fingerprint
 from recollect.tasks.base import IGNORE, stream_seed
 from recollect.training.carry import Carry
@@ -41,7 +41,7 @@ from recollect.training.checkpoint import Progress, Saving, replace_file
 from recollect.training.config import TrainingConfig
 from recollect.training.folder import locked
 from recollect.training.loop import Piece, train
-from recollect.training.model_config import model_config, saved_model
+from recollect.training.model_config import start_model
 from recollect.training.parallel import distribute
 from recollect.training.recipe import dump_run, load_run
 from recollect.training.reports import Reports
@@ -176,6 +176,7 @@ class _Training:
         self.say(f"{n_parameters:,} parameters{trained}; {shape}; {self.out}")
         carry = None
         if run.data.carry:
+            assert isinstance(model, RecollectForCausalLM)
             carry = Carry(model, n_lanes=self.n_own, micro_batch=self.micro_batch, world=self.readers)
         torch.manual_seed(stream_seed("train", run.seed, world.rank))  # dropout differs between processes
         with Reports(
@@ -204,19 +205,18 @@ class _Training:
             if progress.step == self.config.steps:
                 save_model(model, self.out / MODEL, world, tokenizer=Path(run.data.tokenizer))
                 reports.finish()
+                self.say(f"finished: {self.out / MODEL}")
+            else:
+                self.say(f"stopped at step {progress.step} of {self.config.steps}; the same command goes on")
         del module, model
         gc.collect()  # FSDP's buffers must go before the process group does
         return progress
 
-    def _model(self) -> RecollectForCausalLM:
+    def _model(self) -> PreTrainedModel:
         """The same weights on every process."""
         run = self.run
-        config = model_config(run, self.tokenizer.vocab_size)
         torch.manual_seed(stream_seed("train", run.seed))
-        model = RecollectForCausalLM(config)
-        if run.model.start_from is not None:
-            source = RecollectForCausalLM.from_pretrained(saved_model(Path(run.model.start_from)))
-            model.load_state_dict(source.state_dict())
+        model = start_model(run, self.tokenizer.vocab_size)
         if run.model.train_only is not None:
             train_only(model, run.model.train_only)
         return model
@@ -283,12 +283,13 @@ def training_config(run: RunSettings) -> TrainingConfig:
 
 
 def train_only(model: nn.Module, globs: Sequence[str]) -> None:
-    """Freeze every parameter whose name matches none of the globs.
+    """Freeze every parameter whose name matches none of the globs; the glob "new" stands for what a retrofit has added.
 
     Raises:
         ValueError: a glob that matches nothing.
     """
     names = [name for name, _ in model.named_parameters()]
+    globs = [name for glob in globs for name in (new_parameters(model) if glob == "new" else [glob])]
     for glob in globs:
         if not fnmatch.filter(names, glob):
             raise ValueError(
