@@ -99,9 +99,13 @@ PUBLIC: dict[str, dict[str, str]] = {
         "RecollectModel": "config",
         "SIZES": "",
         "load_memory": "model, path",
+        "load_retrofitted": "path",
         "n_parameters": "config",
+        "new_parameters": "model",
         "remember": "model, tokens, cache, *, piece",
+        "retrofit": "model_or_path, *, mixer, layers, **options",
         "save_memory": "model, cache, path",
+        "set_inner_steps": "model, share",
         "size": "name, mixer, *, vocab_size",
     },
     "recollect.tasks": {
