@@ -50,7 +50,7 @@ class StreamedRows:
         self._initial = _copied(self._dataset.state_dict())
         path = str(source.dataset)
         place = Path(path).name if Path(path).exists() else path
-        what = [place, source.config, source.split, source.field, tokenizer.fingerprint, self._block_tokens]
+        what = [place, source.config, source.split, source.field, tokenizer.fingerprint, self._block_tokens, BATCH_CHARACTERS]
         self.fingerprint = hashlib.sha256(json.dumps(what).encode()).hexdigest()
         self._begin({"epoch": 0, "block": 0, "first": 0, "left": [], "dataset": self._initial})
 

@@ -87,23 +87,22 @@ class FileTokenizer:
             start: the token that begins a document.
             where: what errors call it.
         Raises:
-            ValueError: no such token, or tokens that are not pieces of the text (WordPiece), so that bits per byte have no meaning.
+            ValueError: no such special token, or tokens that are not pieces of the text (WordPiece), so that bits per byte have no
+                meaning.
         """
         tokenizer.no_truncation()
         tokenizer.no_padding()
         tokenizer.encode_special_tokens = True
-        token = tokenizer.token_to_id(start)
-        if token is None:
-            raise ValueError(f"{where}: its start token {start!r} is not in its vocabulary; correct bos_token")
         text = tokenizer.to_str()
         description = json.loads(text)
+        if start not in _special_tokens(description):
+            raise ValueError(f"{where}: its start token {start!r} is not among its special tokens; correct bos_token")
         self._tokenizer = tokenizer
         self._bytes = _bytes_of_tokens(description, tokenizer.get_vocab(with_added_tokens=True), where)
-        self._bytes[token] = 0
         self._is_byte_level = "ByteLevel" in _kinds(description["decoder"])
-        self.start = int(token)
+        self.start = _special_tokens(description)[start]
         self.vocab_size = len(self._bytes)
-        self.fingerprint = hashlib.sha256(f"{token}:{text}".encode()).hexdigest()
+        self.fingerprint = hashlib.sha256(f"{self.start}:{text}".encode()).hexdigest()
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[Any]]:
         # In pieces, some at a time: one long text would use one thread, and the library about 100 bytes of memory per token.
@@ -131,7 +130,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     Args:
         path: "bytes", a tokenizer.json of the tokenizers library, or a folder that holds one (such as that of a model). A
             document starts with the folder's bos_token (tokenizer_config.json), else its eos_token, else the first of STARTS
-            that the vocabulary has.
+            among its special tokens.
     Raises:
         ValueError: no such file, not a tokenizer, no token to start a document with, or a kind that loses text.
     """
@@ -149,7 +148,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
         tokenizer = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises no narrower class
         raise ValueError(f"{file} is not a tokenizer of the tokenizers library: {error}") from error
-    known = tokenizer.get_vocab(with_added_tokens=True)
+    known = _special_tokens(json.loads(tokenizer.to_str()))
     start = _configured_start(file.parent / "tokenizer_config.json") or next((s for s in STARTS if s in known), None)
     if start is None:
         raise ValueError(
@@ -254,6 +253,11 @@ def _bytes_of_tokens(description: dict[str, Any], vocabulary: dict[str, int], wh
     for added in description.get("added_tokens") or []:  # these stand in the vocabulary as they stand in the text
         n_bytes[added["id"]] = 0 if added["special"] else len(added["content"].encode("utf-8"))
     return n_bytes
+
+
+def _special_tokens(description: dict[str, Any]) -> dict[str, int]:
+    """Ids of the tokens that text does not encode to, as long as `encode_special_tokens` is set."""
+    return {added["content"]: int(added["id"]) for added in description.get("added_tokens") or [] if added["special"]}
 
 
 def _kinds(decoder: dict[str, Any] | None) -> Iterator[str]:

@@ -118,6 +118,23 @@ def test_order_depends_on_seed_and_epoch(tmp_path: Path, carry: bool) -> None:
     assert len(seen) == len(one)
 
 
+def test_documents_and_rows_are_shuffled(tmp_path: Path) -> None:
+    """Prevents batches of one book, and documents with the same neighbours in every epoch."""
+    (book,) = documents(1, 12, shortest=1600, longest=1600)
+    inputs = rows_of(tmp_path, settings(tmp_path, [book])).next(100).inputs
+    places = [book.index(bytes(row[row != START].tolist()).decode()) for row in inputs]
+    assert sorted(places) == [0, *range(15, 1599, 16)]
+    assert sum(b == a + 16 for a, b in itertools.pairwise(places)) < 10
+    rows = rows_of(tmp_path, settings(tmp_path, ["abcd"[i % 4] + f"{i:03d}" for i in range(200)]))
+    neighbours = []
+    for _ in range(2):
+        spelt = [bytes(t if t != START else 0 for t in row).decode() for row in rows.next(62).inputs.tolist()]
+        parts = [[part for part in row.split("\0") if len(part) == 4] for row in spelt]
+        neighbours.append({pair for row in parts for pair in itertools.pairwise(row)})
+    assert min(map(len, neighbours)) > 60
+    assert len(neighbours[0] & neighbours[1]) < 10
+
+
 @pytest.mark.parametrize("carry", [False, True])
 def test_processes_together_read_what_one_reads(tmp_path: Path, carry: bool) -> None:
     """Prevents rows that two processes both read, or none."""

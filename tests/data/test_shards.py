@@ -91,6 +91,14 @@ def test_the_same_text_is_tokenised_once(tmp_path: Path) -> None:
     assert first.tokens.tolist() == again.tokens.tolist()
 
 
+def test_another_field_is_another_shard(tmp_path: Path) -> None:
+    """Prevents training on the tokens of a field that is no longer asked for."""
+    (tmp_path / "a.jsonl").write_text('{"text": "x", "body": "y"}')
+    for field, byte in [("text", b"x"), ("body", b"y")]:
+        tokens = open_tokens(SourceSettings(paths=[str(tmp_path / "a.jsonl")], field=field), ByteTokenizer(), tmp_path / "t")
+        assert tokens.tokens.tolist() == [256, *byte]
+
+
 def test_a_file_changed_in_place_is_noticed(tmp_path: Path) -> None:
     """Prevents old tokens for new text of the same size: the remembered digest goes by size and time of change."""
     a = source(tmp_path, ("one",))
@@ -173,16 +181,18 @@ def test_without_locks_the_first_is_used_by_all(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(shards, "_lock", no_lock)
     a = source(tmp_path)
-    inner = []
+    inner, number = [], []
 
     class Meanwhile(ByteTokenizer):
         def encode_batch(self, texts: Sequence[str]) -> list[Any]:
             if not inner:
                 inner.append(open_tokens(a, ByteTokenizer(), tmp_path / "t"))
+                number.append(inner[0].folder.stat().st_ino)
             return super().encode_batch(texts)
 
     outer = open_tokens(a, Meanwhile(), tmp_path / "t")
     assert inner[0].folder == outer.folder
+    assert outer.folder.stat().st_ino == number[0]  # the first one stays
     assert inner[0].tokens.tolist() == outer.tokens.tolist() == [256, *b"one", 256, *"two é".encode()]
     assert not list((tmp_path / "t").glob(".*.tmp.*"))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from collections import Counter
@@ -30,6 +31,13 @@ def _no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
 
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of about 64 rows, so that a few thousand bytes have several."""
+    monkeypatch.setattr("recollect.data.stream.BATCH_CHARACTERS", 50)
+    monkeypatch.setattr("recollect.data.stream.BLOCK_TOKENS", 1)
+
+
 def dataset(tmp_path: Path, texts: list[Any], field: str = "text") -> str:
     """A dataset of three files of JSON lines."""
     folder = tmp_path / f"set{len(list(tmp_path.iterdir()))}"
@@ -40,8 +48,8 @@ def dataset(tmp_path: Path, texts: list[Any], field: str = "text") -> str:
     return str(folder)
 
 
-def stream(folder: str, *, block_tokens: int = 1, seed: int = 0) -> StreamedRows:
-    return StreamedRows(SourceSettings(dataset=folder), ByteTokenizer(), seq_len=T, key=(seed, 0), block_tokens=block_tokens)
+def stream(folder: str, *, seed: int = 0) -> StreamedRows:
+    return StreamedRows(SourceSettings(dataset=folder), ByteTokenizer(), seq_len=T, key=(seed, 0), block_tokens=1)
 
 
 def read(rows: StreamedRows, first: int, last: int) -> list[list[int]]:
@@ -64,6 +72,7 @@ def test_no_token_is_lost_or_repeated(tmp_path: Path) -> None:
     assert min(missing.values()) == 0
     assert sum(missing.values()) == 2 * total - len(inputs) < T
     assert rows.epochs(0) == 1
+    assert rows.position(len(inputs) // T)["block"] > 1
 
 
 def test_documents_are_whole_and_shuffled(tmp_path: Path) -> None:
@@ -80,13 +89,37 @@ def test_documents_are_whole_and_shuffled(tmp_path: Path) -> None:
     assert sorted(whole, key=in_order.index) != whole
 
 
+def test_blocks_and_epochs_have_their_own_order(tmp_path: Path) -> None:
+    """Prevents batches of one book, and documents with the same neighbours in every epoch."""
+    (book,) = documents(1, 7, shortest=1023, longest=1023)
+    folder = dataset(tmp_path, [book])
+    orders = []
+    for seed in (0, 1):
+        rows = read(stream(folder, seed=seed), 0, 63)
+        places = [book.index(bytes(t for t in row[:T] if t != START).decode()) for row in rows]
+        assert sum(b == a + 16 for a, b in itertools.pairwise(places)) < 10
+        orders.append(places)
+    assert orders[0] != orders[1]
+    short = stream(dataset(tmp_path, ["abcd"[i % 4] + f"{i:03d}" for i in range(200)]))
+    neighbours = []
+    for first in (0, 62):
+        spelt = [bytes(t if t != START else 0 for t in row).decode() for row in read(short, first, first + 62)]
+        parts = [[part for part in row.split("\0") if len(part) == 4] for row in spelt]
+        neighbours.append({pair for row in parts for pair in itertools.pairwise(row)})
+    assert min(map(len, neighbours)) > 60
+    assert len(neighbours[0] & neighbours[1]) < 10
+
+
 @pytest.mark.parametrize("n_read", [0, 1, 63, 64, 65, 200, 500])
 def test_resumed_is_uninterrupted(tmp_path: Path, n_read: int) -> None:
     """Prevents skipped or repeated rows after a checkpoint at the seams of blocks and epochs, and within them."""
     folder = dataset(tmp_path, documents(150, 3))
     rows = stream(folder)
     read(rows, 0, n_read)
+    if n_read in (200, 500):
+        assert rows.position(n_read)["first"] > 0  # not the first block
     position = json.loads(json.dumps(rows.position(n_read)))
+    assert stream(folder).position(n_read) == position  # of a process that has read none of these rows itself
     rest = read(rows, n_read, n_read + 150)
     resumed = stream(folder)
     read(resumed, 0, 10)
@@ -96,9 +129,8 @@ def test_resumed_is_uninterrupted(tmp_path: Path, n_read: int) -> None:
     assert rows.position(n_read + 150) == resumed.position(n_read + 150)
 
 
-def test_processes_together_read_what_one_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_together_read_what_one_reads(tmp_path: Path) -> None:
     """Prevents positions that depend on which rows a process read itself; a stream mixes with files."""
-    monkeypatch.setattr("recollect.data.stream.BLOCK_TOKENS", 1)
     (tmp_path / "a.txt").write_text("A" * 500)
     data = DataSettings(
         sources=[
@@ -110,11 +142,10 @@ def test_processes_together_read_what_one_reads(tmp_path: Path, monkeypatch: pyt
     )
     one = Rows(data, seed=0, folder=tmp_path / "t")
     halves = [Rows(data, seed=0, folder=tmp_path / "t", rank=rank, world=2) for rank in range(2)]
-    for step in range(40):
-        assert same(one.next(6), in_turn([half.next(6) for half in halves]))
-        if step % 13 == 0:
-            states = [json.dumps(rows.state()) for rows in (one, *halves)]
-            assert len(set(states)) == 1
+    for _ in range(70):
+        assert same(one.next(2), in_turn([half.next(2) for half in halves]))
+        states = [json.dumps(rows.state()) for rows in (one, *halves)]
+        assert len(set(states)) == 1
     four = Rows(data, seed=0, folder=tmp_path / "t", rank=3, world=6)
     four.restore(json.loads(json.dumps(halves[1].state())))
     assert torch.equal(one.next(6).inputs[3:4], four.next(6).inputs)

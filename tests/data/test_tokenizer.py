@@ -104,7 +104,7 @@ def test_a_model_s_own_start_is_taken(tmp_path: Path) -> None:
     config.write_text(json.dumps({"bos_token": None, "eos_token": "<s>"}))
     assert load_tokenizer(file.parent).start == 300
     config.write_text(json.dumps({"bos_token": "<none>"}))
-    with pytest.raises(ValueError, match="its start token '<none>' is not in its vocabulary"):
+    with pytest.raises(ValueError, match="its start token '<none>' is not among its special tokens"):
         load_tokenizer(file.parent)
     config.write_text("{")
     with pytest.raises(ValueError, match=r"cannot read .*tokenizer_config\.json"):
@@ -130,6 +130,7 @@ def test_sentence_pieces_are_counted() -> None:
 def test_bad_tokenizers_are_named(tmp_path: Path) -> None:
     """Prevents a traceback, and bits per byte of tokens that are not pieces of the text."""
     words = tokenizers.Tokenizer(tokenizers.models.WordPiece({"[UNK]": 0, "a": 1, "<s>": 2}, unk_token="[UNK]"))
+    words.add_special_tokens(["<s>"])
     words.decoder = tokenizers.decoders.WordPiece()
     words.save(str(tmp_path / "words.json"))
     nameless = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0}, []))
@@ -145,6 +146,8 @@ def test_bad_tokenizers_are_named(tmp_path: Path) -> None:
     ]:
         with pytest.raises(ValueError, match=says):
             load_tokenizer(path)
+    with pytest.raises(ValueError, match="start token 'a' is not among its special tokens"):  # text may encode to it
+        FileTokenizer(nameless, start="a", where="here")
     with pytest.raises(ValueError, match="vocab_size is at least 257"):
         train_tokenizer(tmp_path / "short.txt", vocab_size=256, out=tmp_path / "t")
     with pytest.raises(ValueError, match="the text gives only 259 tokens, vocab_size=400"):

@@ -39,9 +39,10 @@ def test_pieces_hold_every_token_once(seed: int) -> None:
         assert sum(sizes) < max(seq_len / holdout, (seq_len + 1) / (1 - holdout)) + 1
         return
     starts = set(offsets[:-1].tolist())
+    empty = {begin for begin, size in zip(offsets.tolist(), sizes, strict=False) if size == 1}
     content: list[int] = []
     for begin, length in zip(*(np.concatenate(both) for both in zip(train, held, strict=True)), strict=True):
-        assert length > 1 or begin in starts
+        assert length > 1 or begin in empty
         content += range(begin + 1, begin + length)
         assert not starts & set(range(begin + 1, begin + length))
     expected = [i for i in range(sum(sizes)) if i not in starts]
@@ -58,6 +59,14 @@ def test_a_book_gives_its_end_and_short_documents_some_whole() -> None:
     train, held = split_holdout(np.arange(0, 1001, 5), holdout=0.1, seq_len=5)
     assert held.begins.tolist() == list(range(45, 1000, 50))
     assert set(held.lengths) == {5}
+    # 20 tokens more are too few for a group, so the last group has 70 tokens and gives 7: a document, and 2 tokens of one.
+    train, held = split_holdout(np.arange(0, 1021, 5), holdout=0.1, seq_len=5)
+    assert held.begins.tolist() == [*range(45, 950, 50), 1012, 1015]
+    assert held.lengths.tolist()[-2:] == [3, 5]
+    assert train.n_tokens == 1020 - 19 * 5 - 7
+    # The cut would leave nothing but a start token of the second document to the training part: it is held out whole.
+    train, held = split_holdout(np.array([0, 80, 100]), holdout=0.19, seq_len=5)
+    assert [part.tolist() for part in (*train, *held)] == [[0], [80], [80], [20]]
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -157,6 +166,12 @@ def test_a_text_shorter_than_a_row_is_evaluated(tmp_path: Path) -> None:
     ((batch,),) = validation_rows(data, BYTES, 5, folder=tmp_path / "t").values()
     assert batch.inputs.tolist() == [[START, *b"abc", *[START] * 12]]
     assert batch.labels.tolist() == [[*b"abc", *[-100] * 13]]
+
+
+def test_with_validation_all_text_is_for_training(tmp_path: Path) -> None:
+    """Prevents text that is neither trained nor evaluated on."""
+    data = settings(tmp_path, ["a" * 500], holdout=0.1, validation=[SourceSettings(paths=["elsewhere.txt"])])
+    assert Rows(data, seed=0, folder=tmp_path / "t").n_tokens == [501]
 
 
 def test_training_files_are_refused_for_validation(tmp_path: Path) -> None:
