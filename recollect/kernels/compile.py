@@ -101,9 +101,12 @@ def products(double: bool) -> ctypes.CDLL | None:
 
 
 @functools.lru_cache(maxsize=64)
-def memory(key: int, hidden: int, bias: int, link: int, double: bool) -> ctypes.CDLL | None:
-    """The recurrence of a perceptron memory of these sizes; bias, link: their numbers in memory.c. None where it cannot be built."""
-    shape = (f"-DKEY={key}", f"-DHIDDEN={hidden}", f"-DBIAS={bias}", f"-DLINK={link}")
+def memory(key: int, hidden: int, bias: int, link: int, rule: int, double: bool) -> ctypes.CDLL | None:
+    """The recurrence of a perceptron memory of these sizes; bias, link, rule: their numbers in memory.c.
+
+    None where it cannot be built.
+    """
+    shape = (f"-DKEY={key}", f"-DHIDDEN={hidden}", f"-DBIAS={bias}", f"-DLINK={link}", f"-DRULE={rule}")
     loaded = _build("memory.c", shape, double, ("plan", "forward", "backward"))
     if loaded is None:
         return None
@@ -127,7 +130,7 @@ def _build(source: str, shape: tuple[str, ...], double: bool, names: tuple[str, 
 def _load(found: str, source: str, flags: tuple[str, ...], names: tuple[str, ...]) -> ctypes.CDLL | None:
     """Compile to the cache (atomically: several processes may build at once) and load; None where that fails or lacks a function."""
     try:
-        text = (FOLDER / "common.h").read_text() + (FOLDER / source).read_text()
+        text = "".join(file.read_text() for file in (*sorted(FOLDER.glob("*.h")), FOLDER / source))
         key = hashlib.sha256("\0".join((text, *flags, found, _processor())).encode()).hexdigest()[:20]
         folder, stem = _cache_folder(), f"{Path(source).stem}-{key}"
         # The name ends in the content's hash: loading a file that a crash or a full disk cut short would kill the process.

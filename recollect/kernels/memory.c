@@ -22,6 +22,8 @@
 #define TOKENS 16
 #define AREA (HIDDEN * KEY)
 #define STATE (2 * AREA)
+#define MOMENTUM (RULE == 1)
+#define FULL (STATE * (1 + MOMENTUM)) /* with momentum its S lies behind */
 #define ACROSS (TOKENS / LANES)
 #define ALONG (KEY / LANES)
 #define SEGMENT 4 /* pieces between saved states */
@@ -53,24 +55,26 @@ typedef struct {
     const int32_t *n_entries, *closed;                        /* [batch]; closed: the last chunk is full */
     const Entry *table;                                       /* [batch][rows] */
     const real *q, *k, *v, *eta, *log_alpha, *delta;          /* [batch][length][heads][channels] */
+    const real *log_momentum;                                 /* [batch][length][heads], RULE with momentum */
     const real *scale, *shift;                                /* [heads][KEY] */
     const real *radius;                                       /* [heads][2], link SCALED: where each matrix starts to shrink */
     const real *log_alpha_in, *kept_in, *kept_out;            /* SIMPLEX: W_in's [batch][length][heads]; log of the decay of the open chunk */
     const real *start_in, *start_out;                         /* [heads][HIDDEN][KEY], [heads][KEY][HIDDEN]: state of a new document */
     real *in, *out, *anchor_in, *anchor_out;                  /* [batch][heads][...]: states, overwritten by the last ones */
+    real *momentum_in, *momentum_out;                         /* as in, out */
     real *y;                                                  /* [batch][length][heads][KEY] */
-    real *saved;                                              /* [batch][heads][segments][STATE], NULL: no backward pass to come */
+    real *saved;                                              /* [batch][heads][segments][FULL], NULL: no backward pass to come */
     real *written, *read;                                     /* as y: outputs of W_out for keys and queries, kept with `saved` */
 } Call;
 
 typedef struct { /* in: of the outputs; out: of the inputs, states overwritten */
     const real *y;
-    real *q, *k, *v, *eta, *log_alpha, *delta;
+    real *q, *k, *v, *eta, *log_alpha, *delta, *log_momentum;
     real *scale, *shift;                                      /* [batch][heads][KEY] */
     real *radius;                                             /* [batch][heads][2] */
     real *log_alpha_in, *kept_in, *kept_out;                  /* kept: [batch][heads], [batch][heads][alpha_channels] */
     real *start_in, *start_out;                               /* [batch][heads][...] */
-    real *in, *out, *anchor_in, *anchor_out;
+    real *in, *out, *anchor_in, *anchor_out, *momentum_in, *momentum_out;
 } Gradients;
 
 typedef real wide[TOKENS][KEY] __attribute__((aligned(64)));
@@ -468,11 +472,12 @@ static void write_piece(const Place *p, const real *anchor, Writes *w, const int
     turned x;
     load(p, call->k, KEY, w->k);
     load(p, call->v, KEY, v);
-    load(p, call->eta, call->eta_channels, w->eta);
-    load(p, call->log_alpha, call->alpha_channels, w->alpha[OUT]);
+    if (MOMENTUM) for (int t = 0; t < TOKENS; t++) EACH(c) STORE(w->eta[t] + c, splat(1)); /* the mixture has it */
+    else load(p, call->eta, call->eta_channels, w->eta);
+    if (!MOMENTUM) load(p, call->log_alpha, call->alpha_channels, w->alpha[OUT]);
     if (LINK == SIMPLEX) load(p, call->log_alpha_in, 1, w->alpha[0]);
     if (BIAS == HUBER) load(p, call->delta, call->delta_channels, delta);
-    for (int half = 0; half <= OUT; half++)
+    for (int half = 0; half <= OUT && !MOMENTUM; half++)
         EACH(c) {
             vec all = splat(1);
             for (int t = 0; t < TOKENS; t++) {
@@ -602,76 +607,6 @@ static void carry_piece(const Writes *w, real *state) {
     update(state + AREA, w->act, f, DECAY, -1, w->total[OUT]);
 }
 
-/* States between the tensors' layout and the kernel's. */
-static void load_state(const real *in, const real *out, real *state) {
-    memcpy(state, in, AREA * sizeof(real));
-    for (int c = 0; c < KEY; c++)
-        for (int o = 0; o < HIDDEN; o++) state[AREA + o * KEY + c] = out[c * HIDDEN + o];
-}
-
-static void store_state(const real *state, real *in, real *out) {
-    memcpy(in, state, AREA * sizeof(real));
-    for (int c = 0; c < KEY; c++)
-        for (int o = 0; o < HIDDEN; o++) out[c * HIDDEN + o] = state[AREA + o * KEY + c];
-}
-
-#define COPY(to, from) memcpy(to, from, STATE * sizeof(real))
-
-/* Ask for large pages: a fresh buffer of small ones costs a fault per 4 KiB, a tenth of the time of a step. */
-static void large_pages(real *buffer, size_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-    const uintptr_t page = 1 << 21, low = ((uintptr_t)buffer + page - 1) / page * page, high = ((uintptr_t)buffer + bytes) / page * page;
-    if (low < high) madvise((void *)low, high - low, MADV_HUGEPAGE);
-#endif
-    (void)buffer, (void)bytes;
-}
-
-void forward(const Call *call) {
-    const ptrdiff_t heads = call->batch * call->heads;
-    const size_t tokens = (size_t)(heads * call->length * KEY) * sizeof(real);
-    large_pages(call->y, tokens);
-    if (call->saved) {
-        large_pages(call->saved, (size_t)(heads * call->segments * STATE) * sizeof(real));
-        large_pages(call->written, tokens);
-        large_pages(call->read, tokens);
-    }
-#pragma omp parallel num_threads(call->threads) if (call->threads > 1)
-    {
-        Writes *w = aligned_alloc(64, (sizeof *w + 63) / 64 * 64);
-        Reads *r = aligned_alloc(64, (sizeof *r + 63) / 64 * 64);
-        real *state = aligned_alloc(64, 4 * STATE * sizeof(real)), *anchor = state + STATE, *room = anchor + STATE;
-#pragma omp for schedule(dynamic, 1)
-        for (ptrdiff_t h = 0; h < heads; h++) {
-            Place p = {call, NULL, call->order + h / call->heads * call->length, h / call->heads, h % call->heads};
-            const Entry *entries = call->table + p.batch * call->rows;
-            const real *scale = call->scale + p.head * KEY, *shift = call->shift + p.head * KEY;
-            load_state(call->anchor_in + h * AREA, call->anchor_out + h * AREA, anchor);
-            load_state(call->in + h * AREA, call->out + h * AREA, state);
-            Point point = {0};
-            for (int32_t n = 0; n < call->n_entries[p.batch]; n++) {
-                p.entry = entries + n;
-                if (p.entry->flags & DOCUMENT) load_state(call->start_in + p.head * AREA, call->start_out + p.head * AREA, state);
-                if (p.entry->flags & CHUNK) COPY(anchor, state);
-                if (p.entry->flags & CHUNK || n == 0) point = point_at(&p, anchor, room);
-                if (p.entry->segment >= 0 && call->saved) COPY(call->saved + (h * call->segments + p.entry->segment) * STATE, state);
-                write_piece(&p, point.weights, w, 0);
-                read_piece(&p, w, &point, frame_at(&p, &point, state, room + STATE), r, 0);
-                for (int t = 0; t < p.entry->count; t++) {
-                    real *y = call->y + row_of(&p, t) * KEY;
-                    EACH(c) STORE(y + c, LOAD(r->q[t] + c) + LOAD(scale + c) * LOAD(r->unit[t] + c) + LOAD(shift + c));
-                }
-                carry_piece(w, state);
-            }
-            if (call->closed[p.batch]) COPY(anchor, state);
-            store_state(state, call->in + h * AREA, call->out + h * AREA);
-            store_state(anchor, call->anchor_in + h * AREA, call->anchor_out + h * AREA);
-        }
-        free(w), free(r), free(state);
-    }
-}
-
-/* ---- backward ---- */
-
 /* Gradients of what a piece writes with, gathered from its reads, its carry and itself. */
 typedef struct {
     hidden act, gp;      /* of act, gp */
@@ -687,6 +622,99 @@ typedef struct {
     real factor[2], radius[2]; /* link SCALED; factor: of the chunk */
     line kept[2];              /* link SIMPLEX: of the log of the decay between the start of the chunk and the piece */
 } Totals;
+
+#if MOMENTUM
+#include "memory_momentum.h"
+#endif
+
+/* States between the tensors' layout and the kernel's. */
+static void load_state(const real *in, const real *out, real *state) {
+    memcpy(state, in, AREA * sizeof(real));
+    for (int c = 0; c < KEY; c++)
+        for (int o = 0; o < HIDDEN; o++) state[AREA + o * KEY + c] = out[c * HIDDEN + o];
+}
+
+static void store_state(const real *state, real *in, real *out) {
+    memcpy(in, state, AREA * sizeof(real));
+    for (int c = 0; c < KEY; c++)
+        for (int o = 0; o < HIDDEN; o++) out[c * HIDDEN + o] = state[AREA + o * KEY + c];
+}
+
+#define COPY(to, from) memcpy(to, from, STATE * sizeof(real))
+#define COPY_FULL(to, from) memcpy(to, from, FULL * sizeof(real))
+
+/* The state of a new document: what is learned, without momentum. */
+static void start_state(const Place *p, real *state) {
+    load_state(p->call->start_in + p->head * AREA, p->call->start_out + p->head * AREA, state);
+    if (MOMENTUM) memset(state + STATE, 0, STATE * sizeof(real));
+}
+
+/* Ask for large pages: a fresh buffer of small ones costs a fault per 4 KiB, a tenth of the time of a step. */
+static void large_pages(real *buffer, size_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    const uintptr_t page = 1 << 21, low = ((uintptr_t)buffer + page - 1) / page * page, high = ((uintptr_t)buffer + bytes) / page * page;
+    if (low < high) madvise((void *)low, high - low, MADV_HUGEPAGE);
+#endif
+    (void)buffer, (void)bytes;
+}
+
+void forward(const Call *call) {
+    const ptrdiff_t heads = call->batch * call->heads;
+    const size_t tokens = (size_t)(heads * call->length * KEY) * sizeof(real);
+    large_pages(call->y, tokens);
+    if (call->saved) {
+        large_pages(call->saved, (size_t)(heads * call->segments * FULL) * sizeof(real));
+        large_pages(call->written, tokens);
+        large_pages(call->read, tokens);
+    }
+#pragma omp parallel num_threads(call->threads) if (call->threads > 1)
+    {
+        Writes *w = aligned_alloc(64, (sizeof *w + 63) / 64 * 64);
+        Reads *r = aligned_alloc(64, (sizeof *r + 63) / 64 * 64);
+        real *state = aligned_alloc(64, (FULL + 3 * STATE) * sizeof(real)), *anchor = state + FULL, *room = anchor + STATE;
+#pragma omp for schedule(dynamic, 1)
+        for (ptrdiff_t h = 0; h < heads; h++) {
+            Place p = {call, NULL, call->order + h / call->heads * call->length, h / call->heads, h % call->heads};
+            const Entry *entries = call->table + p.batch * call->rows;
+            const real *scale = call->scale + p.head * KEY, *shift = call->shift + p.head * KEY;
+            load_state(call->anchor_in + h * AREA, call->anchor_out + h * AREA, anchor);
+            load_state(call->in + h * AREA, call->out + h * AREA, state);
+            if (MOMENTUM) load_state(call->momentum_in + h * AREA, call->momentum_out + h * AREA, state + STATE);
+            Point point = {0};
+            for (int32_t n = 0; n < call->n_entries[p.batch]; n++) {
+                p.entry = entries + n;
+                if (p.entry->flags & DOCUMENT) start_state(&p, state);
+                if (p.entry->flags & CHUNK) COPY(anchor, state);
+                if (p.entry->flags & CHUNK || n == 0) point = point_at(&p, anchor, room);
+                if (p.entry->segment >= 0 && call->saved) COPY_FULL(call->saved + (h * call->segments + p.entry->segment) * FULL, state);
+                write_piece(&p, point.weights, w, 0);
+#if MOMENTUM
+                Mixture m;
+                mixture_of(&p, &m);
+                read_mixed(&p, w, &m, state, r, 0);
+#else
+                read_piece(&p, w, &point, frame_at(&p, &point, state, room + STATE), r, 0);
+#endif
+                for (int t = 0; t < p.entry->count; t++) {
+                    real *y = call->y + row_of(&p, t) * KEY;
+                    EACH(c) STORE(y + c, LOAD(r->q[t] + c) + LOAD(scale + c) * LOAD(r->unit[t] + c) + LOAD(shift + c));
+                }
+#if MOMENTUM
+                carry_mixed(&p, w, &m, state);
+#else
+                carry_piece(w, state);
+#endif
+            }
+            if (call->closed[p.batch]) COPY(anchor, state);
+            store_state(state, call->in + h * AREA, call->out + h * AREA);
+            if (MOMENTUM) store_state(state + STATE, call->momentum_in + h * AREA, call->momentum_out + h * AREA);
+            store_state(anchor, call->anchor_in + h * AREA, call->anchor_out + h * AREA);
+        }
+        free(w), free(r), free(state);
+    }
+}
+
+/* ---- backward ---- */
 
 /* d[i] += sign * sum over t >= i of s[t][i] * g[t] * (decay between i and t). */
 INLINE void attend_back(wide d, const square s, const wide g, const wide alpha, const int sign) {
@@ -822,13 +850,14 @@ static void write_back(const Place *p, const real *anchor, const Writes *w, real
     for (int t = 0; t < TOKENS; t++)
         EACH(c) {
             const vec f_in = LOAD(b->f_in[t] + c), f_out = LOAD(b->f_out[t] + c), eta = LOAD(w->eta[t] + c);
+            STORE(b->k[t] + c, f_in * eta);
+            STORE(d_gu[t] + c, f_out * eta);
+            if (MOMENTUM) continue;
             STORE(b->log_alpha[0][t] + c, LOAD(b->log_alpha[0][t] + c) - f_in * LOAD(w->f_in[t] + c));
             STORE(b->log_alpha[OUT][t] + c, LOAD(b->log_alpha[OUT][t] + c) - f_out * LOAD(w->f_out[t] + c));
             STORE(b->eta[t] + c, f_in * LOAD(w->k[t] + c) + f_out * LOAD(w->gu[t] + c));
-            STORE(b->k[t] + c, f_in * eta);
-            STORE(d_gu[t] + c, f_out * eta);
         }
-    for (int half = 0; half <= OUT; half++)
+    for (int half = 0; half <= OUT && !MOMENTUM; half++)
         EACH(c) {
             vec later = LOAD(b->total[half] + c);
             for (int t = TOKENS - 1; t >= 0; t--) {
@@ -881,13 +910,17 @@ typedef struct {
     Writes writes[SEGMENT];
     Reads reads;
     Back back;
-    real state[SEGMENT][STATE] __attribute__((aligned(64))); /* at the start of each piece */
+    real state[SEGMENT][FULL] __attribute__((aligned(64))); /* at the start of each piece */
     real anchor[STATE] __attribute__((aligned(64)));         /* of the chunk that is open when the segment starts */
-    real d_state[STATE] __attribute__((aligned(64))), d_anchor[STATE] __attribute__((aligned(64))), d_start[STATE] __attribute__((aligned(64)));
+    real d_state[FULL] __attribute__((aligned(64))), d_anchor[STATE] __attribute__((aligned(64))), d_start[STATE] __attribute__((aligned(64)));
     /* for links: weights of chunks that start at a piece (or are open at the first); gradient of the chunk's weights */
     real room[SEGMENT][STATE] __attribute__((aligned(64))), d_weights[STATE] __attribute__((aligned(64)));
     real frame[STATE] __attribute__((aligned(64))), d_frame[STATE] __attribute__((aligned(64))); /* of a piece inside a chunk */
     Totals sums;
+#if MOMENTUM
+    Mixture mixture;
+    MixtureBack d_mixture;
+#endif
 } Work;
 
 static void add_state(real *to, const real *from) {
@@ -943,24 +976,29 @@ static void frame_back(const Place *p, const Point *point, Work *m) {
 static void segment_back(Place *p, const Gradients *out, ptrdiff_t h, int32_t low, int32_t high, Work *m) {
     const Call *call = p->call;
     const Entry *entries = call->table + p->batch * call->rows;
-    const real *saved = call->saved + h * call->segments * STATE;
+    const real *saved = call->saved + h * call->segments * FULL;
     real *d_weights = LINK == IDENTITY ? m->d_anchor : m->d_weights;
     Point points[SEGMENT];
-    COPY(m->state[0], saved + entries[low].segment * STATE);
+    COPY_FULL(m->state[0], saved + entries[low].segment * FULL);
     if (!(entries[low].flags & CHUNK)) {
-        if (entries[low].anchor >= 0) COPY(m->anchor, saved + entries[low].anchor * STATE);
+        if (entries[low].anchor >= 0) COPY(m->anchor, saved + entries[low].anchor * FULL);
         else load_state(call->anchor_in + h * AREA, call->anchor_out + h * AREA, m->anchor);
     }
     for (int32_t n = low; n < high; n++) {
         const int32_t at = n - low;
         p->entry = entries + n;
-        if (at && entries[n].flags & DOCUMENT) load_state(call->start_in + p->head * AREA, call->start_out + p->head * AREA, m->state[at]);
+        if (at && entries[n].flags & DOCUMENT) start_state(p, m->state[at]);
         if (entries[n].flags & CHUNK || !at) points[at] = point_at(p, entries[n].flags & CHUNK ? m->state[at] : m->anchor, m->room[at]);
         else points[at] = points[at - 1];
         write_piece(p, points[at].weights, &m->writes[at], 1);
         if (n + 1 < high) {
-            COPY(m->state[at + 1], m->state[at]);
+            COPY_FULL(m->state[at + 1], m->state[at]);
+#if MOMENTUM
+            mixture_of(p, &m->mixture);
+            carry_mixed(p, &m->writes[at], &m->mixture, m->state[at + 1]);
+#else
             carry_piece(&m->writes[at], m->state[at + 1]);
+#endif
         }
     }
     for (int32_t n = high - 1; n >= low; n--) {
@@ -968,6 +1006,14 @@ static void segment_back(Place *p, const Gradients *out, ptrdiff_t h, int32_t lo
         const Writes *w = &m->writes[at];
         Back *b = &m->back;
         p->entry = entries + n;
+#if MOMENTUM
+        mixture_of(p, &m->mixture);
+        memset(&m->d_mixture, 0, sizeof m->d_mixture);
+        read_mixed(p, w, &m->mixture, m->state[at], &m->reads, 1);
+        carry_mixed_back(p, w, &m->mixture, m->state[at], m->d_state, &m->d_mixture, b);
+        read_mixed_back(p, out, w, &m->mixture, m->state[at], &m->reads, m->d_state, &m->sums, &m->d_mixture, b);
+        mixture_back(p, out, &m->mixture, &m->d_mixture);
+#else
         const int inside = LINK == SIMPLEX && !(p->entry->flags & CHUNK);
         const real *frame = frame_at(p, &points[at], m->state[at], m->frame);
         real *d_frame = inside ? m->d_frame : LINK == SIMPLEX ? m->d_weights : m->d_state;
@@ -981,12 +1027,13 @@ static void segment_back(Place *p, const Gradients *out, ptrdiff_t h, int32_t lo
         if (inside) memset(m->d_frame, 0, sizeof m->d_frame);
         read_back(p, out, w, &points[at], frame, &m->reads, d_frame, &m->sums, b);
         if (inside) frame_back(p, &points[at], m);
+#endif
         write_back(p, points[at].weights, w, d_weights, &m->sums, b);
         store(p, b->q, out->q, KEY);
         store(p, b->k, out->k, KEY);
         store(p, b->v, out->v, KEY);
-        store(p, b->eta, out->eta, call->eta_channels);
-        store(p, b->log_alpha[OUT], out->log_alpha, call->alpha_channels);
+        if (!MOMENTUM) store(p, b->eta, out->eta, call->eta_channels);
+        if (!MOMENTUM) store(p, b->log_alpha[OUT], out->log_alpha, call->alpha_channels);
         if (LINK == SIMPLEX) store(p, b->log_alpha[0], out->log_alpha_in, 1);
         if (BIAS == HUBER) store(p, b->delta, out->delta, call->delta_channels);
         if (entries[n].flags & CHUNK) {
@@ -997,7 +1044,7 @@ static void segment_back(Place *p, const Gradients *out, ptrdiff_t h, int32_t lo
         } else if (n == 0) point_back(p, &points[at], m, m->d_anchor);
         if (entries[n].flags & DOCUMENT) {
             add_state(m->d_start, m->d_state);
-            memset(m->d_state, 0, sizeof m->d_state);
+            memset(m->d_state, 0, sizeof m->d_state); /* a document starts without momentum */
         }
     }
 }
@@ -1020,6 +1067,7 @@ void backward(const Call *call, const Gradients *out) {
             if (LINK != IDENTITY) memset(m->d_weights, 0, sizeof m->d_weights);
             memset(m->d_start, 0, sizeof m->d_start);
             load_state(out->in + h * AREA, out->out + h * AREA, m->d_state);
+            if (MOMENTUM) load_state(out->momentum_in + h * AREA, out->momentum_out + h * AREA, m->d_state + STATE);
             load_state(out->anchor_in + h * AREA, out->anchor_out + h * AREA, m->d_anchor);
             if (call->closed[p.batch]) {
                 add_state(m->d_state, m->d_anchor);
@@ -1030,6 +1078,7 @@ void backward(const Call *call, const Gradients *out) {
                 segment_back(&p, out, h, low, high, m);
             }
             store_state(m->d_state, out->in + h * AREA, out->out + h * AREA);
+            if (MOMENTUM) store_state(m->d_state + STATE, out->momentum_in + h * AREA, out->momentum_out + h * AREA);
             store_state(m->d_anchor, out->anchor_in + h * AREA, out->anchor_out + h * AREA);
             if (out->start_in) store_state(m->d_start, out->start_in + h * AREA, out->start_out + h * AREA);
             memcpy(out->scale + h * KEY, m->sums.scale, sizeof m->sums.scale);

@@ -1,4 +1,4 @@
-"""The Miras recurrence of a two-layer perceptron memory on the CPU, compiled (memory.c): gradient descent, decay or l_4 stability.
+"""The Miras recurrence of a two-layer perceptron memory on the CPU, compiled (memory.c): gradient descent, with momentum too.
 
 Faster equal of the plain chunked scan (its oracle), forward and backward, fp32 and fp64. The backward pass keeps the inputs, one
 state per 64 tokens or chunk and two vectors per token, and recomputes the rest. Work is spread over batch elements and heads.
@@ -19,6 +19,7 @@ from recollect.kernels.compile import POINTER, SIZE, memory
 
 BIASES = {"l2": 0, "lp3": 1, "huber": 2, "l1": 3}
 LINKS = {"identity": 0, "scaled": 1, "simplex": 2}  # what the weights are of what decays
+RULES = {"gd": 0, "momentum": 1}
 PIECE = 16  # tokens: key dim and hidden size are multiples of it
 ENTRY_COLUMNS = 5  # int32 numbers of a row of the table
 
@@ -31,22 +32,28 @@ class Perceptron(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """What is the same at every token: tokens of a chunk, bias and link by their names in `BIASES` and `LINKS`, `l1`'s sharpness."""
+    """What is the same at every token: tokens of a chunk, bias, link and rule by their names above, `l1`'s sharpness."""
 
     chunk_size: int
     bias: str = "l2"
     sharpness: float = 10.0
     link: str = "identity"
+    rule: str = "gd"
 
 
-def can_run(q: Tensor, hidden: int, bias: str, link: str = "identity") -> bool:
-    """CPU, fp32 or fp64, a compiler, sizes that are multiples of 16 and at most 128 (key dim) and 1024 (hidden), a bias of `BIASES`."""
+def can_run(q: Tensor, hidden: int, bias: str, link: str = "identity", rule: str = "gd") -> bool:
+    """CPU, fp32 or fp64, a compiler, sizes that are multiples of 16 and at most 128 (key dim) and 1024 (hidden), names known above.
+
+    Momentum goes with the identity link only.
+    """
     key = q.shape[-1]
     if q.device.type != "cpu" or q.dtype not in (torch.float32, torch.float64) or torch.compiler.is_compiling():
         return False
+    if rule not in RULES or (rule == "momentum" and link != "identity"):
+        return False
     if bias not in BIASES or key % PIECE or hidden % PIECE or not 0 < key <= 128 or not 0 < hidden <= 1024:
         return False
-    return memory(key, hidden, BIASES[bias], LINKS[link], q.dtype == torch.float64) is not None
+    return memory(key, hidden, BIASES[bias], LINKS[link], RULES[rule], q.dtype == torch.float64) is not None
 
 
 def perceptron_scan(
@@ -62,12 +69,14 @@ def perceptron_scan(
     settings: Settings,
     *,
     delta: Tensor | None = None,
+    log_momentum: Tensor | None = None,
+    momentum: Perceptron | None = None,
     radius: Tensor | None = None,
     rows: tuple[Tensor, Tensor, Tensor] | None = None,
     start: Perceptron | None = None,
     reset: Tensor | None = None,
     valid: Tensor | None = None,
-) -> tuple[Tensor, Perceptron, Perceptron, Tensor]:
+) -> tuple[Tensor, Perceptron, Perceptron, Perceptron | None, Tensor]:
     """Outputs and states of y_t = q_t + LayerNorm(W_last,t gelu(W_first,t q_t)), the matrices written by decaying gradient descent.
 
     Args:
@@ -78,6 +87,9 @@ def perceptron_scan(
         slow: scale and shift of the norm, [H, K].
         phase: int64 [B], tokens already in the open chunk.
         delta: threshold of bias "huber", [B, T, H, 1 or K], positive.
+        log_momentum: log of what is kept of the last change, [B, T, H], <= 0; rule "momentum", where eta and log_alpha have one
+            channel.
+        momentum: the last change of each matrix, as `state`; rule "momentum".
         radius: of link "scaled", [H, 2], positive: in a chunk the weights are the matrices times min(1, (radius / |matrix|_4)^2), the
             norm with 1e-8 added and taken at the chunk's start, for each matrix alone.
         rows: of link "simplex": log of alpha for the first matrix [B, T, H, 1] (log_alpha is for the last one only), and log of the
@@ -87,19 +99,22 @@ def perceptron_scan(
         start: matrices at the start of a document, [H, O, K] and [H, K, O]; needed with `reset`.
         reset, valid: bool [B, T]: first token of a document; False where the token is padding.
     Returns:
-        y [B, T, H, K], 0 at padding; the matrices after the last token; those at the start of its chunk; the new phase.
+        y [B, T, H, K], 0 at padding; the matrices after the last token; those at the start of its chunk; the last change (None
+        without momentum); the new phase.
     """
     width = q.shape[-1]
     shared = tuple(x.expand(*q.shape[:3], x.shape[-1]) for x in (eta, log_alpha))
-    code = memory(width, state.first.shape[-2], BIASES[settings.bias], LINKS[settings.link], q.dtype == torch.float64)
+    kind = (BIASES[settings.bias], LINKS[settings.link], RULES[settings.rule])
+    code = memory(width, state.first.shape[-2], *kind, q.dtype == torch.float64)
     assert code is not None
     table = _Table.of(code, q, phase, settings.chunk_size, reset, valid)
     extra = (None, None, None) if rows is None else (rows[0].expand(*q.shape[:3], 1), *rows[1:])
-    matrices = (*state, *anchor, *(start or (None, None)))
+    matrices = (*state, *anchor, *(momentum or (None, None)), *(start or (None, None)))
     y, *states = _Native.apply(
-        table, settings, torch.is_grad_enabled(), q, k, v, *shared, delta, *matrices, *slow, radius, *extra
+        table, settings, torch.is_grad_enabled(), q, k, v, *shared, delta, log_momentum, *matrices, *slow, radius, *extra
     )
-    return y, Perceptron(*states[:2]), Perceptron(*states[2:]), table.phase
+    carried = Perceptron(*states[4:]) if momentum else None
+    return y, Perceptron(*states[:2]), Perceptron(*states[2:4]), carried, table.phase
 
 
 class _Call(ctypes.Structure):
@@ -113,9 +128,10 @@ class _Call(ctypes.Structure):
         ("threads", ctypes.c_int),
         ("sharpness", ctypes.c_double),
         *((name, POINTER) for name in ("order", "n_entries", "closed", "table")),
-        *((name, POINTER) for name in ("q", "k", "v", "eta", "log_alpha", "delta", "scale", "shift", "radius")),
+        *((name, POINTER) for name in ("q", "k", "v", "eta", "log_alpha", "delta", "log_momentum", "scale", "shift", "radius")),
         *((name, POINTER) for name in ("log_alpha_first", "kept_first", "kept_last", "start_first", "start_last")),
-        *((name, POINTER) for name in ("first", "last", "anchor_first", "anchor_last", "y")),
+        *((name, POINTER) for name in ("first", "last", "anchor_first", "anchor_last")),
+        *((name, POINTER) for name in ("momentum_first", "momentum_last", "y")),
         *((name, POINTER) for name in ("saved", "written", "read")),
     )
 
@@ -126,9 +142,9 @@ class _Gradients(ctypes.Structure):
     _fields_ = tuple(
         (name, POINTER)
         for name in (
-            *("y", "q", "k", "v", "eta", "log_alpha", "delta", "scale", "shift", "radius"),
+            *("y", "q", "k", "v", "eta", "log_alpha", "delta", "log_momentum", "scale", "shift", "radius"),
             *("log_alpha_first", "kept_first", "kept_last"),
-            *("start_first", "start_last", "first", "last", "anchor_first", "anchor_last"),
+            *("start_first", "start_last", "first", "last", "anchor_first", "anchor_last", "momentum_first", "momentum_last"),
         )
     )
 
@@ -160,28 +176,32 @@ class _Table(NamedTuple):
         return cls(code, order, entries, n_entries, closed, segments, after, valid is not None)
 
 
+# Where things lie among the inputs of `_Native`: per token; states, anchors and momentum; of new documents; learned; of link "simplex".
+_TOKENS, _STATES, _STARTS, _SLOW, _ROWS = slice(0, 7), slice(7, 13), slice(13, 15), slice(15, 18), slice(18, None)
+
+
 class _Native(torch.autograd.Function):
     """Forward keeps the inputs, states at segments' starts and what the norms take; backward replays segment by segment."""
 
     @staticmethod
     def forward(ctx: Any, table: _Table, settings: Settings, learning: bool, *inputs: Tensor | None) -> tuple[Tensor, ...]:
         tensors = [None if x is None else x.detach().contiguous() for x in inputs]
-        q, first = tensors[0], tensors[6]
+        q, first = tensors[0], tensors[_STATES][0]
         assert q is not None
         assert first is not None
         y = torch.zeros_like(q) if table.padded else torch.empty_like(q)
         kept: tuple[Tensor | None, ...] = (None, None, None)
         if learning and any(ctx.needs_input_grad):
             kept = (
-                q.new_empty(*first.shape[:2], table.segments, 2, *first.shape[2:]),
+                q.new_empty(*first.shape[:2], table.segments, 2 * (1 + (settings.rule == "momentum")), *first.shape[2:]),
                 torch.empty_like(q),
                 torch.empty_like(q),
             )
-        states = [x.clone() for x in tensors[6:10] if x is not None]
+        states = [None if x is None else x.clone() for x in tensors[_STATES]]
         table.code.forward(ctypes.byref(_call(table, settings, tensors, states, y, kept)))
         ctx.save_for_backward(*tensors, *kept)
         ctx.table, ctx.settings = table, settings
-        return y, *states
+        return y, *(x for x in states if x is not None)
 
     @staticmethod
     @once_differentiable
@@ -190,12 +210,14 @@ class _Native(torch.autograd.Function):
         tensors, kept = list(saved[:-3]), saved[-3:]
         table = ctx.table
         empty = torch.zeros_like if table.padded else torch.empty_like
-        d_tokens = [None if x is None else empty(x) for x in tensors[:6]]
-        states = [x.clone(memory_format=torch.contiguous_format) for x in d_states]
-        starts = [None if x is None else x.new_empty(len(states[0]), *x.shape) for x in tensors[10:12]]
-        slow = [None if x is None else x.new_empty(len(states[0]), *x.shape) for x in tensors[12:15]]
-        rows = [None if x is None else empty(x) for x in tensors[15:]]
-        call = _call(table, ctx.settings, tensors, tensors[6:10], None, kept)
+        d_tokens = [None if x is None else empty(x) for x in tensors[_TOKENS]]
+        given: list[Tensor | None] = [x.clone(memory_format=torch.contiguous_format) for x in d_states]
+        states = given + [None] * (len(tensors[_STATES]) - len(given))
+        starts, slow = (
+            [None if x is None else x.new_empty(len(d_y), *x.shape) for x in tensors[part]] for part in (_STARTS, _SLOW)
+        )
+        rows = [None if x is None else empty(x) for x in tensors[_ROWS]]
+        call = _call(table, ctx.settings, tensors, tensors[_STATES], None, kept)
         d_y = d_y.contiguous()
         gradients = _Gradients(*map(_pointer, (d_y, *d_tokens, *slow, *rows, *starts, *states)))
         table.code.backward(ctypes.byref(call), ctypes.byref(gradients))
@@ -207,22 +229,22 @@ def _call(
     table: _Table,
     settings: Settings,
     tensors: list[Tensor | None],
-    states: list[Tensor],
+    states: list[Tensor | None],
     y: Tensor | None,
     kept: tuple[Tensor | None, ...],
 ) -> _Call:
     """The arguments of the C functions; every tensor has to outlive it."""
-    q, _, _, eta, log_alpha, delta = tensors[:6]
+    q, _, _, eta, log_alpha, delta, _ = tensors[_TOKENS]
     assert q is not None
     assert eta is not None
     assert log_alpha is not None
-    starts, slow = tensors[10:12], tensors[12:]
+    starts, slow = tensors[_STARTS], [*tensors[_SLOW], *tensors[_ROWS]]
     return _Call(
         *(*q.shape[:1], q.shape[2], q.shape[1], q.shape[1], table.segments),
         *(eta.shape[-1], log_alpha.shape[-1], 1 if delta is None else delta.shape[-1]),
         *(min(torch.get_num_threads(), q.shape[0] * q.shape[2]), settings.sharpness),
         *map(_pointer, (table.order, table.n_entries, table.closed, table.entries)),
-        *map(_pointer, (*tensors[:6], *slow, *starts, *states, y, *kept)),
+        *map(_pointer, (*tensors[_TOKENS], *slow, *starts, *states, y, *kept)),
     )
 
 

@@ -13,14 +13,17 @@ from recollect.ops.miras.spec import MirasSpec, MirasState
 
 
 def can_scan(call: Call) -> bool:
-    """Two gelu layers with norm and residual, gradient descent, a retention and a bias that are built in."""
+    """Two gelu layers with norm and residual, gradient descent (with momentum), a retention and a bias that are built in."""
     spec = call.spec
     if spec.memory.name != "mlp" or (spec.memory.options[0], *spec.memory.options[2:]) != (2, "gelu", True, True):
         return False
     bias, link = _bias(spec), _link(spec)
-    if bias is None or link is None or spec.rule.name != "gd" or spec.gradient_at != "previous" or spec.chunk_size == 1:
+    if bias is None or link is None or spec.gradient_at != "previous" or spec.chunk_size == 1:
         return False
-    return can_run(call.inputs.q, call.parameters.fast[0].shape[1], bias, link)
+    scalar = call.inputs.eta.shape[-1] == 1 and call.inputs.log_alpha.shape[-1] == 1
+    if spec.rule.momentum and (not scalar or spec.retention.couple is not None):
+        return False
+    return can_run(call.inputs.q, call.parameters.fast[0].shape[1], bias, link, spec.rule.name)
 
 
 def native(call: Call) -> tuple[Tensor, MirasState]:
@@ -31,7 +34,10 @@ def native(call: Call) -> tuple[Tensor, MirasState]:
     assert link is not None
     assert state.anchor is not None
     sharpness = float(spec.bias.options[0]) if bias == "l1" else 1.0
-    y, dual, anchor, phase = perceptron_scan(
+    log_momentum = call.inputs.log_momentum
+    if spec.rule.momentum and log_momentum is None:
+        log_momentum = torch.zeros_like(inputs.eta[..., 0])
+    y, dual, anchor, momentum, phase = perceptron_scan(
         inputs.q,
         inputs.k,
         inputs.v,
@@ -41,15 +47,17 @@ def native(call: Call) -> tuple[Tensor, MirasState]:
         Perceptron(*state.anchor),
         (call.parameters.slow[0], call.parameters.slow[1]),
         state.phase,
-        Settings(spec.chunk_size, bias, sharpness, link),
+        Settings(spec.chunk_size, bias, sharpness, link, spec.rule.name),
         delta=inputs.bias[0] if inputs.bias else None,
+        log_momentum=log_momentum,
+        momentum=None if state.momentum is None else Perceptron(*state.momentum),
         radius=_radius(call) if link == "scaled" else None,
         rows=_rows(call) if link == "simplex" else None,
         start=None if call.reset is None else Perceptron(*call.parameters.fast),
         reset=call.reset,
         valid=call.valid,
     )
-    return y, MirasState(tuple(dual), tuple(anchor), _kept(call, phase), None, None, phase)
+    return y, MirasState(tuple(dual), tuple(anchor), _kept(call, phase), momentum and tuple(momentum), None, phase)
 
 
 def _radius(call: Call) -> Tensor:

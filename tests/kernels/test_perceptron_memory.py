@@ -18,7 +18,7 @@ from recollect.ops.miras.biases import AttentionalBias, huber, l1, l2, lp
 from recollect.ops.miras.memories import mlp
 from recollect.ops.miras.retentions import kl, lq
 from recollect.ops.miras.retentions import l2 as decay
-from recollect.ops.miras.rules import gd
+from recollect.ops.miras.rules import LearningRule, gd, momentum
 
 pytestmark = pytest.mark.skipif(building.compiler() is None, reason="no C compiler on this machine")
 
@@ -36,6 +36,7 @@ class Model(NamedTuple):
     retention: Retention = decay()
     steps: float = 0.1
     tolerance: float = EXACT
+    rule: LearningRule = gd()  # with momentum, gates are per head
 
 
 MODELS = {
@@ -45,6 +46,8 @@ MODELS = {
     "l1": Model(l1()),
     "moneta": Model(lp(3.0), lq(4.0), 0.3),
     "memora": Model(l2(), kl(), tolerance=3e-12),
+    "titans": Model(l2(), rule=momentum()),
+    "titans, huber": Model(huber(), rule=momentum()),
 }
 PROCESSORS = ("native", "x86-64-v3", "x86-64")  # vectors of the widest kind here, of 32 and of 16 bytes
 
@@ -64,9 +67,11 @@ def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 
 
 def draw(
-    length: int, *, channels: bool, dtype: torch.dtype = torch.float64, strongest: float = 0.1, steps: float = 0.1
+    length: int, model: str = "l2", *, channels: bool, dtype: torch.dtype = torch.float64, strongest: float = 0.1
 ) -> dict[str, Tensor]:
     """Everything that a gradient is taken of; numbers do not depend on the precision."""
+    kind = MODELS[model]
+    steps, channels = kind.steps, channels and not kind.rule.momentum
     generator = torch.Generator().manual_seed(length)
 
     def normal(*shape: int) -> Tensor:
@@ -86,6 +91,7 @@ def draw(
     memory = mlp().init(N_HEADS, SIZE, SIZE, generator=generator, dtype=torch.float64)
     named |= {"first": memory.fast[0], "last": memory.fast[1]}
     named |= {"scale": 1 + normal(N_HEADS, SIZE) / 10, "shift": normal(N_HEADS, SIZE) / 10}
+    named["log_momentum"] = -2 * uniform(*tokens)
     return {name: part.to(dtype).requires_grad_() for name, part in named.items()}
 
 
@@ -108,18 +114,21 @@ def run(
 ) -> dict[str, Tensor]:
     """y and the last states, of one call or cut into several."""
     kind = MODELS[model]
-    spec = MirasSpec(memory=mlp(), bias=kind.bias, retention=kind.retention, rule=gd(), chunk_size=chunk)
+    spec = MirasSpec(memory=mlp(), bias=kind.bias, retention=kind.retention, rule=kind.rule, chunk_size=chunk)
     parameters = Parameters((named["first"], named["last"]), (named["scale"], named["shift"]))
     state, outputs = None, []
     for low, high in zip((0, *cuts), (*cuts, named["q"].shape[1]), strict=True):
         q, k, v = (named[name][:, low:high] for name in ("q", "k", "v"))
-        gates = {name: named[name][:, low:high] for name in ("eta", "log_alpha", *kind.bias.gates)}
+        gates = {
+            name: named[name][:, low:high]
+            for name in ("eta", "log_alpha", *kind.bias.gates, *(["log_momentum"] * kind.rule.momentum))
+        }
         marks = {name: None if x is None else x[:, low:high] for name, x in (("reset", reset), ("valid", valid))}
         y, state = scan(spec, q, k, v, gates, state, parameters=parameters, backend=backend, **marks)
         outputs.append(y)
     assert isinstance(state, MirasState)
     assert state.anchor is not None
-    held = {"state": state.dual, "anchor": state.anchor, "kept": state.kept or ()}
+    held = {"state": state.dual, "anchor": state.anchor, "kept": state.kept or (), "momentum": state.momentum or ()}
     return {"y": torch.cat(outputs, dim=1)} | {f"{name} {m}": x for name, pair in held.items() for m, x in enumerate(pair)}
 
 
@@ -154,16 +163,16 @@ def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], toleran
 @pytest.mark.parametrize(("length", "chunk"), [(1, 16), (50, 16), (40, 5), (90, 64), (150, 100)])
 def test_compiled_memory_equals_the_token_loop(length: int, chunk: int, model: str) -> None:
     """Prevents a gradient point, a decay or a second-order term that is lost between pieces, chunks or segments."""
-    named = draw(length, channels=length % 20 == 10, steps=MODELS[model].steps)
+    named = draw(length, model, channels=length % 20 == 10)
     actual, expected = (with_gradients(form(named, chunk, model), named) for form in (compiled, oracle))
     assert_close(actual, expected, MODELS[model].tolerance)
 
 
-@pytest.mark.parametrize("model", ["l2", "moneta", "memora"])
+@pytest.mark.parametrize("model", ["l2", "moneta", "memora", "titans"])
 @pytest.mark.parametrize(("chunk", "cuts"), [(16, ()), (16, (21,)), (64, (1, 37)), (100, (70,))])
 def test_compiled_memory_keeps_documents_padding_and_cuts_apart(chunk: int, cuts: tuple[int, ...], model: str) -> None:
     """Prevents a document that sees the one before it, padding that moves the chunks, and states that do not go on."""
-    named = draw(80, channels=True, steps=MODELS[model].steps)
+    named = draw(80, model, channels=True)
     marks = flags(80)
     actual = with_gradients(compiled(named, chunk, model, *marks, cuts=cuts), named)
     assert_close(actual, with_gradients(oracle(named, chunk, model, *marks), named), MODELS[model].tolerance)
@@ -172,33 +181,34 @@ def test_compiled_memory_keeps_documents_padding_and_cuts_apart(chunk: int, cuts
 @pytest.mark.parametrize("cuts", [(29,), (1, 17, 70, 71)])
 def test_scaled_memory_goes_on_in_the_middle_of_a_chunk(cuts: tuple[int, ...]) -> None:
     """Prevents a scale, or its gradient, that is lost with the open chunk, once the memory has outgrown its radius."""
-    named = draw(90, channels=True, steps=MODELS["moneta"].steps)
+    named = draw(90, "moneta", channels=True)
     expected, plain = oracle(named, 64, "moneta"), oracle(named, 64, "lp3")
     assert_close(with_gradients(compiled(named, 64, "moneta", cuts=cuts), named), with_gradients(expected, named))
     assert float((expected["y"] - plain["y"])[:, 64:].detach().abs().max()) > 0.1
 
 
-@pytest.mark.parametrize("model", ["l2", "moneta", "memora"])
+@pytest.mark.parametrize("model", ["l2", "moneta", "memora", "titans"])
 def test_compiled_memory_survives_any_decay(model: str) -> None:
     """Prevents overflow or 0/0 where a gate forgets everything: log alpha down to -1e4, forward and backward."""
-    named = draw(60, channels=True, strongest=3.0)
+    named = draw(60, model, channels=True, strongest=3.0)
     with torch.no_grad():
         named["log_alpha"][:, 7] = -1e4
     actual, expected = (with_gradients(form(named, 20, model), named) for form in (compiled, oracle))
     assert_close(actual, expected, 1e-11)  # the norm divides by a memory that is nearly empty
 
 
-@pytest.mark.parametrize(("chunk", "model"), [(16, "l2"), (64, "l2"), (16, "moneta"), (64, "memora")])
+@pytest.mark.parametrize(
+    ("chunk", "model"), [(16, "l2"), (64, "l2"), (16, "moneta"), (64, "memora"), (16, "titans"), (64, "titans")]
+)
 def test_compiled_memory_in_single_precision_is_as_exact_as_the_token_loop(chunk: int, model: str, processor: str) -> None:
     """Prevents vector code of one width, or its exponential, that is less exact: mean error of four draws, each result and gradient.
 
     One draw's rounding is amplified by what the memory has become; the mean says what the arithmetic loses.
     """
     errors: dict[str, list[float]] = {}
-    steps = MODELS[model].steps
     for length in (66, 70, 74, 78):
         exact, *single = (
-            with_gradients(form(named := draw(length, channels=True, dtype=dtype, steps=steps), chunk, model), named)
+            with_gradients(form(named := draw(length, model, channels=True, dtype=dtype), chunk, model), named)
             for form, dtype in ((oracle, torch.float64), (compiled, torch.float32), (oracle, torch.float32))
         )
         for name, value in exact.items():
@@ -209,10 +219,10 @@ def test_compiled_memory_in_single_precision_is_as_exact_as_the_token_loop(chunk
         assert actual <= 2 * plain, f"{name}: {actual / 4:.1e}, the loop {plain / 4:.1e}"
 
 
-@pytest.mark.parametrize("model", ["huber", "moneta", "memora"])
+@pytest.mark.parametrize("model", ["huber", "moneta", "memora", "titans, huber"])
 def test_compiled_memory_is_exact_on_every_processor(model: str, processor: str) -> None:
     """Prevents products that assume one width of vectors."""
-    named = draw(50, channels=True, steps=MODELS[model].steps)
+    named = draw(50, model, channels=True)
     marks = flags(50)
     actual, expected = (with_gradients(form(named, 40, model, *marks), named) for form in (compiled, oracle))
     assert_close(actual, expected, MODELS[model].tolerance)
@@ -239,6 +249,8 @@ def test_can_run_refuses_what_the_kernel_has_no_code_for() -> None:
     assert not can_run(q.half(), 64, "l2")
     assert not can_run(torch.zeros(1, 1, 1, 24), 96, "l2")
     assert not can_run(q, 64, "l_infinity")
+    assert not can_run(q, 64, "l2", "simplex", "momentum")
+    assert not can_run(q, 64, "l2", "identity", "omega")
 
 
 @pytest.mark.parametrize("retention", [lq(3.0), lq(4.0, "paper"), lq(4.0, radius=1.0), kl(2.0)])
@@ -249,3 +261,13 @@ def test_native_refuses_links_that_it_has_no_code_for(retention: Retention) -> N
     parameters = Parameters((named["first"], named["last"]), (named["scale"], named["shift"]))
     with pytest.raises(RuntimeError, match="native"):
         scan(spec, named["q"], named["k"], named["v"], {}, parameters=parameters, backend="native")
+
+
+def test_native_refuses_momentum_with_gates_per_channel() -> None:
+    """Prevents a kernel that takes the first channel for all."""
+    named = draw(4, channels=True)
+    spec = MirasSpec(memory=mlp(), bias=l2(), retention=decay(), rule=momentum(), chunk_size=16)
+    parameters = Parameters((named["first"], named["last"]), (named["scale"], named["shift"]))
+    gates = {"eta": named["eta"], "log_alpha": named["log_alpha"]}
+    with pytest.raises(RuntimeError, match="native"):
+        scan(spec, named["q"], named["k"], named["v"], gates, parameters=parameters, backend="native")
