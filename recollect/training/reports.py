@@ -33,7 +33,8 @@ class Sink(Protocol):
 class Reports:
     """Takes the loop's events on the first process, does nothing on the others.
 
-    Each "step" event gets: tokens_per_second (of all processes, since the last event), mfu (share of the machine's measured matrix-
+    Each "step" event gets: bits_per_byte (of the loss, with the mean bytes of a token of the validation text; without one, not),
+    tokens_per_second (of all processes, since the last event), mfu (share of the machine's measured matrix-
     product rate that 6 operations per parameter and token make; attention and memories not counted), memory_gb (of this process),
     eta_seconds.
     """
@@ -46,11 +47,12 @@ class Reports:
         *,
         n_parameters: int,
         config: TrainingConfig,
+        bytes_per_token: float | None,
         say: Callable[[str], None],
         live: bool = False,
     ) -> None:
         self.run, self.out, self.world, self.config, self.say = run, out, world, config, say
-        self.n_parameters = n_parameters
+        self.n_parameters, self.bytes_per_token = n_parameters, bytes_per_token
         self.journal = Journal(out / JOURNAL)
         self.sinks: list[Sink] = []
         self.rate = 0.0
@@ -105,6 +107,7 @@ class Reports:
         left = self.config.steps - event["step"]
         return {
             **event,
+            **({} if self.bytes_per_token is None else {"bits_per_byte": event["loss"] / math.log(2) / self.bytes_per_token}),
             "tokens_per_second": speed,
             "mfu": 6 * self.n_parameters * speed / self.rate if self.rate else 0.0,
             "memory_gb": memory_bytes(self.world.device) / 1e9,
@@ -125,8 +128,9 @@ def describe(event: Event, steps: int) -> str:
         named = [f"{key.split('/', 1)[1]} {value:.4f}" for key, value in event.items() if key.startswith("bits_per_byte/")]
         more = f" ({', '.join(named)})" if named else ""
         return f"step {step}: validation loss {event['loss']:.4f}, {event['bits_per_byte']:.4f} bits per byte{more}"
+    bits = f", {event['bits_per_byte']:.3f} bits per byte" if "bits_per_byte" in event else ""
     return (
-        f"step {step}/{steps}: loss {event['loss']:.4f}, gradient norm {event['grad_norm']:.3g}, lr {event['lr']:.3g}, "
+        f"step {step}/{steps}: loss {event['loss']:.4f}{bits}, gradient norm {event['grad_norm']:.3g}, lr {event['lr']:.3g}, "
         f"{event['tokens_per_second']:,.0f} tokens/s, MFU {100 * event['mfu']:.0f} %, {event['memory_gb']:.1f} GB, "
         f"{_duration(event['eta_seconds'])} left"
     )

@@ -180,7 +180,14 @@ class _Training:
             carry = Carry(model, n_lanes=self.n_own, micro_batch=self.micro_batch, world=self.readers)
         torch.manual_seed(stream_seed("train", run.seed, world.rank))  # dropout differs between processes
         with Reports(
-            run, self.out, world, n_parameters=n_parameters, config=self.config, say=self.say, live=self.live
+            run,
+            self.out,
+            world,
+            n_parameters=n_parameters,
+            config=self.config,
+            bytes_per_token=bytes_per_token(validation, self.tokenizer),
+            say=self.say,
+            live=self.live,
         ) as reports:
             progress = train(
                 module,
@@ -257,6 +264,13 @@ class Validation:
                 nats, n_tokens = nats + value, n_tokens + labels.numel()
                 n_bytes += float(self.tokenizer.bytes_of(labels.numpy()).sum())
         return nats, n_tokens, n_bytes
+
+
+def bytes_per_token(validation: Mapping[str, Sequence[TokenBatch]], tokenizer: Tokenizer) -> float | None:
+    """Mean bytes of a token of the validation text; None without any."""
+    labels = [batch.labels[batch.labels != IGNORE] for batches in validation.values() for batch in batches]
+    n_tokens = sum(part.numel() for part in labels)
+    return sum(float(tokenizer.bytes_of(part.numpy()).sum()) for part in labels) / n_tokens if n_tokens else None
 
 
 def training_config(run: RunSettings) -> TrainingConfig:
