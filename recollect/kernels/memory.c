@@ -623,6 +623,19 @@ typedef struct {
     line kept[2];              /* link SIMPLEX: of the log of the decay between the start of the chunk and the piece */
 } Totals;
 
+/* Gradient through y_t = q_t + scale * unit_t + shift: to what the norm takes, scale and shift. */
+INLINE void output_back(const Place *p, const real *d_y, const Reads *r, int t, Totals *sums, real *d_u) {
+    const real *scale = p->call->scale + p->head * KEY;
+    line g;
+    EACH(c) {
+        const vec d = LOAD(d_y + c);
+        STORE(g + c, d * LOAD(scale + c));
+        STORE(sums->scale + c, LOAD(sums->scale + c) + d * LOAD(r->unit[t] + c));
+        STORE(sums->shift + c, LOAD(sums->shift + c) + d);
+    }
+    normalise_back(g, r->unit[t], r->rate[t], d_u);
+}
+
 #if MOMENTUM
 #include "memory_momentum.h"
 #endif
@@ -770,7 +783,6 @@ static void carry_back(const Writes *w, const real *state, real *d_state, Back *
 /* Gradient through a piece's reads: to q, the state, and what the piece writes with. */
 static void read_back(const Place *p, const Gradients *out, const Writes *w, const Point *point, const real *state, const Reads *r, real *d_state,
                       Totals *sums, Back *b) {
-    const real *scale = p->call->scale + p->head * KEY;
     wide d_y, d_u, f, moved;
     hidden d_act;
     square d_s, d_a, d_a_turned;
@@ -780,14 +792,7 @@ static void read_back(const Place *p, const Gradients *out, const Writes *w, con
     memset(d_a_turned, 0, sizeof d_a_turned);
     memcpy(f, w->f_out, sizeof f);
     for (int t = 0; t < TOKENS; t++) {
-        line g;
-        EACH(c) {
-            const vec d = LOAD(d_y[t] + c);
-            STORE(g + c, d * LOAD(scale + c));
-            STORE(sums->scale + c, LOAD(sums->scale + c) + d * LOAD(r->unit[t] + c));
-            STORE(sums->shift + c, LOAD(sums->shift + c) + d);
-        }
-        normalise_back(g, r->unit[t], r->rate[t], d_u[t]);
+        output_back(p, d_y[t], r, t, sums, d_u[t]);
         if (LINK == SCALED) {
             sums->factor[1] += dot(d_u[t], r->u[t]);
             EACH(c) STORE(d_u[t] + c, LOAD(d_u[t] + c) * factor_of(point, 1));

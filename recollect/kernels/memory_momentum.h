@@ -175,7 +175,6 @@ static void carry_mixed_back(const Place *p, const Writes *w, const Mixture *m, 
 /* Gradient through a piece's reads: to q, the state, what the piece writes with, and the mixture. */
 static void read_mixed_back(const Place *p, const Gradients *out, const Writes *w, const Mixture *m, const real *state, const Reads *r,
                             real *d_state, Totals *sums, MixtureBack *d, Back *b) {
-    const real *scale = p->call->scale + p->head * KEY;
     wide d_y, d_u, f, moved;
     hidden d_act, d_late;
     square d_a, d_a_turned;
@@ -184,14 +183,7 @@ static void read_mixed_back(const Place *p, const Gradients *out, const Writes *
     memset(d_a, 0, sizeof d_a);
     memset(d_a_turned, 0, sizeof d_a_turned);
     for (int t = 0; t < TOKENS; t++) {
-        line g;
-        EACH(c) {
-            const vec dy = LOAD(d_y[t] + c);
-            STORE(g + c, dy * LOAD(scale + c));
-            STORE(sums->scale + c, LOAD(sums->scale + c) + dy * LOAD(r->unit[t] + c));
-            STORE(sums->shift + c, LOAD(sums->shift + c) + dy);
-        }
-        normalise_back(g, r->unit[t], r->rate[t], d_u[t]);
+        output_back(p, d_y[t], r, t, sums, d_u[t]);
         for (int i = 0; i <= t; i++) {
             const real along = dot(d_u[t], w->gu[i]), both = m->weight[t][i] * m->act[i][t];
             d->weight[t][i] -= along * m->act[i][t];
