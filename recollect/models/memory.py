@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recollect import state as states
+from recollect.mixers import entry
 from recollect.models.cache import RecollectCache
 from recollect.models.layers import Block
 from recollect.models.modeling import RecollectForCausalLM
@@ -119,6 +120,12 @@ def load_memory(model: RecollectForCausalLM, path: str | os.PathLike[str]) -> Re
     like = Memory(torch.zeros(1, dtype=torch.int64), model.init_states(1))
     memory = states.load(Path(path), like, fingerprint=fingerprint(model))
     return RecollectCache(memory.layers, n_seen=int(memory.n_seen[0]))
+
+
+def growing_mixers(model: RecollectForCausalLM) -> list[str]:
+    """Names of the model's mixers whose states grow with every token they read."""
+    names = dict.fromkeys(layer["mixer"] for layer in model.config.layers)
+    return [name for name in names if not entry(name).state.startswith("constant")]
 
 
 def fingerprint(model: RecollectForCausalLM) -> str:

@@ -85,7 +85,11 @@ class Run:
 
 
 class Damaged(Exception):
-    """A checkpoint is not whole, or belongs to another model."""
+    """A checkpoint is not whole, or holds another model."""
+
+
+class OtherRun(Exception):
+    """A whole checkpoint of another configuration."""
 
 
 def save_checkpoint(
@@ -136,18 +140,35 @@ def save_checkpoint(
 def load_checkpoint(run: Run, folder: Path, world: World | None = None) -> tuple[Progress | None, list[str]]:
     """Restore the newest whole checkpoint of `folder` into model, optimisers, carried tensors, `run.data` and the random state.
 
+    Damaged ones are renamed to `damaged-step-...`: they are evidence, but no longer count as the newest.
+
     Returns:
         progress, or None if there is no whole checkpoint (nothing is then touched); and one sentence per checkpoint that had to be
         skipped.
+    Raises:
+        ValueError: the newest whole checkpoint is one of another configuration; it is left as it is.
     """
     world = world or alone(next(run.model.parameters()).device)
-    skipped: list[str] = []
+    skipped: dict[Path, str] = {}
+    progress = None
     for path in found(folder):
         try:
-            return _restore(path, run, world), skipped
+            progress = _restore(path, run, world)
+            break
         except Damaged as error:
-            skipped.append(f"skipped the checkpoint {path.name}: {error}")
-    return None, skipped
+            skipped[path] = f"skipped the checkpoint {path.name}: {error}"
+        except OtherRun as error:
+            raise ValueError(
+                f"{folder} holds checkpoints of another configuration, or of another version of recollect; give another folder, or "
+                "move them away to start anew"
+            ) from error
+    wait(world)  # all have read what is renamed now
+    if world.rank == 0:
+        for path in skipped:
+            aside = path.with_name(f"damaged-{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+    return progress, list(skipped.values())
 
 
 def found(folder: Path) -> list[Path]:
@@ -208,7 +229,7 @@ def _restore(path: Path, run: Run, world: World) -> Progress:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise Damaged(f"it is not whole ({error})") from error
     if state.get("fingerprint") != run.fingerprint:
-        raise Damaged("it was written by another configuration")
+        raise OtherRun(path.name)
     if totals(world, len(broken))[0]:
         raise Damaged(f"{broken[0] if broken else 'a file'} does not match its checksum")
     weights, moments = (_shapes(path / part) for part in ("model", "optimiser"))

@@ -121,7 +121,8 @@ def train(
     run = Run(language_model, make_optimisers(language_model, config), fingerprint)
     progress = _resume(run, data, carry, saving, world, report)
     meter = _Meter(config, report, report_seconds, check_every=1 if world.device.type == "cpu" else 16)
-    saved_at, saved_step, loss = time.monotonic(), progress.step, math.nan
+    saved_at, saved_step = time.monotonic(), progress.step
+    judged: tuple[int, float | None] = (-1, None)  # step of the last evaluation, its loss
 
     def save() -> None:
         nonlocal saved_at, saved_step
@@ -129,14 +130,14 @@ def train(
         meter.flush(progress)
         run.data = data.state()
         run.carried = carry.tensors() if carry else {}
-        save_checkpoint(run, progress, saving, world, loss=loss)
+        save_checkpoint(run, progress, saving, world, loss=judged[1] if judged[0] == progress.step else None)
         report({"event": "saved", "step": progress.step})
         saved_at, saved_step = time.monotonic(), progress.step
 
     def look(final: bool) -> None:
-        nonlocal loss
+        nonlocal judged
         metrics = _evaluate(language_model, evaluate, progress, report, final=final)
-        loss = metrics.get("loss", math.nan)
+        judged = (progress.step, metrics.get("loss"))
 
     if progress.step == 0:
         look(False)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from recollect.models import SIZES, RecollectConfig, RecollectForCausalLM, load_retrofitted, size
@@ -86,6 +87,14 @@ def start_model(run: RunSettings, vocab_size: int) -> PreTrainedModel:
     if run.model.start_from is None:
         return RecollectForCausalLM(model_config(run, vocab_size))
     place = saved_model(Path(run.model.start_from))
+    try:
+        return _loaded(run, place, vocab_size)
+    except SafetensorError as error:
+        raise ValueError(f"model.start_from: the weights in {place} are damaged: {error}") from error
+
+
+def _loaded(run: RunSettings, place: Path, vocab_size: int) -> PreTrainedModel:
+    """The saved model of any kind that can be trained."""
     kind = _kind(place)
     if kind == RecollectConfig.model_type:
         return RecollectForCausalLM.from_pretrained(place, config=model_config(run, vocab_size))

@@ -55,6 +55,11 @@ def dump_run(run: RunSettings) -> str:
     return write_yaml(dataclasses.asdict(run))
 
 
+def normal(run: RunSettings) -> RunSettings:
+    """The same run with every value in its own type, as a file would give it: 2 steps of warm-up become 2.0."""
+    return pydantic.TypeAdapter(RunSettings).validate_python(dataclasses.asdict(run))
+
+
 def recipes() -> dict[str, str]:
     """Name -> what it is, in one line, of every shipped recipe."""
     return {name: about for name, (about, _) in _shipped().items()}

@@ -62,7 +62,6 @@ class Reports:
     def __enter__(self) -> Reports:
         if self.world.rank == 0:
             self.rate = self.world.size * matmul_rate(self.world.device, self.run.engine.precision)
-            self.sinks = make_sinks(self.run, self.out)
             if self.bar:
                 self.bar.start()
         return self
@@ -77,6 +76,8 @@ class Reports:
     def __call__(self, event: Event) -> None:
         if self.world.rank:
             return
+        if event["event"] == "started":
+            self.sinks = make_sinks(self.run, self.out, step=event["step"] + 1 if event["resumed"] else 0)
         if event["event"] == "step":
             event = self._measured(event)
         self.journal.write(event)
@@ -136,15 +137,15 @@ def describe(event: Event, steps: int) -> str:
     )
 
 
-def make_sinks(run: RunSettings, out: Path) -> list[Sink]:
-    """The loggers that the settings ask for.
+def make_sinks(run: RunSettings, out: Path, *, step: int) -> list[Sink]:
+    """The loggers that the settings ask for; what TensorBoard has from `step` on, of a process that was killed, is forgotten.
 
     Raises:
         ValueError: one whose package is not installed.
     """
     sinks: list[Sink] = []
     if run.logging.tensorboard and (module := _optional("torch.utils.tensorboard")):
-        sinks.append(_TensorBoard(module.SummaryWriter(log_dir=str(out / "tensorboard"))))
+        sinks.append(_TensorBoard(module.SummaryWriter(log_dir=str(out / "tensorboard"), purge_step=step)))
     for name in ("wandb", "trackio"):
         if getattr(run.logging, name):
             module = _optional(name)

@@ -33,6 +33,7 @@ from recollect.data.rows import Rows, TokenBatch
 from recollect.data.tokenizer import Tokenizer, load_tokenizer
 from recollect.data.validation import validation_rows
 from recollect.models import RecollectForCausalLM, new_parameters
+from recollect.models.memory import growing_mixers
 from recollect.state import fingerprint
 from recollect.tasks.base import IGNORE, stream_seed
 from recollect.training.carry import Carry
@@ -43,7 +44,7 @@ from recollect.training.folder import locked
 from recollect.training.loop import Piece, train
 from recollect.training.model_config import start_model
 from recollect.training.parallel import distribute
-from recollect.training.recipe import dump_run, load_run
+from recollect.training.recipe import dump_run, load_run, normal
 from recollect.training.reports import Reports
 from recollect.training.settings import RunSettings
 from recollect.training.world import World, alone, joined, totals, wait
@@ -70,6 +71,7 @@ def run_training(
         recollect.training.folder.Busy: another process trains into the folder.
         OSError: the disk is full or not writable; the last checkpoint stays.
     """
+    run = normal(run)
     check(run)
     transformers_logging.disable_progress_bar()
     if run.engine.threads:
@@ -177,6 +179,10 @@ class _Training:
         carry = None
         if run.data.carry:
             assert isinstance(model, RecollectForCausalLM)
+            if growing := growing_mixers(model):
+                raise ValueError(
+                    f"data.carry needs memories of constant size; those of {', '.join(growing)} grow with every token"
+                )
             carry = Carry(model, n_lanes=self.n_own, micro_batch=self.micro_batch, world=self.readers)
         torch.manual_seed(stream_seed("train", run.seed, world.rank))  # dropout differs between processes
         with Reports(

@@ -115,9 +115,9 @@ def test_a_checkpoint_of_another_run_is_not_loaded(tmp_path: Path) -> None:
     save_checkpoint(run, Progress(1), Saving(tmp_path))
     before = bits(run.model)
     run.fingerprint = "b"
-    progress, skipped = load_checkpoint(run, tmp_path)
-    assert progress is None
-    assert "another configuration" in skipped[0]
+    with pytest.raises(ValueError, match="another configuration"):
+        load_checkpoint(run, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
     assert bits(run.model) == before
 
 
