@@ -34,7 +34,7 @@ from recollect.mixers.miras import Miras
 from recollect.models import RecollectCache, RecollectConfig, RecollectForCausalLM, load_memory, remember, save_memory
 from recollect.tasks import stream_seed
 from recollect.training.config import TrainingConfig
-from recollect.training.optimiser import make_optimiser
+from recollect.training.optimiser import make_optimisers
 from recollect.training.schedule import learning_rate
 
 PASSAGE = 256
@@ -93,7 +93,7 @@ def make_model(text: Tensor, arguments: argparse.Namespace) -> RecollectForCausa
     )
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"training {arguments.mixer}, {n_parameters:,} parameters, {recipe.steps} steps of {N_STREAMS} x {WINDOW} bytes")
-    optimiser = make_optimiser(model, recipe)
+    optimisers = make_optimisers(model, recipe)
     losses: list[float] = []
     for step in range(recipe.steps):
         window = step % N_WINDOWS
@@ -104,12 +104,11 @@ def make_model(text: Tensor, arguments: argparse.Namespace) -> RecollectForCausa
         piece = tokens[:, window * WINDOW : (window + 1) * WINDOW + 1]
         logits = model(piece[:, :-1], past_key_values=cache).logits
         loss = F.cross_entropy(logits.flatten(0, 1), piece[:, 1:].flatten())
-        for group in optimiser.param_groups:
-            group["lr"] = learning_rate(recipe, step)
-        optimiser.zero_grad()
+        optimisers.set_rate(learning_rate(recipe, step))
+        optimisers.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-        optimiser.step()
+        optimisers.step()
         cache.detach()
         losses.append(loss.item())
         if (step + 1) % 50 == 0:

@@ -225,13 +225,13 @@ def _restore(path: Path, run: Run, world: World) -> Progress:
     try:
         state = json.loads((path / "state.json").read_bytes())
         progress, data, hashes = Progress(**state["progress"]), state["data"], state["sha256"]
-        broken = [name for name in sorted(hashes)[world.rank :: world.size] if _hash(path / name) != hashes[name]]
+        broken = [name for name in sorted(hashes)[world.rank :: world.size] if not _is_whole(path / name, hashes[name])]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise Damaged(f"it is not whole ({error})") from error
     if state.get("fingerprint") != run.fingerprint:
         raise OtherRun(path.name)
     if totals(world, len(broken))[0]:
-        raise Damaged(f"{broken[0] if broken else 'a file'} does not match its checksum")
+        raise Damaged(f"{broken[0] if broken else 'a file'} is missing or does not match its checksum")
     weights, moments = (_shapes(path / part) for part in ("model", "optimiser"))
     current = _model_tensors(run.model)
     if {name: t.shape for name, t in current.items()} != {n: s for n, s in weights.items() if not n.startswith("carried.")}:
@@ -338,6 +338,14 @@ def _synced_hash(path: Path) -> str:
     with open(path, "rb") as file:
         os.fsync(file.fileno())
     return _hash(path)
+
+
+def _is_whole(path: Path, expected: str) -> bool:
+    """Whether a file has this sha256. One that cannot be read has not: every process must come to the same answer."""
+    try:
+        return _hash(path) == expected
+    except OSError:
+        return False
 
 
 def _hash(path: Path) -> str:

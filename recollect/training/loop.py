@@ -91,6 +91,7 @@ def train(
     carry: Carry | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     world: World | None = None,
+    copies: int = 1,
 ) -> Progress:
     """Train `model` in place, from its newest whole checkpoint if there is one.
 
@@ -109,6 +110,7 @@ def train(
         carry: memories that go on from step to step; None: every row starts without.
         should_stop: asked before every step; True on any process writes a checkpoint and returns.
         world: the processes; None: this one alone.
+        copies: processes that read the same rows, which count once.
     Returns:
         progress; `progress.step < config.steps` if it was stopped.
     Raises:
@@ -152,6 +154,7 @@ def train(
         started = time.perf_counter()
         pieces = data.pieces(progress.step)
         value, norm, n_tokens = update(module, run.optimisers, pieces, config, progress.step, world=world, carry=carry)
+        n_tokens //= copies
         progress.step += 1
         progress.tokens += n_tokens
         progress.seconds += time.perf_counter() - started

@@ -199,7 +199,7 @@ class _Training:
                 module,
                 self.config,
                 data=RowData(rows, n_rows=self.n_rows, micro_batch=self.micro_batch),
-                evaluate=Validation(module, validation, self.tokenizer, world) if validation else None,
+                evaluate=Validation(module, validation, self.tokenizer, world, self.readers) if validation else None,
                 eval_every=run.eval_every,
                 report=reports,
                 report_seconds=run.logging.every_seconds,
@@ -214,6 +214,7 @@ class _Training:
                 carry=carry,
                 should_stop=should_stop,
                 world=world,
+                copies=run.engine.tensor_parallel,
             )
             if progress.step == self.config.steps:
                 save_model(model, self.out / MODEL, world, tokenizer=Path(run.data.tokenizer))
@@ -243,9 +244,15 @@ class Validation:
     """
 
     def __init__(
-        self, module: nn.Module, batches: Mapping[str, Sequence[TokenBatch]], tokenizer: Tokenizer, world: World
+        self,
+        module: nn.Module,
+        batches: Mapping[str, Sequence[TokenBatch]],
+        tokenizer: Tokenizer,
+        world: World,
+        readers: World,
     ) -> None:
-        self.module, self.batches, self.tokenizer, self.world = module, batches, tokenizer, world
+        self.module, self.batches, self.tokenizer = module, batches, tokenizer
+        self.world, self.readers = world, readers  # those that share a layer's matrices read the same rows, and count alike
 
     def __call__(self, model: PreTrainedModel, *, final: bool) -> Mapping[str, float]:
         metrics: dict[str, float] = {}
@@ -260,8 +267,8 @@ class Validation:
     def _sums(self, batches: Sequence[TokenBatch]) -> tuple[float, float, float]:
         """Nats, tokens and bytes of this process's share. All call the model equally often: FSDP's processes go in step."""
         nats = n_tokens = n_bytes = 0.0
-        for turn in range(0, len(batches), self.world.size):
-            mine = turn + self.world.rank
+        for turn in range(0, len(batches), self.readers.size):
+            mine = turn + self.readers.rank
             batch = batches[min(mine, len(batches) - 1)]
             moved = [None if x is None else x.to(self.world.device) for x in batch]
             value = self.module(*moved).item()
