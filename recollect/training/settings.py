@@ -191,7 +191,7 @@ class SavingSettings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoggingSettings:
-    """What is written while it runs, besides `metrics.jsonl`.
+    """What is written while it runs, besides `progress.jsonl`.
 
     Attributes:
         every_seconds: time between two lines.

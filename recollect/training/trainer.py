@@ -223,7 +223,8 @@ class _Training:
             else:
                 self.say(f"stopped at step {progress.step} of {self.config.steps}; the same command goes on")
         del module, model
-        gc.collect()  # FSDP's buffers must go before the process group does
+        if self.world.size > 1:
+            gc.collect()  # FSDP's buffers must go before the process group does
         return progress
 
     def _model(self) -> PreTrainedModel:

@@ -43,14 +43,17 @@ def test_interrupted_runs_end_with_the_same_bits(tmp_path: Path) -> None:
 
     rng = random.Random(os.urandom(8))
     steps = sorted(rng.sample(range(1, STEPS - 10), 3))
+    journal = broken / "progress.jsonl"
     for step, how in zip(steps, ("kill", "orphan", "terminate"), strict=True):
+        before = journal.stat().st_ino if journal.exists() else None
         process = subprocess.Popen(
             [sys.executable, "-m", "recollect.comparison.worker", str(broken), "--attached", "--checkpoint-seconds", "0.02"],
             stdin=subprocess.PIPE,
             env=environment(1),
         )
         reached = 0
-        while reached < step and process.poll() is None:
+        # The journal is written anew when a worker has begun: an earlier one may have passed `step` already.
+        while (reached < step or journal.stat().st_ino == before) and process.poll() is None:
             time.sleep(0.002)
             reached = max([e["step"] for e in journal_of(broken) if e["event"] in ("step", "evaluation")], default=0)
             reached = max([reached, *(int(p.name[5:]) for p in (broken / "checkpoint").glob("step-*"))])
