@@ -37,11 +37,16 @@ def as_interrupt(*_: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def refuse(error: Exception, *, status: int = USER_ERROR) -> NoReturn:
-    """One sentence on stderr, and the exit status."""
+def tell(error: Exception) -> None:
+    """One sentence on stderr."""
     from recollect.comparison.folder import explain
 
     print(f"recollect: {explain(error)}", file=sys.stderr)
+
+
+def refuse(error: Exception, *, status: int = USER_ERROR) -> NoReturn:
+    """Tell the error and end with an exit status."""
+    tell(error)
     raise SystemExit(status) from None
 
 

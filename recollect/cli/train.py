@@ -6,11 +6,14 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from recollect.cli.shared import DIVERGED, OK, SOME_FAILED, STOPPED, app, refuse
+from recollect.cli.shared import DIVERGED, OK, STOPPED, USER_ERROR, app, refuse, tell
+
+if TYPE_CHECKING:
+    from recollect.training.settings import RunSettings
 
 tokenizer_app = typer.Typer(no_args_is_help=True, help="Tokenizers for `recollect train`.")
 app.add_typer(tokenizer_app, name="tokenizer")
@@ -80,14 +83,12 @@ def tokenizer_train(
         refuse(error)
 
 
-def _train(run: object) -> int:
+def _train(run: RunSettings) -> int:
     """The exit status of a run."""
     from recollect.training.folder import Busy
     from recollect.training.loop import NonFiniteLoss
-    from recollect.training.settings import RunSettings
     from recollect.training.trainer import run_training, training_config
 
-    assert isinstance(run, RunSettings)
     asked: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: asked.append(number))
@@ -98,10 +99,8 @@ def _train(run: object) -> int:
         print(f"recollect: {error}; the last checkpoint is in {run.out}", file=sys.stderr)
         return DIVERGED
     except (ValueError, TypeError, OSError, Busy) as error:
-        try:
-            refuse(error)
-        except SystemExit as leaving:
-            return int(leaving.code or SOME_FAILED)
+        tell(error)
+        return USER_ERROR
     return OK if progress.step == training_config(run).steps else STOPPED
 
 

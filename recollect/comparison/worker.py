@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import signal
 import sys
 import threading
@@ -31,6 +30,7 @@ from recollect.comparison.workload import Workload, make_workload
 from recollect.evaluation.metrics import score
 from recollect.models import RecollectForCausalLM
 from recollect.training.checkpoint import Saving
+from recollect.training.export import save_model
 from recollect.training.folder import is_disk_full, locked
 from recollect.training.journal import DISK_FULL, DONE, FAILED, STOPPED, Journal
 from recollect.training.loop import Drawn, train, update
@@ -132,17 +132,6 @@ def prepare(plan: Plan, label: str, seed: int) -> tuple[RecollectForCausalLM, Wo
         torch.cuda.set_device(torch.device(plan.device))  # its generator is the one that checkpoints hold
     torch.nn.Module.to(model, plan.device)
     return model, workload
-
-
-def save_model(model: RecollectForCausalLM, folder: Path) -> None:
-    """`save_pretrained`, whole or not at all."""
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    try:
-        model.save_pretrained(temporary)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def time_steps(folder: Path, *, seconds: float) -> dict[str, float]:

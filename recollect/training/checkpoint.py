@@ -111,7 +111,7 @@ def save_checkpoint(
     wait(world)
     try:
         hashes = {
-            **_write(temporary, "model", {**_model_tensors(run.model), **run.carried}, world),
+            **_write(temporary, "model", {**model_tensors(run.model), **run.carried}, world),
             **_write(temporary, "optimiser", {**_optimiser_tensors(run), **_random_state(world)}, world),
         }
         wait(world)
@@ -233,7 +233,7 @@ def _restore(path: Path, run: Run, world: World) -> Progress:
     if totals(world, len(broken))[0]:
         raise Damaged(f"{broken[0] if broken else 'a file'} is missing or does not match its checksum")
     weights, moments = (_shapes(path / part) for part in ("model", "optimiser"))
-    current = _model_tensors(run.model)
+    current = model_tensors(run.model)
     if {name: t.shape for name, t in current.items()} != {n: s for n, s in weights.items() if not n.startswith("carried.")}:
         raise Damaged("it holds other tensors than this model")
     carried = {name: torch.empty(weights[name], dtype=t.dtype) for name, t in run.carried.items() if name in weights}
@@ -264,7 +264,7 @@ def _read(path: Path, tensors: dict[str, Tensor], world: World) -> None:
         dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=world.size == 1)
 
 
-def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters (tied ones once) and persistent buffers by name."""
     saved = model.state_dict(keep_vars=True)
     tensors: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if name in saved}

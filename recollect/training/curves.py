@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
+from recollect.training.checkpoint import replace_file
 from recollect.training.journal import Event
 
 
@@ -40,10 +41,7 @@ def draw_curves(events: Sequence[Event], path: Path, *, title: str) -> None:
         axis.set_xlabel("step")
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        figure.savefig(temporary, format="png", dpi=120)
-        os.replace(temporary, path)
-    finally:
-        plt.close(figure)
-        temporary.unlink(missing_ok=True)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    plt.close(figure)
+    replace_file(path, picture.getvalue())

@@ -17,15 +17,13 @@ import dataclasses
 import fnmatch
 import gc
 import math
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -40,6 +38,7 @@ from recollect.training.carry import Carry
 from recollect.training.check import batch_rows, check, n_steps
 from recollect.training.checkpoint import Progress, Saving, replace_file
 from recollect.training.config import TrainingConfig
+from recollect.training.export import save_model
 from recollect.training.folder import locked
 from recollect.training.loop import Piece, train
 from recollect.training.model_config import start_model
@@ -47,7 +46,7 @@ from recollect.training.parallel import distribute
 from recollect.training.recipe import dump_run, load_run, normal
 from recollect.training.reports import Reports
 from recollect.training.settings import RunSettings
-from recollect.training.world import World, alone, joined, totals, wait
+from recollect.training.world import World, joined, totals, wait
 
 CHECKPOINTS, MODEL, RUN = "checkpoints", "model", "run.yaml"
 FREE = ("out", "eval_every", "eval_rows", "saving", "logging")  # may differ when a run goes on: they change no weight
@@ -217,7 +216,7 @@ class _Training:
                 copies=run.engine.tensor_parallel,
             )
             if progress.step == self.config.steps:
-                save_model(model, self.out / MODEL, world, tokenizer=Path(run.data.tokenizer))
+                save_model(model, self.out / MODEL, world, beside=tokenizer_file(run.data.tokenizer))
                 reports.finish()
                 self.say(f"finished: {self.out / MODEL}")
             else:
@@ -289,25 +288,15 @@ def bytes_per_token(validation: Mapping[str, Sequence[TokenBatch]], tokenizer: T
 
 def training_config(run: RunSettings) -> TrainingConfig:
     """The loop's part of the settings."""
-    o = run.optimiser
-    same = (
-        "lr",
-        "muon_lr",
-        "schedule",
-        "warmup",
-        "end_lr",
-        "decay",
-        "weight_decay",
-        "decay_all",
-        "beta1",
-        "beta2",
-        "eps",
-        "clip",
-    )
-    values = {name: getattr(o, name) for name in same}
-    return TrainingConfig(
-        steps=n_steps(run), batch_size=batch_rows(run), optimiser=o.name, inner_warmup=o.inner_warmup, **values
-    )
+    settings = dataclasses.asdict(run.optimiser)
+    return TrainingConfig(steps=n_steps(run), batch_size=batch_rows(run), optimiser=settings.pop("name"), **settings)
+
+
+def tokenizer_file(tokenizer: str) -> Path | None:
+    """The file of `data.tokenizer`; None for bytes."""
+    path = Path(tokenizer)
+    file = path / "tokenizer.json" if path.is_dir() else path
+    return file if file.is_file() else None
 
 
 def train_only(model: nn.Module, globs: Sequence[str]) -> None:
@@ -325,29 +314,6 @@ def train_only(model: nn.Module, globs: Sequence[str]) -> None:
             )
     for name, p in model.named_parameters():
         p.requires_grad_(any(fnmatch.fnmatchcase(name, glob) for glob in globs))
-
-
-def save_model(model: PreTrainedModel, folder: Path, world: World | None = None, *, tokenizer: Path | None = None) -> None:
-    """`save_pretrained` of the whole model, with its tokenizer's file beside it; whole or not at all. All processes call it."""
-    world = world or alone()
-    whole: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict().items():
-        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        if world.rank == 0:
-            whole[name] = full.detach().cpu().clone()
-    if world.rank == 0:
-        temporary = folder.with_name(f".{folder.name}")
-        shutil.rmtree(temporary, ignore_errors=True)
-        try:
-            model.save_pretrained(temporary, state_dict=whole)
-            file = tokenizer / "tokenizer.json" if tokenizer is not None and tokenizer.is_dir() else tokenizer
-            if file is not None and file.is_file():
-                shutil.copyfile(file, temporary / "tokenizer.json")
-            shutil.rmtree(folder, ignore_errors=True)
-            temporary.rename(folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-    wait(world)
 
 
 @contextlib.contextmanager
