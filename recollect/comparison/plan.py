@@ -24,6 +24,7 @@ from recollect.mixers import entry, layer_options
 from recollect.mixers.base import option_names
 from recollect.mixers.patterns import with_options
 from recollect.training.config import TrainingConfig
+from recollect.training.folder import changes
 
 VERSION = 2
 EQUAL = ("data", "time")
@@ -242,7 +243,7 @@ def identity(plan: Plan) -> dict[str, Any]:
 
 def differences(old: Plan, new: Plan) -> list[str]:
     """What differs between two plans, as `name: old -> new`, outermost names first."""
-    return list(_differences("", identity(old), identity(new)))
+    return [_difference(*change) for change in changes(identity(old), identity(new))]
 
 
 def moved(stored: Plan, new: Plan) -> Plan:
@@ -250,21 +251,14 @@ def moved(stored: Plan, new: Plan) -> Plan:
     return dataclasses.replace(stored, data=new.data, imports=new.imports, device=new.device)
 
 
-def _differences(name: str, old: Any, new: Any) -> list[str]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        found: list[str] = []
-        for key in sorted(old.keys() | new.keys()):
-            found += _differences(f"{name}.{key}" if name else key, old.get(key), new.get(key))
-        return found
-    if old == new:
-        return []
+def _difference(name: str, old: Any, new: Any) -> str:
     if name == "mixers":
         old, new = ([mixer["label"] for mixer in mixers] for mixers in (old, new))
         if old == new:
-            return ["options or sizes of the mixers"]
+            return "options or sizes of the mixers"
     if name in ("data", "imports"):  # hashes say nothing to a person
-        return ["other data" if name == "data" else "other --import modules"]
-    return [f"{name}: {_short(old)} -> {_short(new)}"]
+        return "other data" if name == "data" else "other --import modules"
+    return f"{name}: {_short(old)} -> {_short(new)}"
 
 
 def _short(value: Any) -> str:

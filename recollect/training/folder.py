@@ -1,4 +1,4 @@
-"""A folder that long work writes into: one process at a time, and what it means when the disk takes no more."""
+"""A folder that long work writes into: one process at a time, whose work it is, and what it means when the disk takes no more."""
 
 from __future__ import annotations
 
@@ -7,12 +7,22 @@ import errno
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 LOCK = ".lock"
 
 
 class Busy(Exception):
     """Another process holds a lock."""
+
+
+def changes(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted name, old, new) of whatever differs between two nested dicts, in the order of the names."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(old.keys() | new.keys()):
+            yield from changes(old.get(key), new.get(key), f"{name}.{key}" if name else key)
+    elif old != new:
+        yield name, old, new
 
 
 @contextlib.contextmanager

@@ -39,7 +39,7 @@ from recollect.training.check import batch_rows, check, n_steps
 from recollect.training.checkpoint import Progress, Saving, replace_file
 from recollect.training.config import TrainingConfig
 from recollect.training.export import save_model
-from recollect.training.folder import locked
+from recollect.training.folder import changes, locked
 from recollect.training.loop import Piece, train
 from recollect.training.model_config import start_model
 from recollect.training.parallel import distribute
@@ -332,7 +332,7 @@ def _store(run: RunSettings, out: Path) -> None:
     path = out / RUN
     if path.is_file():
         old = load_run(path)
-        different = list(_differences("", identity(old), identity(run)))
+        different = [f"{name}: {str(a)[:60]} -> {str(b)[:60]}" for name, a, b in changes(identity(old), identity(run))]
         if different:
             raise ValueError(
                 f"{out} holds another run ({'; '.join(different[:4])}); give another out=, or continue its weights with "
@@ -341,14 +341,6 @@ def _store(run: RunSettings, out: Path) -> None:
     elif strangers := sorted(p.name for p in out.iterdir() if not p.name.startswith(".")):
         raise ValueError(f"{out} holds other files ({', '.join(strangers[:3])}) and no run; give a new or empty folder")
     replace_file(path, dump_run(run).encode())
-
-
-def _differences(name: str, old: Any, new: Any) -> Iterator[str]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in sorted(old.keys() | new.keys()):
-            yield from _differences(f"{name}.{key}" if name else key, old.get(key), new.get(key))
-    elif old != new:
-        yield f"{name}: {str(old)[:60]} -> {str(new)[:60]}"
 
 
 def _rates(sums: Sequence[float]) -> dict[str, float]:
