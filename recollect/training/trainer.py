@@ -164,7 +164,7 @@ class _Training:
             tokenizer=self.tokenizer,
             note=self.say,
         )
-        validation = validation_rows(
+        held_out = validation_rows(
             run.data,
             self.tokenizer,
             run.eval_rows,
@@ -172,6 +172,7 @@ class _Training:
             batch_rows=self.micro_batch,
             note=self.say,
         )
+        validation = Validation(module, held_out, self.tokenizer, world, self.readers) if held_out else None
         trained = "" if n_trained == n_parameters else f", {n_trained:,} of them trained"
         shape = f"{self.config.steps:,} steps of {self.n_rows} x {run.data.seq_len} tokens"
         self.say(f"{n_parameters:,} parameters{trained}; {shape}; {self.out}")
@@ -190,7 +191,7 @@ class _Training:
             world,
             n_parameters=n_parameters,
             config=self.config,
-            bytes_per_token=bytes_per_token(validation, self.tokenizer),
+            bytes_per_token=validation.bytes_per_token if validation else None,
             say=self.say,
             live=self.live,
         ) as reports:
@@ -198,7 +199,7 @@ class _Training:
                 module,
                 self.config,
                 data=RowData(rows, n_rows=self.n_rows, micro_batch=self.micro_batch),
-                evaluate=Validation(module, validation, self.tokenizer, world, self.readers) if validation else None,
+                evaluate=validation,
                 eval_every=run.eval_every,
                 report=reports,
                 report_seconds=run.logging.every_seconds,
@@ -251,20 +252,29 @@ class Validation:
         world: World,
         readers: World,
     ) -> None:
-        self.module, self.batches, self.tokenizer = module, batches, tokenizer
+        self.module, self.batches = module, batches
+        self.sizes = {name: [_size(batch, tokenizer) for batch in some] for name, some in batches.items()}
         self.world, self.readers = world, readers  # those that share a layer's matrices read the same rows, and count alike
 
     def __call__(self, model: PreTrainedModel, *, final: bool) -> Mapping[str, float]:
         metrics: dict[str, float] = {}
         whole = [0.0, 0.0, 0.0]
         for name, batches in self.batches.items():
-            sums = totals(self.world, *self._sums(batches))
+            sums = totals(self.world, *self._sums(batches, self.sizes[name]))
             whole = [a + b for a, b in zip(whole, sums, strict=True)]
             if len(self.batches) > 1:
                 metrics.update({f"{key}/{name}": value for key, value in _rates(sums).items()})
         return {**_rates(whole), **metrics}
 
-    def _sums(self, batches: Sequence[TokenBatch]) -> tuple[float, float, float]:
+    @property
+    def bytes_per_token(self) -> float:
+        """Mean over all rows."""
+        n_tokens, n_bytes = (
+            sum(column) for column in zip(*(size for some in self.sizes.values() for size in some), strict=True)
+        )
+        return n_bytes / n_tokens
+
+    def _sums(self, batches: Sequence[TokenBatch], sizes: Sequence[tuple[float, float]]) -> tuple[float, float, float]:
         """Nats, tokens and bytes of this process's share. All call the model equally often: FSDP's processes go in step."""
         nats = n_tokens = n_bytes = 0.0
         for turn in range(0, len(batches), self.readers.size):
@@ -273,17 +283,14 @@ class Validation:
             moved = [None if x is None else x.to(self.world.device) for x in batch]
             value = self.module(*moved).item()
             if mine < len(batches):
-                labels = batch.labels[batch.labels != IGNORE]
-                nats, n_tokens = nats + value, n_tokens + labels.numel()
-                n_bytes += float(self.tokenizer.bytes_of(labels.numpy()).sum())
+                nats, n_tokens, n_bytes = nats + value, n_tokens + sizes[mine][0], n_bytes + sizes[mine][1]
         return nats, n_tokens, n_bytes
 
 
-def bytes_per_token(validation: Mapping[str, Sequence[TokenBatch]], tokenizer: Tokenizer) -> float | None:
-    """Mean bytes of a token of the validation text; None without any."""
-    labels = [batch.labels[batch.labels != IGNORE] for batches in validation.values() for batch in batches]
-    n_tokens = sum(part.numel() for part in labels)
-    return sum(float(tokenizer.bytes_of(part.numpy()).sum()) for part in labels) / n_tokens if n_tokens else None
+def _size(batch: TokenBatch, tokenizer: Tokenizer) -> tuple[float, float]:
+    """Tokens that are asked, and their bytes."""
+    labels = batch.labels[batch.labels != IGNORE]
+    return labels.numel(), float(tokenizer.bytes_of(labels.numpy()).sum())
 
 
 def training_config(run: RunSettings) -> TrainingConfig:
