@@ -85,11 +85,11 @@ class Run:
 
 
 class Damaged(Exception):
-    """A checkpoint is not whole, or holds another model."""
+    """A checkpoint is not whole."""
 
 
 class OtherRun(Exception):
-    """A whole checkpoint of another configuration."""
+    """A whole checkpoint of another configuration, or of another version of the model's code."""
 
 
 def save_checkpoint(
@@ -147,6 +147,7 @@ def load_checkpoint(run: Run, folder: Path, world: World | None = None) -> tuple
         skipped.
     Raises:
         ValueError: the newest whole checkpoint is one of another configuration; it is left as it is.
+        OSError: a checkpoint cannot be read; it is left as it is.
     """
     world = world or alone(next(run.model.parameters()).device)
     skipped: dict[Path, str] = {}
@@ -222,30 +223,46 @@ def _write(folder: Path, part: str, tensors: Mapping[str, Tensor], world: World)
 
 
 def _restore(path: Path, run: Run, world: World) -> Progress:
-    try:
-        state = json.loads((path / "state.json").read_bytes())
-        progress, data, hashes = Progress(**state["progress"]), state["data"], state["sha256"]
-        broken = [name for name in sorted(hashes)[world.rank :: world.size] if not _is_whole(path / name, hashes[name])]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise Damaged(f"it is not whole ({error})") from error
+    state, problem = _examine(path, world)
+    n_unreadable, n_damaged = totals(world, isinstance(problem, OSError), isinstance(problem, Damaged))
+    if n_unreadable:
+        raise problem if isinstance(problem, OSError) else OSError(f"another process cannot read the checkpoint {path}")
+    if n_damaged:
+        raise problem or Damaged("a file is missing or does not match its checksum")
     if state.get("fingerprint") != run.fingerprint:
         raise OtherRun(path.name)
-    if totals(world, len(broken))[0]:
-        raise Damaged(f"{broken[0] if broken else 'a file'} is missing or does not match its checksum")
     weights, moments = (_shapes(path / part) for part in ("model", "optimiser"))
     current = model_tensors(run.model)
     if {name: t.shape for name, t in current.items()} != {n: s for n, s in weights.items() if not n.startswith("carried.")}:
-        raise Damaged("it holds other tensors than this model")
+        raise OtherRun(path.name)
     carried = {name: torch.empty(weights[name], dtype=t.dtype) for name, t in run.carried.items() if name in weights}
     _read(path / "model", {**{name: t.detach() for name, t in current.items()}, **carried}, world)
     restored = _like_optimisers(run, moments)
     random = {name: torch.empty(moments[name], dtype=torch.uint8) for name in _random_state(world) if name in moments}
     _read(path / "optimiser", {**restored, **random}, world)
     run.carried.update(carried)
-    run.data = data
+    run.data = state["data"]
     _restore_optimisers(run, restored)
     _restore_random_state(random, world)
-    return progress
+    return Progress(**state["progress"])
+
+
+def _examine(path: Path, world: World) -> tuple[dict[str, Any], OSError | Damaged | None]:
+    """`state.json`, and what is wrong in this process's share of the files: nothing, damage, or a disk that cannot be read."""
+    try:
+        state: dict[str, Any] = json.loads((path / "state.json").read_bytes())
+        Progress(**state["progress"]), state["data"]
+        hashes = state["sha256"]
+        for name in sorted(hashes)[world.rank :: world.size]:
+            if _hash(path / name) != hashes[name]:
+                return state, Damaged(f"{name} does not match its checksum")
+    except FileNotFoundError as error:
+        return {}, Damaged(f"{Path(error.filename).relative_to(path)} is missing")
+    except OSError as error:
+        return {}, error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return {}, Damaged(f"state.json is not whole ({error})")
+    return state, None
 
 
 def _shapes(path: Path) -> dict[str, torch.Size]:
@@ -338,14 +355,6 @@ def _synced_hash(path: Path) -> str:
     with open(path, "rb") as file:
         os.fsync(file.fileno())
     return _hash(path)
-
-
-def _is_whole(path: Path, expected: str) -> bool:
-    """Whether a file has this sha256. One that cannot be read has not: every process must come to the same answer."""
-    try:
-        return _hash(path) == expected
-    except OSError:
-        return False
 
 
 def _hash(path: Path) -> str:

@@ -179,10 +179,6 @@ class _Training:
         carry = None
         if run.data.carry:
             assert isinstance(model, RecollectForCausalLM)
-            if growing := growing_mixers(model):
-                raise ValueError(
-                    f"data.carry needs memories of constant size; those of {', '.join(growing)} grow with every token"
-                )
             carry = Carry(model, n_lanes=self.n_own, micro_batch=self.micro_batch, world=self.readers)
         torch.manual_seed(stream_seed("train", run.seed, world.rank))  # dropout differs between processes
         with Reports(
@@ -232,6 +228,9 @@ class _Training:
         run = self.run
         torch.manual_seed(stream_seed("train", run.seed))
         model = start_model(run, self.tokenizer.vocab_size)
+        growing = growing_mixers(model) if run.data.carry and isinstance(model, RecollectForCausalLM) else []
+        if growing:
+            raise ValueError(f"data.carry needs memories of constant size; those of {', '.join(growing)} grow with every token")
         if run.model.train_only is not None:
             train_only(model, run.model.train_only)
         return model

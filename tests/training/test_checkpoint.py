@@ -8,6 +8,7 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -125,9 +126,31 @@ def test_a_checkpoint_of_another_model_is_not_loaded(tmp_path: Path) -> None:
     """A wider model with the same names would be filled in part."""
     save_checkpoint(trained(1), Progress(1), Saving(tmp_path))
     model = RecollectForCausalLM(RecollectConfig(vocab_size=32, hidden_size=32, layers=["mta", "mta"]))
-    progress, skipped = load_checkpoint(Run(model, make_optimisers(model, CONFIG), "a"), tmp_path)
-    assert progress is None
-    assert "other tensors" in skipped[0]
+    before = bits(model)
+    with pytest.raises(ValueError, match="another version"):
+        load_checkpoint(Run(model, make_optimisers(model, CONFIG), "a"), tmp_path)
+    assert bits(model) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
+@pytest.mark.parametrize("unreadable", ["state.json", "model"])
+def test_a_disk_that_cannot_be_read_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unreadable: str) -> None:
+    """A cable that hangs loose is no damage: going on from an older checkpoint, or from none, would throw hours away."""
+    save_checkpoint(trained(1), Progress(1), Saving(tmp_path))
+
+    def failing(read: Callable[[Path], Any]) -> Callable[[Path], Any]:
+        def read_or_fail(path: Path) -> Any:
+            if unreadable in path.parts:
+                raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+            return read(path)
+
+        return read_or_fail
+
+    monkeypatch.setattr(Path, "read_bytes", failing(Path.read_bytes))
+    monkeypatch.setattr(checkpoint, "_hash", failing(checkpoint._hash))
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        load_checkpoint(fresh(), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
 
 @pytest.mark.parametrize("place", ["tensors", "state.json"])
