@@ -13,7 +13,7 @@ import typer
 from recollect.cli.shared import DIVERGED, OK, STOPPED, USER_ERROR, app, refuse, tell
 
 if TYPE_CHECKING:
-    from recollect.training.settings import RunSettings
+    from recollect.training.recipe.settings import RunSettings
 
 tokenizer_app = typer.Typer(no_args_is_help=True, help="Tokenizers for `recollect train`.")
 app.add_typer(tokenizer_app, name="tokenizer")
@@ -22,7 +22,7 @@ app.add_typer(tokenizer_app, name="tokenizer")
 def _help(context: typer.Context, wanted: bool) -> None:
     """The usual help, and every setting of a run."""
     if wanted:
-        from recollect.training.explain import explain
+        from recollect.training.recipe.explain import explain
 
         print(context.get_help())
         print(explain())
@@ -46,7 +46,7 @@ def train(
     The same command goes on from the last checkpoint after an interruption.
     SIGTERM and Ctrl-C save a checkpoint first. Exit status: 0 finished, 75 stopped (run it again), 2 the run is wrong, 3 it diverged.
     """
-    from recollect.training import recipe
+    from recollect.training.recipe.load import dump_run, load_run
 
     if recipes:
         _list_recipes()
@@ -54,9 +54,9 @@ def train(
     try:
         if run is None:
             raise ValueError("which run? Give RUN.yaml or the name of a recipe; `recollect train --recipes` lists them")
-        loaded = recipe.load_run(run, settings or [])
+        loaded = load_run(run, settings or [])
         if show:
-            print(recipe.dump_run(loaded), end="")
+            print(dump_run(loaded), end="")
             return
     except (ValueError, OSError) as error:
         refuse(error)
@@ -108,7 +108,7 @@ def _list_recipes() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from recollect.training.recipe import recipes
+    from recollect.training.recipe.load import recipes
 
     table = Table("recipe", "what")
     for name, about in recipes().items():

@@ -18,8 +18,9 @@ from torch import Tensor
 from recollect.data.mixing import choose_source, shares_of
 from recollect.data.pieces import Integers, Pieces, split_holdout, whole_documents
 from recollect.data.readers import Lanes, ShuffledRows
+from recollect.data.settings import DataSettings, SourceSettings
 from recollect.data.shards import Note, Tokens, open_tokens
-from recollect.data.sources import Data, Source, names_of
+from recollect.data.sources import names_of
 from recollect.data.stream import StreamedRows
 from recollect.data.tokenizer import Tokenizer, load_tokenizer
 from recollect.tasks.base import IGNORE
@@ -57,7 +58,7 @@ class Rows:
 
     def __init__(
         self,
-        data: Data,
+        data: DataSettings,
         *,
         seed: int,
         folder: str | os.PathLike[str],
@@ -97,7 +98,7 @@ class Rows:
         self._lanes: list[Lanes | None] | None = None  # by source; made by the first batch
         self._lane_sources: list[int] = []
 
-    def _open(self, source: Source, folder: Path, *, key: tuple[int, int], note: Note) -> None:
+    def _open(self, source: SourceSettings, folder: Path, *, key: tuple[int, int], note: Note) -> None:
         if source.dataset and not source.paths:
             if self._data.carry:
                 raise ValueError("`carry` reads several documents at once, which a streamed dataset does not give; use files")
@@ -268,7 +269,7 @@ def as_batch(tokens: Integers, tokenizer: Tokenizer, first_ids: Integers, *, cut
     return TokenBatch(torch.from_numpy(inputs.copy()), torch.from_numpy(labels), ids)
 
 
-def _check(data: Data, *, rank: int, world: int) -> None:
+def _check(data: DataSettings, *, rank: int, world: int) -> None:
     if not data.sources:
         raise ValueError("no text to train on; give data.sources, such as [{paths: [book.txt]}]")
     if data.seq_len < 1:

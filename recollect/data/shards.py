@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from recollect.data.sources import Source, documents, fingerprint_files, source_files
+from recollect.data.settings import SourceSettings
+from recollect.data.sources import documents, fingerprint_files, source_files
 from recollect.data.tokenizer import Tokenizer
 
 FORMAT = 1
@@ -54,7 +55,7 @@ class Tokens:
 
 
 def open_tokens(
-    source: Source, tokenizer: Tokenizer, folder: str | os.PathLike[str], *, note: Note = lambda text: None
+    source: SourceSettings, tokenizer: Tokenizer, folder: str | os.PathLike[str], *, note: Note = lambda text: None
 ) -> Tokens:
     """The tokens of a source of files; tokenised the first time, then read from folder/<fingerprint>.
 

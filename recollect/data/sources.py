@@ -8,51 +8,14 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO
 
 from recollect.data.files import ALL_SUFFIXES, find_files, read_documents
 from recollect.data.formats import COMPRESSIONS, kind_of
+from recollect.data.settings import SourceSettings
 
 
-class Source(Protocol):
-    """One source; `recollect.training.settings.SourceSettings` is one, and says what the fields mean."""
-
-    @property
-    def paths(self) -> Sequence[str]: ...
-    @property
-    def dataset(self) -> str | None: ...
-    @property
-    def config(self) -> str | None: ...
-    @property
-    def split(self) -> str: ...
-    @property
-    def field(self) -> str: ...
-    @property
-    def weight(self) -> float | None: ...
-    @property
-    def name(self) -> str | None: ...
-
-
-class Data(Protocol):
-    """Which text, and how it becomes rows; `recollect.training.settings.DataSettings` is one, and says what the fields mean."""
-
-    @property
-    def sources(self) -> Sequence[Source]: ...
-    @property
-    def validation(self) -> Sequence[Source]: ...
-    @property
-    def holdout(self) -> float: ...
-    @property
-    def tokenizer(self) -> str: ...
-    @property
-    def seq_len(self) -> int: ...
-    @property
-    def cut_documents(self) -> bool: ...
-    @property
-    def carry(self) -> bool: ...
-
-
-def source_files(source: Source) -> list[Path]:
+def source_files(source: SourceSettings) -> list[Path]:
     """The files of a source of paths, in their fixed order.
 
     Raises:
@@ -64,7 +27,7 @@ def source_files(source: Source) -> list[Path]:
     return find_files(source.paths, suffixes=ALL_SUFFIXES)
 
 
-def documents(source: Source) -> Iterator[str]:
+def documents(source: SourceSettings) -> Iterator[str]:
     """The documents of a source of paths, in a fixed order; empty ones are left out.
 
     Raises:
@@ -74,7 +37,7 @@ def documents(source: Source) -> Iterator[str]:
         yield document.decode("utf-8")
 
 
-def names_of(sources: Sequence[Source]) -> list[str]:
+def names_of(sources: Sequence[SourceSettings]) -> list[str]:
     """A name for each source, all different: the given one, else that of the dataset, file, folder or first path.
 
     Raises:
@@ -97,7 +60,7 @@ def names_of(sources: Sequence[Source]) -> list[str]:
     return names
 
 
-def _plain_name(source: Source) -> str:
+def _plain_name(source: SourceSettings) -> str:
     if source.dataset:
         return Path(source.dataset).name + (f"/{source.config}" if source.config else "")
     path = Path(source.paths[0]) if source.paths else Path("text")

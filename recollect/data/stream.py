@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from recollect.data.formats import missing_package
 from recollect.data.pieces import Integers, permutation
-from recollect.data.sources import Source
+from recollect.data.settings import SourceSettings
 from recollect.data.tokenizer import Tokenizer
 
 BLOCK_TOKENS = 1 << 20
@@ -34,7 +34,13 @@ class StreamedRows:
     """
 
     def __init__(
-        self, source: Source, tokenizer: Tokenizer, *, seq_len: int, key: tuple[int, int], block_tokens: int = BLOCK_TOKENS
+        self,
+        source: SourceSettings,
+        tokenizer: Tokenizer,
+        *,
+        seq_len: int,
+        key: tuple[int, int],
+        block_tokens: int = BLOCK_TOKENS,
     ) -> None:
         """
         Args:
@@ -168,7 +174,7 @@ class StreamedRows:
                 yield text
 
 
-def open_dataset(source: Source) -> Any:
+def open_dataset(source: SourceSettings) -> Any:
     """The dataset of a source as a `datasets.IterableDataset`.
 
     Raises:

@@ -12,14 +12,15 @@ import numpy as np
 
 from recollect.data.pieces import Integers, Order
 from recollect.data.rows import TokenBatch, as_batch, parts_of
+from recollect.data.settings import DataSettings, SourceSettings
 from recollect.data.shards import Note, open_tokens
-from recollect.data.sources import Data, Source, names_of, source_files
+from recollect.data.sources import names_of, source_files
 from recollect.data.stream import StreamedRows
 from recollect.data.tokenizer import Tokenizer
 
 
 def validation_rows(
-    data: Data,
+    data: DataSettings,
     tokenizer: Tokenizer,
     n_rows: int,
     *,
@@ -81,7 +82,7 @@ def _spread(text: Order, seq_len: int, n_rows: int, *, fill: int) -> Integers:
     return rows
 
 
-def _of_stream(source: Source, tokenizer: Tokenizer, seq_len: int, n_rows: int) -> Integers:
+def _of_stream(source: SourceSettings, tokenizer: Tokenizer, seq_len: int, n_rows: int) -> Integers:
     """At most n_rows rows from the begin of a stream, none twice: [n, T + 1]."""
     stream = StreamedRows(source, tokenizer, seq_len=seq_len, key=(0, 0), block_tokens=1)
     rows = []
@@ -103,8 +104,8 @@ def _parts(rows: Integers, size: int) -> Iterator[Integers]:
         yield rows[first : first + size]
 
 
-def _check_apart(data: Data) -> None:
-    def files(sources: list[Source]) -> set[os.PathLike[str]]:
+def _check_apart(data: DataSettings) -> None:
+    def files(sources: list[SourceSettings]) -> set[os.PathLike[str]]:
         return {file.resolve() for source in sources if source.paths for file in source_files(source)}
 
     both = files(list(data.sources)) & files(list(data.validation))

@@ -16,7 +16,7 @@ import torch
 from recollect.training.config import TrainingConfig
 from recollect.training.curves import draw_curves
 from recollect.training.journal import Event, Journal, read_lines
-from recollect.training.settings import RunSettings
+from recollect.training.recipe.settings import RunSettings
 from recollect.training.world import World
 
 JOURNAL = "progress.jsonl"

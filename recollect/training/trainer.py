@@ -35,17 +35,17 @@ from recollect.models.memory import growing_mixers
 from recollect.state import fingerprint
 from recollect.tasks.base import IGNORE, stream_seed
 from recollect.training.carry import Carry
-from recollect.training.check import batch_rows, check, n_steps
 from recollect.training.checkpoint import Progress, Saving, replace_file
 from recollect.training.config import TrainingConfig
 from recollect.training.export import save_model
 from recollect.training.folder import changes, locked
 from recollect.training.loop import Piece, train
-from recollect.training.model_config import start_model
 from recollect.training.parallel import distribute
-from recollect.training.recipe import dump_run, load_run, normal
+from recollect.training.recipe.check import batch_rows, check, n_steps
+from recollect.training.recipe.load import dump_run, load_run, normal
+from recollect.training.recipe.model_config import start_model
+from recollect.training.recipe.settings import RunSettings
 from recollect.training.reports import Reports
-from recollect.training.settings import RunSettings
 from recollect.training.world import World, joined, totals, wait
 
 CHECKPOINTS, MODEL, RUN = "checkpoints", "model", "run.yaml"

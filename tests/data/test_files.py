@@ -14,7 +14,7 @@ import zstandard
 
 from recollect.data.files import ALL_SUFFIXES, find_files, read_documents
 from recollect.data.formats import kind_of
-from recollect.training.settings import SourceSettings
+from recollect.data.settings import SourceSettings
 
 TEXTS = ["one\u2028é", "two\r\n", "", "three " * 50000]
 LINES = "\n".join(json.dumps({"body": text, "id": i}) for i, text in enumerate(TEXTS)).encode()

@@ -14,7 +14,7 @@ import torch
 
 from recollect.data.mixing import choose_source, shares_of
 from recollect.data.rows import Rows, TokenBatch
-from recollect.training.settings import DataSettings, SourceSettings
+from recollect.data.settings import DataSettings, SourceSettings
 
 START = 256
 

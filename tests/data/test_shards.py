@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 from recollect.data import shards
+from recollect.data.settings import SourceSettings
 from recollect.data.shards import open_tokens
 from recollect.data.tokenizer import ByteTokenizer
-from recollect.training.settings import SourceSettings
 
 
 class Counting(ByteTokenizer):

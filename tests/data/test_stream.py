@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from recollect.data.rows import Rows
+from recollect.data.settings import DataSettings, SourceSettings
 from recollect.data.stream import StreamedRows
 from recollect.data.tokenizer import ByteTokenizer
 from recollect.data.validation import validation_rows
-from recollect.training.settings import DataSettings, SourceSettings
 from tests.data.test_rows import START, documents, in_turn, same
 
 T = 16

@@ -13,9 +13,9 @@ import torch
 
 from recollect.data.pieces import Order, Pieces, permutation, shorten, split_holdout
 from recollect.data.rows import Rows
+from recollect.data.settings import DataSettings, SourceSettings
 from recollect.data.tokenizer import load_tokenizer
 from recollect.data.validation import validation_rows
-from recollect.training.settings import DataSettings, SourceSettings
 from tests.data.test_rows import START, documents, settings
 
 BYTES = load_tokenizer("bytes")

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from recollect.training.settings import RunSettings
+from recollect.training.recipe.settings import RunSettings
 from recollect.training.trainer import run_training
 from tests.training.runs import stop_after, write_run
 

@@ -11,17 +11,16 @@ from typing import Any
 
 from safetensors.torch import load_file
 
+from recollect.data.settings import DataSettings, SourceSettings
 from recollect.training.journal import read_lines
-from recollect.training.recipe import dump_run, load_run
-from recollect.training.settings import (
-    DataSettings,
+from recollect.training.recipe.load import dump_run, load_run
+from recollect.training.recipe.settings import (
     EngineSettings,
     LoggingSettings,
     ModelSettings,
     OptimiserSettings,
     RunSettings,
     SavingSettings,
-    SourceSettings,
 )
 from recollect.training.trainer import run_training
 

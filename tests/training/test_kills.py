@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from recollect.training.settings import RunSettings
+from recollect.training.recipe.settings import RunSettings
 from recollect.training.trainer import CHECKPOINTS, run_training
 from tests.training.processes import command, started
 from tests.training.runs import finish, journal, losses, model_bits, out_again, stop_after, tiny_run, validation

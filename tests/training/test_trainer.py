@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from recollect.data.settings import SourceSettings
 from recollect.data.tokenizer import load_tokenizer, train_tokenizer
 from recollect.data.validation import validation_rows
 from recollect.mixers import MIXERS, entry
@@ -25,8 +26,8 @@ from recollect.training import reports
 from recollect.training.folder import Busy, locked
 from recollect.training.loop import NonFiniteLoss
 from recollect.training.parallel import Scored
-from recollect.training.recipe import load_run
-from recollect.training.settings import RunSettings, SourceSettings
+from recollect.training.recipe.load import load_run
+from recollect.training.recipe.settings import RunSettings
 from recollect.training.trainer import CHECKPOINTS, run_training
 from tests.training.runs import (
     finish,

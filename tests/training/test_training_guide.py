@@ -6,8 +6,8 @@ import re
 import shlex
 from pathlib import Path
 
-from recollect.training.check import check
-from recollect.training.recipe import load_run, recipes
+from recollect.training.recipe.check import check
+from recollect.training.recipe.load import load_run, recipes
 
 GUIDE = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
 

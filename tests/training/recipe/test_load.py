@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from recollect.data.settings import SourceSettings
 from recollect.models import RecollectConfig, n_parameters
-from recollect.training.check import batch_rows, check, n_steps
-from recollect.training.explain import explain, sections
-from recollect.training.model_config import model_config
-from recollect.training.recipe import dump_run, load_run, recipes
-from recollect.training.settings import ModelSettings, RunSettings, SourceSettings
+from recollect.training.recipe.check import batch_rows, check, n_steps
+from recollect.training.recipe.explain import explain, sections
+from recollect.training.recipe.load import dump_run, load_run, recipes
+from recollect.training.recipe.model_config import model_config
+from recollect.training.recipe.settings import ModelSettings, RunSettings
 
 # Table 7 of arXiv 2504.00927: D, L, heads, parameters of the Transformer, tokens per batch, steps, warm-up, convolving layers.
 MTA = {

@@ -6,9 +6,10 @@ import math
 import re
 from collections.abc import Iterator
 
-from recollect.training.model_config import model_config
-from recollect.training.recipe_errors import listing
-from recollect.training.settings import DataSettings, EngineSettings, OptimiserSettings, RunSettings, SourceSettings
+from recollect.data.settings import DataSettings, SourceSettings
+from recollect.training.recipe.model_config import model_config
+from recollect.training.recipe.problems import listing
+from recollect.training.recipe.settings import EngineSettings, OptimiserSettings, RunSettings
 
 
 def check(run: RunSettings) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pydantic
 
-from recollect.training.settings import RunSettings
+from recollect.training.recipe.settings import RunSettings
 
 
 def listing(head: str, problems: Sequence[str]) -> str:

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from recollect.models import RecollectConfig
-from recollect.training.check import batch_rows, check, n_steps
-from recollect.training.model_config import model_config
-from recollect.training.recipe import load_run
+from recollect.training.recipe.check import batch_rows, check, n_steps
+from recollect.training.recipe.load import load_run
+from recollect.training.recipe.model_config import model_config
 
 TEXT = "data.sources=[book.txt]"
 

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from recollect.models import SIZES, RecollectConfig, RecollectForCausalLM, load_retrofitted, size
-from recollect.training.settings import ModelSettings, RunSettings
+from recollect.training.recipe.settings import ModelSettings, RunSettings
 
 
 def model_config(run: RunSettings, vocab_size: int) -> RecollectConfig:

@@ -7,7 +7,8 @@ import typing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
-from recollect.training.settings import RunSettings, SourceSettings
+from recollect.data.settings import SourceSettings
+from recollect.training.recipe.settings import RunSettings
 
 Tree: TypeAlias = dict[str, Any]
 

@@ -10,8 +10,9 @@ import typing
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from recollect.training.recipe_errors import describe
-from recollect.training.settings import RunSettings, SourceSettings
+from recollect.data.settings import SourceSettings
+from recollect.training.recipe.problems import describe
+from recollect.training.recipe.settings import RunSettings
 
 EXAMPLES = """\
 recollect train tiny data.sources=[book.txt]            a recipe, and your text

@@ -1,6 +1,6 @@
 """A run from its file: YAML, inheritance (`base:`), overrides, and the recipes that are shipped with the package.
 
-A recipe is a YAML file in `recipes/`. One with `variants` and `sizes` is a family: it stands for every `VARIANT-SIZE`, which is
+A recipe is a YAML file in `shipped/`. One with `variants` and `sizes` is a family: it stands for every `VARIANT-SIZE`, which is
 the file's own settings, then the variant's, then the size's.
 """
 
@@ -17,10 +17,10 @@ from typing import Any
 
 import pydantic
 
-from recollect.training.recipe_errors import listing, problems_of
-from recollect.training.recipe_tree import Tree, expand, merge, override
-from recollect.training.recipe_yaml import parse_yaml, write_yaml
-from recollect.training.settings import RunSettings
+from recollect.training.recipe.problems import listing, problems_of
+from recollect.training.recipe.settings import RunSettings
+from recollect.training.recipe.syntax import parse_yaml, write_yaml
+from recollect.training.recipe.tree import Tree, expand, merge, override
 
 
 def load_run(file: str | Path, overrides: Sequence[str] = ()) -> RunSettings:
@@ -149,7 +149,7 @@ def _parse_overrides(overrides: Sequence[str]) -> tuple[list[tuple[str, Any]], l
 @functools.cache  # of files that do not change; nothing that is handed out is part of it
 def _shipped() -> dict[str, tuple[str, Tree]]:
     """Name -> (line, tree) of every shipped recipe: single ones first, families in the order of variants, then sizes."""
-    folder = resources.files("recollect.training") / "recipes"
+    folder = resources.files("recollect.training.recipe") / "shipped"
     files = {file.name.removesuffix(".yaml"): file for file in folder.iterdir() if file.name.endswith(".yaml")}
     bodies = {name: _parse(file.read_text(encoding="utf-8"), file.name) for name, file in sorted(files.items())}
     found: dict[str, tuple[str, Tree]] = {}
