@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from recollect.comparison.generation import load_byte_model
+from recollect.inference.text_model import load_text_model
 from recollect.mixers import entry
 from recollect.mixers.miras import Miras
 from recollect.models import RecollectCache, RecollectConfig, RecollectForCausalLM, load_memory, remember, save_memory
@@ -121,7 +121,7 @@ def write(arguments: argparse.Namespace) -> None:
     train_on, remembered, control, _ = split(read(arguments.book))
     arguments.out.mkdir(parents=True, exist_ok=True)
     begun = time.perf_counter()
-    model = load_byte_model(arguments.model) if arguments.model else make_model(train_on, arguments)
+    model = load_text_model(arguments.model).model if arguments.model else make_model(train_on, arguments)
     model.save_pretrained(arguments.out / "model")
     print(f"model ready after {time.perf_counter() - begun:.0f} s")
     for name, text in (("memory", remembered), ("control", control)):
@@ -139,7 +139,7 @@ def write(arguments: argparse.Namespace) -> None:
 def recall(arguments: argparse.Namespace) -> None:
     """In a process that has read nothing: load model and memory, and read passages."""
     _, remembered, _, unread = split(read(arguments.book))
-    model = load_byte_model(arguments.out / "model")
+    model = load_text_model(arguments.out / "model").model
     memory, control = (load_memory(model, arguments.out / f"{name}.safetensors") for name in ("memory", "control"))
     sets = {f"read, {distance:,} bytes before the end": passages(remembered, distance) for distance in DISTANCES}
     sets["never read"] = unread[: N_PASSAGES * PASSAGE].split(PASSAGE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -218,6 +219,32 @@ def test_remembering_is_kept_and_continued(byte_model: Path, tmp_path: Path) -> 
     assert said[0] == said[1]
     assert said[0].startswith("Und")
     assert "written" not in call("remember", model, "--text", str(b), "--load", one)[1], "numbers only"
+
+
+def test_a_tokenizer_goes_with_the_model(tmp_path: Path) -> None:
+    """Comparing, remembering and generating with tokens of one's own: nobody names the tokenizer twice."""
+    text = tmp_path / "a.txt"
+    text.write_text("The möwe sails over the sea, and over the land.\n" * 60, encoding="utf-8")
+    tokenizer = str(tmp_path / "tokens.json")
+    assert call("tokenizer", "train", str(text), "--vocab-size", "280", "--out", tokenizer)[0] == 0
+    out = str(tmp_path / "out")
+    words = ("compare", "text", "--data", str(text), "--tokenizer", tokenizer, "--mixers", "attention", "--budget", "2steps")
+    small = ("--layers", "1", "--width", "16", "--heads", "2", "--intermediate", "16", "--seq-len", "16", "--batch-size", "2")
+    status, _, err = call(*words, *small, "--n-eval", "4", "--out", out)
+    assert status == 0, err
+    last = rows_of(tmp_path / "out")[-1]
+    assert 1.5 < float(str(last["loss"])) / math.log(2) / float(str(last["bits_per_byte"])) < 20, "bytes per token"
+    model = f"{out}/runs/attention-seed0"
+    status, said, err = call("remember", model, "--text", str(text), "--save", str(tmp_path / "memory"))
+    assert status == 0, err
+    assert f"read {text.stat().st_size:,} bytes at " in said
+    status, said, err = call("generate", model, "--prompt", "The möwe", "--tokens", "3", "--memory", str(tmp_path / "memory"))
+    assert status == 0, err
+    assert said.startswith("The möwe")
+    Path(model, "model", "tokenizer.json").unlink()
+    status, _, err = call("generate", model, "--prompt", "x")
+    assert status == 2
+    assert "is no byte-level model: it has 280 symbols" in err
 
 
 def test_what_cannot_be_remembered_is_one_sentence(byte_model: Path, tmp_path: Path) -> None:

@@ -27,8 +27,23 @@ ALLOWED: dict[str, set[str]] = {
     "data": {"tasks"},  # the type of a batch
     "training": {"data", "models", "state", "tasks"},
     "evaluation": {"data", "models", "tasks", "training"},  # the loss that is reported is the one that is trained on
-    "comparison": {"data", "evaluation", "kernels", "mixers", "models", "state", "tasks", "training"},
-    "cli": {"comparison", "data", "evaluation", "kernels", "mixers", "models", "ops", "state", "tasks", "training"},
+    "user_modules": set(),
+    "inference": {"data", "models", "user_modules"},
+    "comparison": {"data", "evaluation", "kernels", "mixers", "models", "state", "tasks", "training", "user_modules"},
+    "cli": {
+        "comparison",
+        "data",
+        "evaluation",
+        "inference",
+        "kernels",
+        "mixers",
+        "models",
+        "ops",
+        "state",
+        "tasks",
+        "training",
+        "user_modules",
+    },
 }
 
 # Parts that must run wherever torch runs.

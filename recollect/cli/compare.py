@@ -52,6 +52,10 @@ def compare(
         list[str] | None,
         typer.Option("--task-option", "-t", help="Option of the task, name=value; repeatable.", rich_help_panel=_DATA),
     ] = None,
+    tokenizer: Annotated[
+        str,
+        typer.Option(help="bytes, or a tokenizer.json (see `recollect tokenizer train`; task text).", rich_help_panel=_DATA),
+    ] = "bytes",
     seq_len: Annotated[int | None, typer.Option(help="Tokens of an example (task text).", rich_help_panel=_DATA)] = None,
     layers: Annotated[int | None, typer.Option(help="Layers.", rich_help_panel=_MODEL)] = None,
     width: Annotated[int | None, typer.Option(help="Model dim.", rich_help_panel=_MODEL)] = None,
@@ -124,6 +128,7 @@ def compare(
             task_options=parse_options(task_option or [], of="--task-option"),
             data=data or [],
             eval_data=eval_data or [],
+            tokenizer=tokenizer,
             imports=imports or [],
             layers=layers,
             width=width,

@@ -25,10 +25,10 @@ def list_(
     import recollect.tasks.find_block
     import recollect.tasks.recall  # noqa: F401 (each registers its task)
     from recollect.comparison.defaults import defaults_of
-    from recollect.comparison.user_modules import import_user_modules
     from recollect.kernels import describe
     from recollect.mixers import MIXERS, PATTERNS, available
     from recollect.tasks.base import TASKS
+    from recollect.user_modules import import_user_modules
 
     try:
         import_user_modules(imports or [])

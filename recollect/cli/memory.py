@@ -1,4 +1,4 @@
-"""`recollect generate` and `recollect remember`: using a byte-level model and what it remembers."""
+"""`recollect generate` and `recollect remember`: using a model of text and what it remembers."""
 
 from __future__ import annotations
 
@@ -10,23 +10,25 @@ import typer
 
 from recollect.cli.shared import INTERRUPTED, app, one_thread, refuse
 
+_MODEL = "OUT of a `recollect train`, OUT/runs/LABEL-seedK of a `recollect compare text`, or a model's folder."
+
 
 @app.command()
 def generate(
-    model: Annotated[Path, typer.Argument(help="A model of `recollect compare text`: OUT/runs/LABEL-seedK/model.")],
+    model: Annotated[Path, typer.Argument(help=_MODEL)],
     prompt: Annotated[str, typer.Option(help="Text to go on from.")],
-    tokens: Annotated[int, typer.Option(help="Bytes to generate.")] = 200,
-    temperature: Annotated[float, typer.Option(help="0: always the likeliest byte.")] = 0.8,
+    tokens: Annotated[int, typer.Option(help="Tokens to generate; of a byte-level model these are bytes.")] = 200,
+    temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.8,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     memory: Annotated[Path | None, typer.Option(help="What the model has read before: a file of `recollect remember`.")] = None,
     imports: Annotated[
         list[str] | None, typer.Option("--import", help="Module or .py file that registers the model's mixers.")
     ] = None,
 ) -> None:
-    """Continue a text with a byte-level model."""
+    """Continue a text."""
     try:
         one_thread()
-        from recollect.comparison.generation import continue_text
+        from recollect.inference.generation import continue_text
 
         text = continue_text(
             model, prompt, n_tokens=tokens, temperature=temperature, seed=seed, memory=memory, imports=imports or []
@@ -38,16 +40,16 @@ def generate(
 
 @app.command()
 def remember(
-    model: Annotated[Path, typer.Argument(help="A model of `recollect compare text`: OUT/runs/LABEL-seedK/model.")],
+    model: Annotated[Path, typer.Argument(help=_MODEL)],
     text: Annotated[list[Path], typer.Option(help="Text file to read, however long; repeatable, read in order.")],
     save: Annotated[Path | None, typer.Option(help="File for the memory; leave it out to see only the numbers.")] = None,
     load: Annotated[Path | None, typer.Option(help="Memory to go on from.", show_default="an empty one")] = None,
-    piece: Annotated[int, typer.Option(help="Bytes read at a time; changes no result.")] = 512,
+    piece: Annotated[int, typer.Option(help="Tokens read at a time; changes no result.")] = 512,
     imports: Annotated[
         list[str] | None, typer.Option("--import", help="Module or .py file that registers the model's mixers.")
     ] = None,
 ) -> None:
-    """Read texts into a byte-level model's memory and keep it in a file.
+    """Read texts into a model's memory and keep it in a file.
 
     The file is for this model only. `recollect generate --memory` goes on from it, and so does `--load`, with the results of
     an uninterrupted reading. Bits per byte tell how well the texts were predicted: with --load, what the memory is worth.
@@ -57,7 +59,7 @@ def remember(
 
     try:
         one_thread()
-        from recollect.comparison.remembering import remember_files
+        from recollect.inference.remembering import remember_files
 
         console = Console(stderr=True)
         with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:

@@ -18,13 +18,14 @@ import torch
 from recollect.comparison.defaults import Defaults, defaults_of
 from recollect.comparison.model import make_model, n_parameters
 from recollect.comparison.options import check_types, parse_budget, parse_mixer
-from recollect.comparison.user_modules import import_user_modules
 from recollect.comparison.workload import make_workload
+from recollect.data.tokenizer import tokenizer_file
 from recollect.mixers import entry, layer_options
 from recollect.mixers.base import option_names
 from recollect.mixers.patterns import with_options
 from recollect.training.config import TrainingConfig
 from recollect.training.folder import changes
+from recollect.user_modules import import_user_modules
 
 VERSION = 2
 EQUAL = ("data", "time")
@@ -43,6 +44,7 @@ class Request:
         equal: "data" (every mixer the same steps) or "time" (every mixer the same time; needs a time budget).
         task_options: fields of the task, by name.
         data, eval_data: files, folders or globs (task "text").
+        tokenizer: "bytes", or a tokenizer.json or a folder that holds one (task "text").
         imports: modules or files that register mixers or tasks.
         layers, width, heads, intermediate, dropout: the model.
         parameters: trainable numbers of every model, by the width of its SwiGLUs; instead of `intermediate`.
@@ -62,6 +64,7 @@ class Request:
     task_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     data: Sequence[str] = ()
     eval_data: Sequence[str] = ()
+    tokenizer: str = "bytes"
     imports: Sequence[str] = ()
     layers: int | None = None
     width: int | None = None
@@ -180,12 +183,19 @@ def make_plan(request: Request, *, command: str = "") -> Plan:
         raise ValueError(f"--data belongs to the task 'text'; {request.task!r} makes its own data")
     if request.task == "text" and not request.data:
         raise ValueError("the task 'text' needs data: --data FILE, folder or glob (repeatable)")
+    if request.task != "text" and request.tokenizer != "bytes":
+        raise ValueError(f"--tokenizer belongs to the task 'text'; {request.task!r} has symbols of its own")
     defaults = defaults_of(request.task)
     task_options = _task_options(request, defaults)
     data: dict[str, Any] = {}
     if request.task == "text":
         paths, evaluation_paths = ([os.path.abspath(path) for path in given] for given in (request.data, request.eval_data))
-        data = {"paths": paths, "evaluation_paths": evaluation_paths}
+        tokenizer = tokenizer_file(request.tokenizer)
+        data = {
+            "paths": paths,
+            "evaluation_paths": evaluation_paths,
+            "tokenizer": str(tokenizer.absolute()) if tokenizer else request.tokenizer,
+        }
     workload = make_workload(request.task, task_options, data)
     if workload.fingerprint:
         data["fingerprint"] = workload.fingerprint

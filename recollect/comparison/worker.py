@@ -25,8 +25,8 @@ from recollect.comparison.folder import PLAN, explain
 from recollect.comparison.inspection import write_inspection
 from recollect.comparison.model import make_model, state_bytes
 from recollect.comparison.plan import Plan
-from recollect.comparison.user_modules import import_user_modules
 from recollect.comparison.workload import Workload, make_workload
+from recollect.data.tokenizer import tokenizer_file
 from recollect.evaluation.metrics import score
 from recollect.models import RecollectForCausalLM
 from recollect.training.checkpoint import Saving
@@ -36,6 +36,7 @@ from recollect.training.journal import DISK_FULL, DONE, FAILED, STOPPED, Journal
 from recollect.training.loop import Drawn, train, update
 from recollect.training.optimiser import make_optimisers
 from recollect.training.parallel import Scored
+from recollect.user_modules import import_user_modules
 
 CHECKPOINT_SECONDS = 20.0
 ORPHAN_SECONDS = 60.0  # how long a worker whose parent has died may take to reach its next step
@@ -52,7 +53,7 @@ class Evaluator:
         self.curve = list(workload.held_out(plan.n_eval_curve, batch_size=batch_size))
 
     def __call__(self, model: PreTrainedModel, *, final: bool) -> Mapping[str, float]:
-        result = score(model, self.last if final else self.curve, self.workload.correct)
+        result = score(model, self.last if final else self.curve, self.workload.correct, n_bytes=self.workload.n_bytes)
         return {
             self.workload.metric: self.workload.result(result),
             "loss": result.loss,
@@ -95,7 +96,7 @@ def _run(folder: Path, journal: Journal, checkpoint_seconds: float, stop: thread
     if progress.step < plan.steps_of(label):
         journal.write({"event": "stopped", "step": progress.step})
         return STOPPED
-    save_model(model, folder / "model")
+    save_model(model, folder / "model", tokenizer=tokenizer_file(plan.data.get("tokenizer", "bytes")))
     write_inspection(folder, model, workload)
     journal.write({"event": "done", "step": progress.step})
     return DONE

@@ -8,13 +8,13 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from recollect.comparison.options import check_types
-from recollect.data.text import ByteText
+from recollect.data import TextWindows, load_tokenizer
 from recollect.evaluation.metrics import Score, share_right
 from recollect.tasks import TASKS, Batch, Task, build_task, stream_seed
 
@@ -56,6 +56,9 @@ class Workload(Protocol):
     def correct(self, predictions: Tensor, labels: Tensor) -> Tensor:
         """Per-example score [n] in [0, 1]."""
 
+    def n_bytes(self, labels: Tensor) -> int:
+        """Bytes of text that the asked ones of labels [n, T] stand for; 0 if they are no text."""
+
     def result(self, score: Score) -> float:
         """The number that `metric` names."""
 
@@ -90,6 +93,9 @@ class TaskWorkload:
     def correct(self, predictions: Tensor, labels: Tensor) -> Tensor:
         return self.task.correct(predictions, labels)
 
+    def n_bytes(self, labels: Tensor) -> int:
+        return 0
+
     def result(self, score: Score) -> float:
         return score.error
 
@@ -98,14 +104,14 @@ class TaskWorkload:
 
 
 class TextWorkload:
-    """Running text as bytes: windows of the training part against the held-out part, in bits per byte."""
+    """Running text: windows of the training part against the held-out part, in bits per byte."""
 
     metric = "bits_per_byte"
     chance: float | None = None
 
-    def __init__(self, data: ByteText) -> None:
+    def __init__(self, data: TextWindows) -> None:
         self.data = data
-        self.vocab_size = data.vocab_size
+        self.vocab_size = data.tokenizer.vocab_size
         self.length = data.length
         self.fingerprint = data.fingerprint
 
@@ -113,10 +119,13 @@ class TextWorkload:
         return self.data.train_batch(n, seed=stream_seed("train", run_seed, step))
 
     def held_out(self, n: int, *, batch_size: int) -> Iterator[Batch]:
-        return self.data.evaluation_batches(batch_size, n_bytes=n * self.length)
+        return self.data.evaluation_batches(batch_size, n_windows=n)
 
     def correct(self, predictions: Tensor, labels: Tensor) -> Tensor:
         return share_right(predictions, labels)
+
+    def n_bytes(self, labels: Tensor) -> int:
+        return self.data.n_bytes(labels)
 
     def result(self, score: Score) -> float:
         return score.bits_per_byte
@@ -125,13 +134,13 @@ class TextWorkload:
         return self.data.text(tokens)
 
 
-def make_workload(task: str, task_options: Mapping[str, Any], data: Mapping[str, Sequence[str]] | None = None) -> Workload:
+def make_workload(task: str, task_options: Mapping[str, Any], data: Mapping[str, Any] | None = None) -> Workload:
     """The workload of a plan.
 
     Args:
         task: "text" or a registered task.
         task_options: fields of the task, or options of the text stream.
-        data: for text: {"paths": [...], "evaluation_paths": [...]}.
+        data: for text: {"paths": [...], "evaluation_paths": [...], "tokenizer": "bytes" or its file}.
     Raises:
         ValueError, OSError: unknown task or option, unreadable or unsuitable data.
     """
@@ -150,4 +159,10 @@ def make_workload(task: str, task_options: Mapping[str, Any], data: Mapping[str,
             raise ValueError(f"task 'text' has no option {option!r}{hint} Its options: {', '.join(TEXT_OPTIONS)}")
     check_types(_TextOptions, task_options, of="task 'text'")
     data = data or {}
-    return TextWorkload(ByteText(data.get("paths", ()), evaluation_paths=data.get("evaluation_paths") or None, **task_options))
+    windows = TextWindows(
+        data.get("paths", ()),
+        evaluation_paths=data.get("evaluation_paths") or None,
+        tokenizer=load_tokenizer(data.get("tokenizer", "bytes")),
+        **task_options,
+    )
+    return TextWorkload(windows)

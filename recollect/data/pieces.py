@@ -34,7 +34,7 @@ def whole_documents(offsets: Integers) -> Pieces:
 
 
 def split_holdout(offsets: Integers, *, holdout: float, seq_len: int) -> tuple[Pieces, Pieces]:
-    """Training pieces and held-out pieces, by the rule of `text.ByteText` in tokens: no draw, the same in every run.
+    """Training pieces and held-out pieces, by the rule of `windows.TextWindows` in tokens: no draw, the same in every run.
 
     Documents are gathered in order into groups just long enough that `holdout` of one is `seq_len` tokens; the last `holdout` of
     every group is held out. So a book gives its end, and of many short documents some are held out whole (at most one per group is

@@ -106,7 +106,7 @@ class FileTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[Any]]:
         # In pieces, some at a time: one long text would use one thread, and the library about 100 bytes of memory per token.
-        pieces = [list(_pieces(text)) if self._is_byte_level else [text] for text in texts]
+        pieces = [list(cut_text(text)) if self._is_byte_level else [text] for text in texts]
         flat = [piece for some in pieces for piece in some]
         dtype = np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
         encoded = (
@@ -155,6 +155,13 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
             f"{file} has no token that can start a document; name one as bos_token in a tokenizer_config.json beside it"
         )
     return FileTokenizer(tokenizer, start=start, where=str(file))
+
+
+def tokenizer_file(tokenizer: str | os.PathLike[str]) -> Path | None:
+    """The file of what `load_tokenizer` takes; None for bytes, or if there is none."""
+    path = Path(tokenizer)
+    file = path / "tokenizer.json" if path.is_dir() else path
+    return file if file.is_file() else None
 
 
 def _configured_start(file: Path) -> str | None:
@@ -206,7 +213,7 @@ def train_tokenizer(
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=progress,
     )
-    texts = (piece for document in read_documents(files, field=field) for piece in _pieces(document.decode("utf-8")))
+    texts = (piece for document in read_documents(files, field=field) for piece in cut_text(document.decode("utf-8")))
     tokenizer.train_from_iterator(texts, trainer)
     if tokenizer.get_vocab_size() < vocab_size:
         raise ValueError(
@@ -220,7 +227,7 @@ def train_tokenizer(
     return file
 
 
-def _pieces(text: str) -> Iterator[str]:
+def cut_text(text: str) -> Iterator[str]:
     """`text` in pieces of about PIECE_CHARACTERS, cut only after a single line end between two characters that are no white space:
     there the usual pre-tokenizers cut too, so the tokens are those of the whole text."""
     begin = 0

@@ -25,12 +25,14 @@ class Score(NamedTuple):
     accuracy: mean per-example score in [0, 1].
     n: examples scored.
     n_tokens: labelled tokens.
+    n_bytes: bytes of text that these stand for, 0 where they stand for none.
     """
 
     loss: float
     accuracy: float
     n: int
     n_tokens: int
+    n_bytes: int = 0
 
     @property
     def error(self) -> float:
@@ -39,8 +41,8 @@ class Score(NamedTuple):
 
     @property
     def bits_per_byte(self) -> float:
-        """Of a byte-level model, whose labelled tokens are the bytes."""
-        return self.loss / math.log(2)
+        """Of text; nan of anything else."""
+        return self.loss * self.n_tokens / self.n_bytes / math.log(2) if self.n_bytes else math.nan
 
 
 def score(
@@ -48,6 +50,7 @@ def score(
     batches: Iterable[Batch],
     correct: Callable[[Tensor, Tensor], Tensor],
     *,
+    n_bytes: Callable[[Tensor], int] = lambda labels: 0,
     device: torch.device | str = "cpu",
 ) -> Score:
     """Score a model (dropout off: the caller has put it in eval mode) by teacher-forced argmax.
@@ -56,6 +59,7 @@ def score(
         model: a causal LM in eval mode.
         batches: held-out data.
         correct: (predictions [n, T], labels [n, T]) -> per-example score [n], such as `Task.correct`.
+        n_bytes: labels [n, T] -> bytes of text that the asked ones stand for.
         device: where `correct` runs; predictions and labels are moved there.
     Raises:
         ValueError: the model is in training mode, or there are no batches.
@@ -63,7 +67,7 @@ def score(
     if model.training:
         raise ValueError("the model is in training mode: call model.eval() first, or dropout spoils the score")
     total_loss = total_right = 0.0
-    n = n_tokens = 0
+    n = n_tokens = total_bytes = 0
     with torch.no_grad():
         for batch in batches:
             logits, targets = labelled_logits(model, batch.inputs, batch.labels)
@@ -72,9 +76,10 @@ def score(
             total_right += correct(predictions, batch.labels.to(device)).sum().item()
             n += batch.inputs.shape[0]
             n_tokens += targets.numel()
+            total_bytes += n_bytes(batch.labels)
     if n == 0:
         raise ValueError("there are no held-out examples to score")
-    return Score(loss=total_loss / n_tokens, accuracy=total_right / n, n=n, n_tokens=n_tokens)
+    return Score(loss=total_loss / n_tokens, accuracy=total_right / n, n=n, n_tokens=n_tokens, n_bytes=total_bytes)
 
 
 def spread(values: Tensor, labels: Tensor) -> Tensor:

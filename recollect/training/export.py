@@ -14,11 +14,11 @@ from recollect.training.checkpoint import model_tensors
 from recollect.training.world import World, alone, wait
 
 
-def save_model(model: PreTrainedModel, folder: Path, world: World | None = None, *, beside: Path | None = None) -> None:
+def save_model(model: PreTrainedModel, folder: Path, world: World | None = None, *, tokenizer: Path | None = None) -> None:
     """`save_pretrained` of the whole model, whole or not at all. All processes call it, the first one writes.
 
     Args:
-        beside: a file that is copied into the folder, such as the tokenizer's.
+        tokenizer: its file, which is copied into the folder as tokenizer.json, with a tokenizer_config.json that lies beside it.
     """
     world = world or alone()
     whole: dict[str, Tensor] = {}
@@ -30,8 +30,10 @@ def save_model(model: PreTrainedModel, folder: Path, world: World | None = None,
         temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
         try:
             model.save_pretrained(temporary, state_dict=whole)
-            if beside is not None:
-                shutil.copyfile(beside, temporary / beside.name)
+            if tokenizer is not None:
+                shutil.copyfile(tokenizer, temporary / "tokenizer.json")
+                if (config := tokenizer.with_name("tokenizer_config.json")).is_file():
+                    shutil.copyfile(config, temporary / config.name)
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(temporary, folder)
         finally:

@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from recollect.data.rows import Rows, TokenBatch
-from recollect.data.tokenizer import Tokenizer, load_tokenizer
+from recollect.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_file
 from recollect.data.validation import validation_rows
 from recollect.models import RecollectForCausalLM, new_parameters
 from recollect.models.memory import growing_mixers
@@ -213,7 +213,7 @@ class _Training:
                 copies=run.engine.tensor_parallel,
             )
             if progress.step == self.config.steps:
-                save_model(model, self.out / MODEL, world, beside=tokenizer_file(run.data.tokenizer))
+                save_model(model, self.out / MODEL, world, tokenizer=tokenizer_file(run.data.tokenizer))
                 reports.finish()
                 self.say(f"finished: {self.out / MODEL}")
             else:
@@ -296,13 +296,6 @@ def training_config(run: RunSettings) -> TrainingConfig:
     """The loop's part of the settings."""
     settings = dataclasses.asdict(run.optimiser)
     return TrainingConfig(steps=n_steps(run), batch_size=batch_rows(run), optimiser=settings.pop("name"), **settings)
-
-
-def tokenizer_file(tokenizer: str) -> Path | None:
-    """The file of `data.tokenizer`; None for bytes."""
-    path = Path(tokenizer)
-    file = path / "tokenizer.json" if path.is_dir() else path
-    return file if file.is_file() else None
 
 
 def train_only(model: nn.Module, globs: Sequence[str]) -> None:

@@ -31,7 +31,9 @@ def test_score_equals_a_loop_over_examples() -> None:
 
 
 def test_bits_per_byte_is_nats_over_ln2() -> None:
-    assert Score(loss=math.log(256), accuracy=0, n=1, n_tokens=1).bits_per_byte == pytest.approx(8)
+    assert Score(loss=math.log(256), accuracy=0, n=1, n_tokens=1, n_bytes=1).bits_per_byte == pytest.approx(8)
+    assert Score(loss=math.log(256), accuracy=0, n=1, n_tokens=3, n_bytes=12).bits_per_byte == pytest.approx(2)
+    assert math.isnan(Score(loss=1.0, accuracy=0, n=1, n_tokens=1).bits_per_byte), "of symbols that are no text"
 
 
 def test_a_model_in_training_mode_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""Reading texts into a byte-level model's memory, and keeping it in a file."""
+"""Reading texts into a model's memory, and keeping it in a file."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from recollect.comparison.generation import load_byte_model
-from recollect.data.text import DOCUMENT_START
+from recollect.data.tokenizer import cut_text
+from recollect.inference.text_model import load_text_model
 from recollect.models import load_memory, remember, save_memory
 
 BLOCK = 1 << 16
@@ -40,15 +41,15 @@ def remember_files(
     """Read texts of any length at constant memory, each after a document start.
 
     Args:
-        folder: a byte-level model, or a run's folder.
+        folder: a model of text, or a run's folder.
         texts: UTF-8 files, in order.
         load: memory to go on from; None: an empty one.
         save: file to write the memory to; None: only the numbers are wanted.
-        piece: bytes that one call of the model takes.
+        piece: tokens that one call of the model takes.
         progress: called with the number of bytes that have just been read from the files.
         imports: modules that register the model's mixers.
     Raises:
-        ValueError: no text, a text that is empty, unreadable or no UTF-8; what `load_byte_model` and `load_memory` refuse.
+        ValueError: no text, a text that is empty, unreadable or no UTF-8; what `load_text_model` and `load_memory` refuse.
         OSError: the memory cannot be written.
     """
     if not texts:
@@ -58,23 +59,33 @@ def remember_files(
     for text in texts:
         if not text.is_file() or not text.stat().st_size:
             raise ValueError(f"{text} is {'empty; leave it out' if text.is_file() else 'no file'}")
-    model = load_byte_model(folder, imports)
+    model, tokenizer = load_text_model(folder, imports)
     cache = None if load is None else load_memory(model, load)
     n_bytes = 0
 
     def stream() -> Iterator[Tensor]:
         nonlocal n_bytes
         for text in texts:
-            yield torch.tensor([DOCUMENT_START])
-            for block in read_blocks(text):
-                yield torch.frombuffer(bytearray(block), dtype=torch.uint8).to(torch.int64)
-                n_bytes += len(block)
-                progress(len(block))
+            yield torch.tensor([tokenizer.start])
+            for passage in read_passages(text):
+                n_new = len(passage.encode("utf-8"))
+                yield torch.from_numpy(tokenizer.encode_batch([passage])[0].astype(np.int64))
+                n_bytes += n_new
+                progress(n_new)
 
     cache, report = remember(model, stream(), cache, piece=piece)
     if save is not None:
         save_memory(model, cache, save)
-    return Remembered(n_bytes, cache.n_seen, report.loss / math.log(2), report.state_bytes)
+    return Remembered(n_bytes, cache.n_seen, report.loss * report.n_scored / n_bytes / math.log(2), report.state_bytes)
+
+
+def read_passages(path: Path, size: int = BLOCK) -> Iterator[str]:
+    """A text in passages of some ten thousand characters that have together the tokens of the whole (see `cut_text`)."""
+    decoder, text = codecs.getincrementaldecoder("utf-8")(), ""
+    for block in read_blocks(path, size):
+        *whole, text = cut_text(text + decoder.decode(block))
+        yield from whole
+    yield text
 
 
 def read_blocks(path: Path, size: int = BLOCK) -> Iterator[bytes]:

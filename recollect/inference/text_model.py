@@ -1,0 +1,57 @@
+"""A trained model of text and its tokenizer, from the folder they are saved in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError
+from transformers.utils import logging as transformers_logging
+
+from recollect.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, tokenizer_file
+from recollect.models import RecollectForCausalLM
+from recollect.user_modules import import_user_modules
+
+
+class TextModel(NamedTuple):
+    """model: in evaluation mode; tokenizer: the one that it was trained with."""
+
+    model: Any  # a RecollectForCausalLM: Hugging Face's stubs refuse `generate` on a declared model
+    tokenizer: Tokenizer
+
+
+def load_text_model(folder: Path, imports: Sequence[str] = ()) -> TextModel:
+    """A model that `recollect compare text` or `recollect train` has left: of bytes, unless a tokenizer.json lies beside it.
+
+    Args:
+        folder: of `save_pretrained`, or a run's folder.
+        imports: modules that register the model's mixers.
+    Raises:
+        ValueError: no model there, a damaged or unknown one, or one that has another number of symbols than the tokenizer.
+    """
+    import_user_modules(imports)
+    folder = folder / "model" if (folder / "model" / "config.json").is_file() else folder
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"{folder} holds no model; give OUT of a finished `recollect train`, or OUT/runs/LABEL-seedK of a compare"
+        )
+    transformers_logging.disable_progress_bar()
+    try:
+        model = RecollectForCausalLM.from_pretrained(folder).eval()
+    except SafetensorError as error:
+        raise ValueError(f"{folder}: model.safetensors is damaged: {error}") from error
+    except ValueError as error:
+        hint = "; if it is a mixer of your own, name its file with --import" if "unknown mixer" in str(error) else ""
+        raise ValueError(f"{folder}: {error}{hint}") from error
+    own = tokenizer_file(folder)
+    tokenizer = load_tokenizer(own) if own else ByteTokenizer()
+    n_symbols = model.config.vocab_size
+    if own and n_symbols < tokenizer.vocab_size:
+        raise ValueError(f"{folder}: the model has {n_symbols} symbols, its tokenizer.json {tokenizer.vocab_size}")
+    if not own and n_symbols != tokenizer.vocab_size:
+        raise ValueError(
+            f"{folder} is no byte-level model: it has {n_symbols} symbols, not {tokenizer.vocab_size}; "
+            "put the tokenizer.json that it was trained with into the folder"
+        )
+    return TextModel(model, tokenizer)
