@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is imported
@@ -34,11 +35,12 @@ from recollect.mixers.miras import Miras
 from recollect.models import RecollectCache, RecollectConfig, RecollectForCausalLM, load_memory, remember, save_memory
 from recollect.tasks import stream_seed
 from recollect.training.config import TrainingConfig
-from recollect.training.optimiser import make_optimisers
+from recollect.training.optimiser import Optimisers, make_optimisers
 from recollect.training.schedule import learning_rate
 
 PASSAGE = 256
-WINDOW, N_WINDOWS, N_STREAMS, SPAN = 128, 16, 16, 96
+WINDOW, STREAM, N_STREAMS, SPAN = 64, 16_384, 64, (12, 33)
+FIRST_STEPS, UNTIL, NEW = 2000, 2.0, 0.2
 N_PASSAGES = 16
 DISTANCES = (0, 1_000, 4_000, 16_000)
 
@@ -60,26 +62,40 @@ def split(book: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return train_on, remembered, train_on[-len(remembered) :], unread
 
 
-def stream(text: Tensor, length: int, draw: np.random.Generator) -> Tensor:
-    """`length` bytes in spans, each either new text or one that the stream has shown before, near or far.
+def repeating(text: Tensor, length: int, draw: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """`length` bytes in spans, each either the next piece of `text` or one that was shown before, near or far; and which bytes are
+    of the second kind and can be known to be (from the third of a span on).
 
     Recalling what was read is what a memory is for; plain text asks for it rarely.
     """
-    start = int(draw.integers(len(text) - length))
-    row = text[:0]
-    while len(row) < length:
-        size = int(draw.integers(SPAN // 4, SPAN))
-        if len(row) > size and draw.random() < 0.5:
-            place = int((len(row) - size) * draw.random() ** 0.5)
-            row = torch.cat([row, row[place : place + size]])
+    row, known = torch.empty(length, dtype=torch.int64), torch.zeros(length, dtype=torch.bool)
+    at = place = 0
+    while at < length:
+        size = min(int(draw.integers(*SPAN)), length - at)
+        if at > size and draw.random() < 0.5:
+            back = int(size * (at / size) ** draw.random())
+            row[at : at + size] = row[at - back : at - back + size]
+            known[at + 2 : at + size] = True
         else:
-            row = torch.cat([row, text[start : start + size]])
-            start += size
-    return row[:length]
+            row[at : at + size] = text[place : place + size]
+            place += size
+        at += size
+    return row, known
+
+
+def shuffled(draw: np.random.Generator) -> Tensor:
+    """The printable characters in random order, twice: every byte says which one follows, and nothing else does."""
+    return torch.from_numpy(draw.permutation(np.arange(32, 127))).repeat(2)
+
+
+def extract(text: Tensor, draw: np.random.Generator) -> Tensor:
+    """A stretch of the text that is long enough for a stream."""
+    start = int(draw.integers(len(text) - STREAM))
+    return text[start : start + STREAM]
 
 
 def make_model(text: Tensor, arguments: argparse.Namespace) -> RecollectForCausalLM:
-    """Train a tiny model on streams of N_WINDOWS windows; the states go on from window to window, the gradient does not."""
+    """Train a tiny model: first to repeat, where nothing else can be learned, then on text that repeats itself."""
     torch.manual_seed(arguments.seed)
     config = RecollectConfig(
         hidden_size=arguments.width, num_hidden_layers=2, num_attention_heads=2, layers=arguments.mixer, mlp=False
@@ -88,32 +104,58 @@ def make_model(text: Tensor, arguments: argparse.Namespace) -> RecollectForCausa
         if entry(layer["mixer"]).cls is Miras:
             layer["rope_theta"] = None  # the book is longer than the positions of training, where these memories go astray
     model = RecollectForCausalLM(config)
-    recipe = TrainingConfig(
-        steps=arguments.steps, batch_size=N_STREAMS, lr=arguments.lr, warmup=0.1, end_lr=0.05, weight_decay=0.1
-    )
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
-    print(f"training {arguments.mixer}, {n_parameters:,} parameters, {recipe.steps} steps of {N_STREAMS} x {WINDOW} bytes")
-    optimisers = make_optimisers(model, recipe)
-    losses: list[float] = []
+    print(f"training {arguments.mixer}, {n_parameters:,} parameters", flush=True)
+    options = {"batch_size": N_STREAMS, "lr": arguments.lr, "weight_decay": 0.1}
+    first = TrainingConfig(steps=FIRST_STEPS, schedule="constant", warmup=100, **options)
+    then = TrainingConfig(steps=arguments.steps, schedule="cosine", warmup=0, end_lr=0.05, **options)
+    optimisers = make_optimisers(model, first)
+    lesson(model, optimisers, first, lambda draw: repeating(shuffled(draw), WINDOW + 1, draw), new=0.0, until=UNTIL)
+    lesson(model, optimisers, then, lambda draw: repeating(extract(text, draw), STREAM + 1, draw), new=NEW)
+    return model.eval()
+
+
+def lesson(
+    model: RecollectForCausalLM,
+    optimisers: Optimisers,
+    recipe: TrainingConfig,
+    stream: Callable[[np.random.Generator], tuple[Tensor, Tensor]],
+    *,
+    new: float,
+    until: float = 0.0,
+) -> None:
+    """Train on streams, window by window: the memory goes on from one to the next, the gradient does not.
+
+    Args:
+        new: weight of new text in the loss; what is repeated has 1.
+        until: stop early once what is repeated costs fewer bits per byte.
+    """
+    losses: list[tuple[float, float]] = []
+    windows: list[tuple[Tensor, Tensor]] = []
     for step in range(recipe.steps):
-        window = step % N_WINDOWS
-        if window == 0:
-            draw = np.random.default_rng(stream_seed("train", arguments.seed, step))
-            tokens = torch.stack([stream(text, N_WINDOWS * WINDOW + 1, draw) for _ in range(N_STREAMS)])
-            cache = RecollectCache([None] * config.num_hidden_layers)
-        piece = tokens[:, window * WINDOW : (window + 1) * WINDOW + 1]
+        if not windows:
+            draw = np.random.default_rng(stream_seed("train", new > 0, step))
+            tokens, known = (torch.stack(parts) for parts in zip(*(stream(draw) for _ in range(N_STREAMS)), strict=True))
+            starts = range(0, tokens.shape[1] - 1, WINDOW)
+            windows = [(tokens[:, t : t + WINDOW + 1], known[:, t + 1 : t + WINDOW + 1]) for t in starts]
+            cache = RecollectCache([None] * model.config.num_hidden_layers)
+        piece, is_known = windows.pop(0)
         logits = model(piece[:, :-1], past_key_values=cache).logits
-        loss = F.cross_entropy(logits.flatten(0, 1), piece[:, 1:].flatten())
+        each = F.cross_entropy(logits.flatten(0, 1), piece[:, 1:].flatten(), reduction="none").view_as(is_known)
+        weight = torch.where(is_known, 1.0, new)
         optimisers.set_rate(learning_rate(recipe, step))
         optimisers.zero_grad()
-        loss.backward()
+        ((each * weight).sum() / weight.sum()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
         optimisers.step()
         cache.detach()
-        losses.append(loss.item())
+        losses.append((each[~is_known].mean().item(), each[is_known].mean().item()))
         if (step + 1) % 50 == 0:
-            print(f"  step {step + 1}: {mean(losses[-50:]) / math.log(2):.3f} bits per byte", flush=True)
-    return model.eval()
+            fresh, repeated = (mean(list(column)) / math.log(2) for column in zip(*losses, strict=True))
+            print(f"  step {step + 1}: new {fresh:.2f}, repeated {repeated:.2f} bits per byte", flush=True)
+            if repeated < until:
+                return
+            losses.clear()
 
 
 def write(arguments: argparse.Namespace) -> None:
@@ -186,8 +228,8 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="a byte-level model to use instead of training one")
     parser.add_argument("--mixer", default="yaad", help="mixer or pattern of layers of the model to train")
     parser.add_argument("--width", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--lr", type=float, default=5e-3)
+    parser.add_argument("--steps", type=int, default=1000, help="steps on text")
+    parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("kept_memory"))
     parser.add_argument("--recall", action="store_true", help=argparse.SUPPRESS)

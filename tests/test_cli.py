@@ -72,6 +72,8 @@ def test_list_shows_every_mixer_pattern_and_task() -> None:
         (["text"], "--data"),
         (["text", "--data", "no_such_file.txt"], "no_such_file.txt"),
         (["recall", "-t", "n_pairs=60"], "length=64 is too short"),
+        (["recall", "--tokenizer", "tokenizer.json"], "--tokenizer belongs to the task 'text'"),
+        (["text", "--data", ".", "--tokenizer", "none.json"], "no tokenizer at none.json"),
     ],
     ids=" ".join,
 )

@@ -144,48 +144,17 @@ class _Training:
     def __call__(self, should_stop: Callable[[], bool]) -> Progress:
         run, world = self.run, self.world
         model = self._model()
-        n_parameters = sum(p.numel() for p in model.parameters())
-        n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        module = distribute(
-            model,
-            world,
-            strategy=run.engine.strategy,
-            precision=run.engine.precision,
-            tensor_parallel=run.engine.tensor_parallel,
-            checkpoint_activations=run.engine.checkpoint_activations,
-            compile_blocks=run.engine.compile,
-        )
-        rows = Rows(
-            run.data,
-            seed=run.seed,
-            folder=self.folder,
-            rank=self.readers.rank,
-            world=self.readers.size,
-            tokenizer=self.tokenizer,
-            note=self.say,
-        )
-        held_out = validation_rows(
-            run.data,
-            self.tokenizer,
-            run.eval_rows,
-            folder=self.folder,
-            batch_rows=self.micro_batch,
-            note=self.say,
-        )
-        validation = Validation(module, held_out, self.tokenizer, world, self.readers) if held_out else None
-        trained = "" if n_trained == n_parameters else f", {n_trained:,} of them trained"
-        shape = f"{self.config.steps:,} steps of {self.n_rows} x {run.data.seq_len} tokens"
-        self.say(f"{n_parameters:,} parameters{trained}; {shape}; {self.out}")
-        carry = None
-        if run.data.carry:
-            assert isinstance(model, RecollectForCausalLM)
-            carry = Carry(model, n_lanes=self.n_own, micro_batch=self.micro_batch, world=self.readers)
+        module = self._distribute(model)
+        data = RowData(self._rows(), n_rows=self.n_rows, micro_batch=self.micro_batch)
+        validation = self._validation(module)
+        carry = self._carry(model)
+        self._announce(model)
         torch.manual_seed(stream_seed("train", run.seed, world.rank))  # dropout differs between processes
         with Reports(
             run,
             self.out,
             world,
-            n_parameters=n_parameters,
+            n_parameters=model.num_parameters(),
             config=self.config,
             bytes_per_token=validation.bytes_per_token if validation else None,
             say=self.say,
@@ -194,18 +163,12 @@ class _Training:
             progress = train(
                 module,
                 self.config,
-                data=RowData(rows, n_rows=self.n_rows, micro_batch=self.micro_batch),
+                data=data,
                 evaluate=validation,
                 eval_every=run.eval_every,
                 report=reports,
                 report_seconds=run.logging.every_seconds,
-                saving=Saving(
-                    self.out / CHECKPOINTS,
-                    seconds=60 * run.saving.every_minutes,
-                    steps=run.saving.every_steps,
-                    keep_last=run.saving.keep_last,
-                    keep_best=run.saving.keep_best,
-                ),
+                saving=self._saving(),
                 fingerprint=fingerprint(identity(run)),
                 carry=carry,
                 should_stop=should_stop,
@@ -234,6 +197,60 @@ class _Training:
         if run.model.train_only is not None:
             train_only(model, run.model.train_only)
         return model
+
+    def _distribute(self, model: PreTrainedModel) -> nn.Module:
+        engine = self.run.engine
+        return distribute(
+            model,
+            self.world,
+            strategy=engine.strategy,
+            precision=engine.precision,
+            tensor_parallel=engine.tensor_parallel,
+            checkpoint_activations=engine.checkpoint_activations,
+            compile_blocks=engine.compile,
+        )
+
+    def _rows(self) -> Rows:
+        """What this process reads to train on."""
+        return Rows(
+            self.run.data,
+            seed=self.run.seed,
+            folder=self.folder,
+            rank=self.readers.rank,
+            world=self.readers.size,
+            tokenizer=self.tokenizer,
+            note=self.say,
+        )
+
+    def _validation(self, module: nn.Module) -> Validation | None:
+        """None where nothing is held out."""
+        run = self.run
+        rows = validation_rows(
+            run.data, self.tokenizer, run.eval_rows, folder=self.folder, batch_rows=self.micro_batch, note=self.say
+        )
+        return Validation(module, rows, self.tokenizer, self.world, self.readers) if rows else None
+
+    def _carry(self, model: PreTrainedModel) -> Carry | None:
+        if not self.run.data.carry:
+            return None
+        assert isinstance(model, RecollectForCausalLM)
+        return Carry(model, n_lanes=self.n_own, micro_batch=self.micro_batch, world=self.readers)
+
+    def _saving(self) -> Saving:
+        settings = self.run.saving
+        return Saving(
+            self.out / CHECKPOINTS,
+            seconds=60 * settings.every_minutes,
+            steps=settings.every_steps,
+            keep_last=settings.keep_last,
+            keep_best=settings.keep_best,
+        )
+
+    def _announce(self, model: PreTrainedModel) -> None:
+        n_all, n_trained = model.num_parameters(), model.num_parameters(only_trainable=True)
+        trained = "" if n_trained == n_all else f", {n_trained:,} of them trained"
+        shape = f"{self.config.steps:,} steps of {self.n_rows} x {self.run.data.seq_len} tokens"
+        self.say(f"{n_all:,} parameters{trained}; {shape}; {self.out}")
 
 
 class Validation:
