@@ -2,16 +2,16 @@
 
     python examples/keep_a_memory.py book.txt
 
-The script trains a tiny byte-level model on the first half of the book (or takes a model of `recollect compare text`, --model), lets
-it read the second half, and saves its memory. A second process loads model and memory and reads again passages of the second half,
-at several distances before its end, once with the memory and once without. As controls: passages with the memory of another stretch
-of the book (of the same length, so that only what was read differs), and the last stretch of the book, which nobody has read, with
-the memory. The numbers are bits per byte, with the standard error over passages; lower is better.
+The script trains a tiny byte-level model on the first half of the book (or takes one, --model), lets it read the second half, and
+saves its memory at several places. A second process loads model and memories and reads passages again: without a memory, with the
+memory of the place that they stand before, and, as a control, with the memory of another place. The numbers are bits per byte, with
+the standard error over passages; lower is better.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -38,11 +38,11 @@ from recollect.training.config import TrainingConfig
 from recollect.training.optimiser import Optimisers, make_optimisers
 from recollect.training.schedule import learning_rate
 
-PASSAGE = 256
-WINDOW, STREAM, N_STREAMS, SPAN = 64, 16_384, 64, (12, 33)
+PASSAGE = 128
+WINDOW, STREAMS, N_STREAMS, SPAN = 64, (128, 512, 2048, 8192), 64, (12, 33)
 FIRST_STEPS, UNTIL, NEW = 2000, 2.0, 0.2
-N_PASSAGES = 16
-DISTANCES = (0, 1_000, 4_000, 16_000)
+N_PLACES = 16
+DISTANCES = (0, 128, 512, 1024)
 
 
 def read(path: Path) -> Tensor:
@@ -50,25 +50,22 @@ def read(path: Path) -> Tensor:
     return torch.from_numpy(np.frombuffer(path.read_bytes(), dtype=np.uint8).astype(np.int64))
 
 
-def split(book: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """To train on; to remember; as long, for the control; never read. The control is the end of what was trained on."""
-    n_unread = (N_PASSAGES + 1) * PASSAGE
-    half = (len(book) - n_unread) // 2
-    if half < DISTANCES[-1] + N_PASSAGES * PASSAGE:
-        needed = 2 * (DISTANCES[-1] + N_PASSAGES * PASSAGE) + n_unread
-        raise SystemExit(f"the book has {len(book):,} bytes; at least {needed:,} are needed")
-    train_on, remembered, unread = book[:half], book[half:-n_unread], book[-n_unread:]
-    remembered = remembered[:half]
-    return train_on, remembered, train_on[-len(remembered) :], unread
+def split(book: Tensor) -> tuple[Tensor, Tensor]:
+    """The half to train on and the half to remember."""
+    half = len(book) // 2
+    if half < STREAMS[-1] + N_PLACES * PASSAGE:
+        raise SystemExit(f"the book has {len(book):,} bytes; at least {2 * (STREAMS[-1] + N_PLACES * PASSAGE):,} are needed")
+    return book[:half], book[half:]
 
 
-def repeating(text: Tensor, length: int, draw: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """`length` bytes in spans, each either the next piece of `text` or one that was shown before, near or far; and which bytes are
+def repeating(text: Tensor, draw: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """As many bytes as `text` has, in spans, each either the next piece of `text` or one that was shown before, near or far; and which bytes are
     of the second kind and can be known to be (from the third of a span on).
 
     Recalling what was read is what a memory is for; plain text asks for it rarely.
     """
-    row, known = torch.empty(length, dtype=torch.int64), torch.zeros(length, dtype=torch.bool)
+    length = len(text)
+    row, known = torch.empty_like(text), torch.zeros(length, dtype=torch.bool)
     at = place = 0
     while at < length:
         size = min(int(draw.integers(*SPAN)), length - at)
@@ -83,15 +80,15 @@ def repeating(text: Tensor, length: int, draw: np.random.Generator) -> tuple[Ten
     return row, known
 
 
-def shuffled(draw: np.random.Generator) -> Tensor:
-    """The printable characters in random order, twice: every byte says which one follows, and nothing else does."""
-    return torch.from_numpy(draw.permutation(np.arange(32, 127))).repeat(2)
+def shuffled(length: int, draw: np.random.Generator) -> Tensor:
+    """The printable characters in random order, again and again: every byte says which one follows, and nothing else does."""
+    return torch.from_numpy(np.resize(draw.permutation(np.arange(32, 127)), length))
 
 
-def extract(text: Tensor, draw: np.random.Generator) -> Tensor:
-    """A stretch of the text that is long enough for a stream."""
-    start = int(draw.integers(len(text) - STREAM))
-    return text[start : start + STREAM]
+def extract(text: Tensor, length: int, draw: np.random.Generator) -> Tensor:
+    """A stretch of the text."""
+    start = int(draw.integers(len(text) - length))
+    return text[start : start + length]
 
 
 def make_model(text: Tensor, arguments: argparse.Namespace) -> RecollectForCausalLM:
@@ -107,11 +104,17 @@ def make_model(text: Tensor, arguments: argparse.Namespace) -> RecollectForCausa
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"training {arguments.mixer}, {n_parameters:,} parameters", flush=True)
     options = {"batch_size": N_STREAMS, "lr": arguments.lr, "weight_decay": 0.1}
-    first = TrainingConfig(steps=FIRST_STEPS, schedule="constant", warmup=100, **options)
-    then = TrainingConfig(steps=arguments.steps, schedule="cosine", warmup=0, end_lr=0.05, **options)
-    optimisers = make_optimisers(model, first)
-    lesson(model, optimisers, first, lambda draw: repeating(shuffled(draw), WINDOW + 1, draw), new=0.0, until=UNTIL)
-    lesson(model, optimisers, then, lambda draw: repeating(extract(text, draw), STREAM + 1, draw), new=NEW)
+    recipe = TrainingConfig(steps=FIRST_STEPS, schedule="constant", warmup=100, **options)
+    optimisers = make_optimisers(model, recipe)
+    print(f"shuffled characters, streams of {WINDOW}")
+    lesson(model, optimisers, recipe, shuffled, WINDOW, new=0.0, until=UNTIL)
+    for length in STREAMS:
+        last = length == STREAMS[-1]
+        recipe = TrainingConfig(
+            steps=arguments.steps, schedule="cosine" if last else "constant", warmup=0, end_lr=0.05, **options
+        )
+        print(f"text, streams of {length:,}")
+        lesson(model, optimisers, recipe, functools.partial(extract, text), length, new=NEW)
     return model.eval()
 
 
@@ -119,14 +122,16 @@ def lesson(
     model: RecollectForCausalLM,
     optimisers: Optimisers,
     recipe: TrainingConfig,
-    stream: Callable[[np.random.Generator], tuple[Tensor, Tensor]],
+    source: Callable[[int, np.random.Generator], Tensor],
+    length: int,
     *,
     new: float,
     until: float = 0.0,
 ) -> None:
-    """Train on streams, window by window: the memory goes on from one to the next, the gradient does not.
+    """Train on streams of `length` tokens, window by window: the memory goes on from one to the next, the gradient does not.
 
     Args:
+        source: (tokens, random numbers) -> text that repetitions are put into.
         new: weight of new text in the loss; what is repeated has 1.
         until: stop early once what is repeated costs fewer bits per byte.
     """
@@ -134,9 +139,10 @@ def lesson(
     windows: list[tuple[Tensor, Tensor]] = []
     for step in range(recipe.steps):
         if not windows:
-            draw = np.random.default_rng(stream_seed("train", new > 0, step))
-            tokens, known = (torch.stack(parts) for parts in zip(*(stream(draw) for _ in range(N_STREAMS)), strict=True))
-            starts = range(0, tokens.shape[1] - 1, WINDOW)
+            draw = np.random.default_rng(stream_seed("train", step))
+            streams = [repeating(source(length + 1, draw), draw) for _ in range(N_STREAMS)]
+            tokens, known = (torch.stack(parts) for parts in zip(*streams, strict=True))
+            starts = range(0, length, WINDOW)
             windows = [(tokens[:, t : t + WINDOW + 1], known[:, t + 1 : t + WINDOW + 1]) for t in starts]
             cache = RecollectCache([None] * model.config.num_hidden_layers)
         piece, is_known = windows.pop(0)
@@ -159,53 +165,47 @@ def lesson(
 
 
 def write(arguments: argparse.Namespace) -> None:
-    """Train or load, read, save, and leave the rest to another process."""
-    train_on, remembered, control, _ = split(read(arguments.book))
+    """Train or load, read, save what is remembered at N_PLACES places, and leave the rest to another process."""
+    train_on, remembered = split(read(arguments.book))
     arguments.out.mkdir(parents=True, exist_ok=True)
     begun = time.perf_counter()
     model = load_text_model(arguments.model).model if arguments.model else make_model(train_on, arguments)
     model.save_pretrained(arguments.out / "model")
     print(f"model ready after {time.perf_counter() - begun:.0f} s")
-    for name, text in (("memory", remembered), ("control", control)):
-        begun = time.perf_counter()
-        cache, report = remember(model, text)
-        save_memory(model, cache, arguments.out / f"{name}.safetensors")
-        print(
-            f"{name}: read {report.n_tokens:,} bytes in {time.perf_counter() - begun:.0f} s at "
-            f"{report.loss / math.log(2):.3f} bits per byte; state {report.state_bytes:,} bytes"
-        )
+    begun, cache = time.perf_counter(), None
+    for place, text in enumerate(remembered.tensor_split(N_PLACES)):
+        cache, report = remember(model, text, cache)
+        save_memory(model, cache, arguments.out / f"memory-{place}.safetensors")
+    print(
+        f"read {len(remembered):,} bytes in {time.perf_counter() - begun:.0f} s; the memory takes {report.state_bytes:,} bytes"
+    )
     script = [sys.executable, __file__, str(arguments.book), "--out", str(arguments.out), "--recall"]
     subprocess.run(script, check=True)
 
 
 def recall(arguments: argparse.Namespace) -> None:
-    """In a process that has read nothing: load model and memory, and read passages."""
-    _, remembered, _, unread = split(read(arguments.book))
+    """In a process that has read nothing: load model and memories, and read passages again."""
+    _, remembered = split(read(arguments.book))
     model = load_text_model(arguments.out / "model").model
-    memory, control = (load_memory(model, arguments.out / f"{name}.safetensors") for name in ("memory", "control"))
-    sets = {f"read, {distance:,} bytes before the end": passages(remembered, distance) for distance in DISTANCES}
-    sets["never read"] = unread[: N_PASSAGES * PASSAGE].split(PASSAGE)
-    print(
-        f"\n{'passages of ' + str(PASSAGE) + ' bytes':40}{'no memory':>16}{'other memory':>16}{'memory':>16}{'difference':>16}"
-    )
+    memories = [load_memory(model, arguments.out / f"memory-{place}.safetensors") for place in range(N_PLACES)]
+    ends = np.cumsum([len(text) for text in remembered.tensor_split(N_PLACES)]).tolist()
+    kinds = ("no memory", "other memory", "memory", "difference")
+    print(f"\n{f'{N_PLACES} passages of {PASSAGE} bytes, read':34}" + "".join(f"{kind:>17}" for kind in kinds))
     rows = []
-    for name, texts in sets.items():
-        losses = {
-            kind: [bits(model, text, cache) for text in texts]
-            for kind, cache in (("no memory", None), ("other memory", control), ("memory", memory))
-        }
-        gain = [after - before for after, before in zip(losses["memory"], losses["other memory"], strict=True)]
-        cells = [*losses.values(), gain]
-        print(f"{name:40}" + "".join(f"{f'{mean(cell):.3f} ± {error(cell):.3f}':>16}" for cell in cells))
-        rows.append({"passages": name, **{kind: mean(values) for kind, values in losses.items()}, "difference": mean(gain)})
+    for distance in DISTANCES:
+        losses: dict[str, list[float]] = {kind: [] for kind in kinds}
+        for place, end in enumerate(ends):
+            passage = remembered[end - distance - PASSAGE : end - distance]
+            for kind, memory in zip(kinds, (None, memories[place - N_PLACES // 2], memories[place]), strict=False):
+                losses[kind].append(bits(model, passage, memory))
+            losses["difference"].append(losses["memory"][-1] - losses["other memory"][-1])
+        print(
+            f"{f'{distance:,} bytes before its end':34}"
+            + "".join(f"{f'{mean(values):.3f} ± {error(values):.3f}':>17}" for values in losses.values())
+        )
+        rows.append({"distance": distance, **{kind: mean(values) for kind, values in losses.items()}})
     print("difference: memory minus other memory")
     (arguments.out / "result.json").write_text(json.dumps(rows, indent=1) + "\n")
-
-
-def passages(text: Tensor, distance: int) -> tuple[Tensor, ...]:
-    """The N_PASSAGES passages that end `distance` bytes before the end of the text."""
-    end = len(text) - distance
-    return text[end - N_PASSAGES * PASSAGE : end].split(PASSAGE)
 
 
 def bits(model: RecollectForCausalLM, text: Tensor, cache: RecollectCache | None) -> float:
@@ -228,7 +228,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="a byte-level model to use instead of training one")
     parser.add_argument("--mixer", default="yaad", help="mixer or pattern of layers of the model to train")
     parser.add_argument("--width", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=1000, help="steps on text")
+    parser.add_argument("--steps", type=int, default=300, help="of each lesson on text")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("kept_memory"))

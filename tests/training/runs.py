@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from recollect.training.recipe.settings import (
     RunSettings,
     SavingSettings,
 )
-from recollect.training.trainer import run_training
+from recollect.training.trainer import CHECKPOINTS, run_training
 
 WORDS = ("the", "cat", "sat", "on", "a", "mat", "and", "saw", "one", "red", "dog", "run", "by", "old", "barn", "at", "noon")
 
@@ -124,3 +124,25 @@ def write_run(run: RunSettings, path: Path) -> Path:
     path.write_text(dump_run(run), encoding="utf-8")
     assert load_run(path) == run
     return path
+
+
+def checkpoints(run: RunSettings) -> list[str]:
+    """Names of the folders."""
+    return sorted(path.name for path in (Path(run.out) / CHECKPOINTS).iterdir())
+
+
+def interrupted(run: RunSettings, name: str, stops: Sequence[int] = (3, 2)) -> RunSettings:
+    """The same run in another folder, stopped and continued."""
+    again = out_again(run, name)
+    for stop in stops:
+        run_training(again, should_stop=stop_after(stop), say=lambda line: None)
+    finish(again)
+    return again
+
+
+def assert_exact_resumption(run: RunSettings) -> None:
+    whole = finish(run)
+    again = interrupted(run, "again")
+    assert losses(again) == losses(run)
+    assert validation(again) == validation(run)
+    assert model_bits(again) == whole
