@@ -47,6 +47,29 @@ def test_a_fresh_mixer_is_finite_and_keeps_the_scale(name: str) -> None:
     assert 1 / 30 < y.std() < 30
 
 
+def gradient_size(name: str, length: int, **options: object) -> float:
+    """Of a fresh mixer's parameters, through outputs for two texts that repeat common words, as texts do."""
+    draw = torch.Generator().manual_seed(0)
+    words, weights = torch.randn(40, 64, generator=draw), 1 / torch.arange(1.0, 41.0)
+    text = words[torch.multinomial(weights, 2 * 512, replacement=True, generator=draw).view(2, 512)]
+    wanted = torch.randn(2, 512, 64, generator=draw)
+    mixer = build(name, dim=64, n_heads=2, **options)
+    y, _ = mixer(text[:, :length])
+    (y * wanted[:, :length]).mean().backward()
+    return float(torch.nn.utils.get_total_norm([p.grad for p in mixer.parameters() if p.grad is not None]))
+
+
+@pytest.mark.parametrize("name", available())
+def test_the_gradient_does_not_grow_with_the_text(name: str) -> None:
+    """Prevents memories that learn chaotically: recall of random keys may be perfect, and training on text then hopeless."""
+    assert gradient_size(name, 512) < 2 * gradient_size(name, 64)
+
+
+def test_the_gradient_of_a_chaotic_memory_does() -> None:
+    """The test above sees what it is there for: signs of single channels push a normalised output from corner to corner."""
+    assert gradient_size("yaad", 512, bias="huber") > 100 * gradient_size("yaad", 64, bias="huber")
+
+
 @pytest.mark.parametrize("name", available())
 def test_builds_on_the_meta_device(name: str) -> None:
     """Prevents initialisation that needs memory: parameters of large models are counted without allocating them."""

@@ -36,7 +36,8 @@
 #define BIAS_EPS ((real)1e-6)
 #define LINK_EPS ((real)1e-8)
 
-enum { L2, LP3, HUBER, L1 };
+enum { L2, LP3, HUBER, L1, HUBER_NORM };
+#define HAS_DELTA (BIAS == HUBER || BIAS == HUBER_NORM)
 enum { IDENTITY, SCALED, SIMPLEX };
 enum { OUT = LINK == SIMPLEX }; /* index of W_out's decay, W_in's being at 0: SIMPLEX has one number per token for W_in */
 enum { CHUNK = 1, DOCUMENT = 2 };
@@ -83,11 +84,14 @@ typedef real hidden[HIDDEN][TOKENS] __attribute__((aligned(64)));
 typedef real square[TOKENS][TOKENS] __attribute__((aligned(64)));
 typedef real line[KEY] __attribute__((aligned(64)));
 
+typedef struct { real factor, bend, by_delta; } Bend; /* of HUBER_NORM, see huber_norm */
+
 /* What a piece writes with; kept from the replay to the backward pass. */
 typedef struct {
     hidden act, slope, curve, back, gp;  /* gelu, gelu', gelu'' of the pre-activation; gradient of act; gradient of the pre-activation */
     wide unit, phi, phi_slope, phi_delta, gu;
     real rate[TOKENS], mean_g[TOKENS], mean_gu[TOKENS];
+    Bend bend[TOKENS];
     wide k, eta, f_in, f_out;            /* factors eta * k, eta * gu */
     wide alpha[OUT + 1];
     line total[OUT + 1];                 /* product of alpha over the piece */
@@ -208,10 +212,10 @@ INLINE void gelu(vec x, vec *value, vec *slope, vec *curve) {
     if (curve) *curve = w * (2 * z1 + x * ((1 - 2 * s) * z1 * z1 + 6 * c * a * x));
 }
 
-/* Gradient of the bias at residual r, its derivative by r and by delta. */
+/* Gradient of a bias that acts on every channel alone at residual r, its derivative by r and by delta. HUBER_NORM is not one: r. */
 INLINE void bias(vec r, vec delta, real sharpness, vec *value, vec *slope, vec *by_delta) {
     *by_delta = splat(0);
-    if (BIAS == L2) {
+    if (BIAS == L2 || BIAS == HUBER_NORM) {
         *value = r;
         *slope = splat(1);
     } else if (BIAS == LP3) {
@@ -228,6 +232,16 @@ INLINE void bias(vec r, vec delta, real sharpness, vec *value, vec *slope, vec *
         *slope = where(above | below, splat(0), splat(1));
         *by_delta = where(above, splat(1), where(below, splat(-1), splat(0)));
     }
+}
+
+/* r min(1, delta / |r|), delta the mean over the channels: scales r in place. Beyond the threshold the pullback of d is factor d -
+ * r (r . d) bend in what is left of r, and (r . d) by_delta. */
+INLINE Bend huber_norm(real *r, const real *delta) {
+    const real size = (real)sqrt(dot(r, r) + BIAS_EPS), threshold = total_of(delta) / KEY;
+    if (size <= threshold || !(threshold > 0)) return (Bend){1, 0, 0}; /* padding has no threshold */
+    const real factor = threshold / size;
+    EACH(c) STORE(r + c, LOAD(r + c) * factor);
+    return (Bend){factor, 1 / (factor * size * size), 1 / (factor * size)};
 }
 
 /* unit = (u - mean) / sqrt(variance + eps) of a row times `factor`; its rate. */
@@ -476,7 +490,7 @@ static void write_piece(const Place *p, const real *anchor, Writes *w, const int
     else load(p, call->eta, call->eta_channels, w->eta);
     if (!MOMENTUM) load(p, call->log_alpha, call->alpha_channels, w->alpha[OUT]);
     if (LINK == SIMPLEX) load(p, call->log_alpha_in, 1, w->alpha[0]);
-    if (BIAS == HUBER) load(p, call->delta, call->delta_channels, delta);
+    if (HAS_DELTA) load(p, call->delta, call->delta_channels, delta);
     for (int half = 0; half <= OUT && !MOMENTUM; half++)
         EACH(c) {
             vec all = splat(1);
@@ -515,8 +529,9 @@ static void write_piece(const Place *p, const real *anchor, Writes *w, const int
                 STORE(w->phi_slope[t] + c, slope);
                 STORE(w->phi_delta[t] + c, by_delta);
             }
-            STORE(g + c, gain * value);
         }
+        if (BIAS == HUBER_NORM) w->bend[t] = huber_norm(w->phi[t], delta[t]);
+        EACH(c) STORE(g + c, LOAD(scale + c) * LOAD(w->phi[t] + c));
         w->mean_g[t] = total_of(g) / KEY;
         w->mean_gu[t] = dot(g, w->unit[t]) / KEY;
         EACH(c) {
@@ -883,15 +898,24 @@ static void write_back(const Place *p, const real *anchor, const Writes *w, real
         const real rate = w->rate[t];
         EACH(c) STORE(a + c, LOAD(d_gu[t] + c) * rate);
         const real mean = total_of(a) / KEY, along = dot(a, w->unit[t]) / KEY, of_rate = dot(d_gu[t], w->gu[t]) * rate / KEY;
+        real of_phi = 0, bent = 0; /* phi . d_phi, and what the norm takes of it */
+        if (BIAS == HUBER_NORM) {
+            line d_phi;
+            EACH(c) STORE(d_phi + c, LOAD(scale + c) * (LOAD(a + c) - mean - LOAD(w->unit[t] + c) * along));
+            of_phi = dot(w->phi[t], d_phi);
+            bent = of_phi * w->bend[t].bend;
+        }
         EACH(c) {
             const vec gain = LOAD(scale + c), u = LOAD(w->unit[t] + c), phi = LOAD(w->phi[t] + c), d = LOAD(a + c);
-            const vec d_g = d - mean - u * along, d_phi = gain * d_g, d_r = d_phi * LOAD(w->phi_slope[t] + c);
+            const vec d_g = d - mean - u * along, d_phi = gain * d_g;
+            const vec d_r = BIAS == HUBER_NORM ? d_phi * w->bend[t].factor - phi * bent : d_phi * LOAD(w->phi_slope[t] + c);
             STORE(unit + c, gain * d_r - d * w->mean_gu[t] - gain * phi * along);
             STORE(sums->scale + c, LOAD(sums->scale + c) + d_g * phi + d_r * u);
             STORE(sums->shift + c, LOAD(sums->shift + c) + d_r);
             STORE(b->k[t] + c, LOAD(b->k[t] + c) + d_r);
             STORE(b->v[t] + c, -d_r);
             if (BIAS == HUBER) STORE(b->delta[t] + c, d_phi * LOAD(w->phi_delta[t] + c));
+            if (BIAS == HUBER_NORM) STORE(b->delta[t] + c, splat(of_phi * w->bend[t].by_delta / KEY));
         }
         normalise_back(unit, w->unit[t], rate, g);
         EACH(c) STORE(d_u[t] + c, LOAD(g + c) - of_rate * LOAD(w->unit[t] + c));
@@ -1040,7 +1064,7 @@ static void segment_back(Place *p, const Gradients *out, ptrdiff_t h, int32_t lo
         if (!MOMENTUM) store(p, b->eta, out->eta, call->eta_channels);
         if (!MOMENTUM) store(p, b->log_alpha[OUT], out->log_alpha, call->alpha_channels);
         if (LINK == SIMPLEX) store(p, b->log_alpha[0], out->log_alpha_in, 1);
-        if (BIAS == HUBER) store(p, b->delta, out->delta, call->delta_channels);
+        if (HAS_DELTA) store(p, b->delta, out->delta, call->delta_channels);
         if (entries[n].flags & CHUNK) {
             add_state(m->d_state, m->d_anchor);
             memset(m->d_anchor, 0, sizeof m->d_anchor);

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from recollect.kernels.compile import POINTER, SIZE, memory
 
-BIASES = {"l2": 0, "lp3": 1, "huber": 2, "l1": 3}
+BIASES = {"l2": 0, "lp3": 1, "huber": 2, "l1": 3, "huber_norm": 4}
 LINKS = {"identity": 0, "scaled": 1, "simplex": 2}  # what the weights are of what decays
 RULES = {"gd": 0, "momentum": 1}
 PIECE = 16  # tokens: key dim and hidden size are multiples of it
@@ -86,7 +86,8 @@ def perceptron_scan(
         anchor: those at the start of the open chunk (read only where phase > 0).
         slow: scale and shift of the norm, [H, K].
         phase: int64 [B], tokens already in the open chunk.
-        delta: threshold of bias "huber", [B, T, H, 1 or K], positive.
+        delta: threshold of bias "huber" (of every channel) or "huber_norm" (of the norm over channels; the mean counts),
+            [B, T, H, 1 or K], positive.
         log_momentum: log of what is kept of the last change, [B, T, H], <= 0; rule "momentum", where eta and log_alpha have one
             channel.
         momentum: the last change of each matrix, as `state`; rule "momentum".

@@ -134,7 +134,7 @@ class MirasConfig(MixerConfig):
 @register(
     "yaad",
     config=MirasConfig,
-    options={"bias": "huber"},
+    options={"bias": {"name": "huber", "kind": "norm"}},
     summary="Yaad: perceptron memory, Huber bias with a learned threshold, l_2 retention",
     source="arXiv 2504.13173",
     state="constant: 8 K^2 numbers per head, and the open chunk's start",
@@ -213,7 +213,8 @@ class Miras(RecurrentMixer):
         rank = config.gate_rank or (32 if dim <= 1024 else 64)
         n_gates = n_heads * (size if self.channels else 1)
         self.eta = LowRank(dim, rank, n_gates, bias=0.0)
-        forgetting = _ramp(-8.0, -3.0, size if self.channels else n_heads) * (n_heads if self.channels else 1)
+        # Slow: a norm multiplies the gradient of weights that have decayed by what they have lost, chunk after chunk.
+        forgetting = _ramp(-10.0, -5.0, size if self.channels else n_heads) * (n_heads if self.channels else 1)
         self.alpha = LowRank(dim, rank, n_gates, bias=forgetting) if _forgets(self.spec) else None
         self.own = nn.ModuleDict({name: LowRank(dim, rank, n_gates, bias=0.54) for name in self.spec.bias.gates})
         self.rule_gates = nn.ModuleDict({name: LowRank(dim, rank, n_heads, bias=0.0) for name in self.spec.rule.gates})
@@ -302,13 +303,14 @@ class Miras(RecurrentMixer):
 def default_eta_base(spec: MirasSpec) -> float:
     """The largest inner step size that a layer starts with (gates start at half of it).
 
-    For perceptrons, the middle of the range in which a fresh memory recalls random pairs best after one pass; that range hardly moves
-    with the width (16 to 128), the chunk (1 to 64) and the number of pairs (16 to 128): LOG.md has the figures. A matrix has no norm
-    that would hold it: a chunk's steps together must stay below 2, even if all its keys are one.
+    For perceptrons, the middle of the range in which a fresh memory recalls random pairs best after one pass (for "lp" the lower end:
+    with more the gradient through a long text grows without bound); that range hardly moves with the width (16 to 128), the chunk
+    (1 to 64) and the number of pairs (16 to 128): LOG.md has the figures. A matrix has no norm that would hold it: a chunk's steps
+    together must stay below 2, even if all its keys are one.
     """
     if spec.memory.name in ("matrix", "vector"):
         return min(1.0, 2.0 / spec.chunk_size)
-    base = 0.8 if spec.retention.row_constant else {"lp": 0.03}.get(spec.bias.name, 0.05)
+    base = 0.8 if spec.retention.row_constant else {"lp": 0.01}.get(spec.bias.name, 0.05)
     return base / 2 if spec.rule.momentum or spec.rule.window > 1 else base
 
 

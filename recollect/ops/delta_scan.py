@@ -63,7 +63,7 @@ def delta_scan(
     reset: Tensor | None = None,
     valid: Tensor | None = None,
     floor: float | None = None,
-    tile: int = 64,
+    tile: int = 32,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """S_t = S_{t-1} Diag(exp(log_decay_t)) + (strength_t * (S_{t-1} a_t)) b_t^T + v_t k_t^T, y_t = S_t q_t.

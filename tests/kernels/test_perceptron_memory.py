@@ -43,6 +43,7 @@ MODELS = {
     "l2": Model(l2()),
     "lp3": Model(lp(3.0)),
     "huber": Model(huber()),
+    "huber of the norm": Model(huber("norm")),
     "l1": Model(l1()),
     "moneta": Model(lp(3.0), lq(4.0), 0.3),
     "memora": Model(l2(), kl(), tolerance=3e-12),

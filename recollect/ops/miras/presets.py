@@ -48,8 +48,11 @@ def moneta(p: float = 3.0, q: float = 4.0, mode: str = "safe", *, chunk_size: in
     return MirasSpec(memory=mlp(), bias=lp(p), retention=lq(q, mode), rule=gd(), chunk_size=chunk_size, read=read)
 
 
-def yaad(kind: str = "coordinate", *, chunk_size: int = 16) -> MirasSpec:
-    """Huber bias, l2 retention (arXiv 2504.13173, Eq. 26). Gates: eta, alpha, delta."""
+def yaad(kind: str = "norm", *, chunk_size: int = 16) -> MirasSpec:
+    """Huber bias, l2 retention (arXiv 2504.13173, Eq. 26). Gates: eta, alpha, delta.
+
+    The reading "norm" is ours: it alone stays stable over long texts (LOG.md).
+    """
     return MirasSpec(memory=mlp(), bias=huber(kind), retention=decay(), rule=gd(), chunk_size=chunk_size)
 
 
