@@ -38,11 +38,12 @@ from recollect.training.config import TrainingConfig
 from recollect.training.optimiser import Optimisers, make_optimisers
 from recollect.training.schedule import learning_rate
 
-PASSAGE = 128
-WINDOW, STREAMS, N_STREAMS, SPAN = 64, (128, 512, 2048, 8192), 64, (12, 33)
-FIRST_STEPS, UNTIL, NEW = 2000, 2.0, 0.2
-N_PLACES = 16
-DISTANCES = (0, 128, 512, 1024)
+WINDOW, N_STREAMS = 64, 64  # bytes of a step, in rows
+STREAMS = (128, 512, 2048, 8192)  # bytes over which a memory is carried, lesson by lesson
+SPAN = (12, 33)  # bytes that are new or repeated at a time
+UNTIL = 2.0  # bits per byte of what is repeated, with which the first lesson ends
+NEW = 0.2  # weight of new text in the later lessons' loss
+PASSAGE, N_PLACES, DISTANCES = 128, 16, (0, 128, 512, 1024)
 
 
 def read(path: Path) -> Tensor:
@@ -59,10 +60,12 @@ def split(book: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def repeating(text: Tensor, draw: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """As many bytes as `text` has, in spans, each either the next piece of `text` or one that was shown before, near or far; and which bytes are
-    of the second kind and can be known to be (from the third of a span on).
+    """As many bytes as `text` has, in spans, each the next piece of `text` or one that was shown before, near or far.
 
     Recalling what was read is what a memory is for; plain text asks for it rarely.
+
+    Returns:
+        the bytes; and which of them can be known: those of spans shown before, from the third on.
     """
     length = len(text)
     row, known = torch.empty_like(text), torch.zeros(length, dtype=torch.bool)
@@ -104,7 +107,7 @@ def make_model(text: Tensor, arguments: argparse.Namespace) -> RecollectForCausa
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"training {arguments.mixer}, {n_parameters:,} parameters", flush=True)
     options = {"batch_size": N_STREAMS, "lr": arguments.lr, "weight_decay": 0.1}
-    recipe = TrainingConfig(steps=FIRST_STEPS, schedule="constant", warmup=100, **options)
+    recipe = TrainingConfig(steps=arguments.first_steps, schedule="constant", warmup=100, **options)
     optimisers = make_optimisers(model, recipe)
     print(f"shuffled characters, streams of {WINDOW}")
     lesson(model, optimisers, recipe, shuffled, WINDOW, new=0.0, until=UNTIL)
@@ -228,6 +231,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="a byte-level model to use instead of training one")
     parser.add_argument("--mixer", default="yaad", help="mixer or pattern of layers of the model to train")
     parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--first-steps", type=int, default=2000, help="at most, of the lesson on shuffled characters")
     parser.add_argument("--steps", type=int, default=300, help="of each lesson on text")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)

@@ -21,9 +21,14 @@ def test_a_memory_is_kept_and_measured(tmp_path: Path) -> None:
     """Prevents an example that no longer fits the package: it trains, reads, saves, and another process measures."""
     book, out = tmp_path / "book.txt", tmp_path / "out"
     book.write_text("".join(f"Line {n} of a book that repeats itself. " for n in range(1200)))
-    done = run("keep_a_memory.py", str(book), "--mixer", "sliding_window", "--width", "16", "--steps", "2", "--out", str(out))
+    steps = ("--first-steps", "2", "--steps", "1")
+    done = run("keep_a_memory.py", str(book), "--mixer", "sliding_window", "--width", "16", *steps, "--out", str(out))
     assert done.returncode == 0, done.stderr
     rows = json.loads((out / "result.json").read_text())
-    assert [row["passages"] for row in rows][-1] == "never read"
+    assert [row["distance"] for row in rows] == [0, 128, 512, 1024]
     assert all(0 < row[kind] < 10 for row in rows for kind in ("no memory", "other memory", "memory"))
-    assert {path.name for path in out.iterdir()} == {"model", "memory.safetensors", "control.safetensors", "result.json"}
+    assert {path.name for path in out.iterdir()} == {
+        "model",
+        "result.json",
+        *(f"memory-{place}.safetensors" for place in range(16)),
+    }
