@@ -99,7 +99,7 @@ def _bias(spec: MirasSpec) -> str | None:
         return name
     if name == "lp" and options[0] == 3:
         return "lp3"
-    return {"coordinate": "huber", "norm": "huber_norm"}.get(options[0]) if name == "huber" else None
+    return {"coordinate": "huber", "norm": "huber_norm"}.get(str(options[0])) if name == "huber" else None
 
 
 def _link(spec: MirasSpec) -> str | None:

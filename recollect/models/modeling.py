@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -57,6 +57,12 @@ class RecollectPreTrainedModel(PreTrainedModel):
         super()._initialize_weights(module, False)
 
 
+class Relay(Protocol):
+    """Runs a block for one piece of every row, with the states of the pieces before it from elsewhere."""
+
+    def __call__(self, block: Block, x: Tensor, mask: Tensor | None, document_ids: Tensor | None) -> Tensor: ...
+
+
 class RecollectModel(RecollectPreTrainedModel):
     """Embedding, blocks, final norm."""
 
@@ -65,6 +71,7 @@ class RecollectModel(RecollectPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([Block(config, layer) for layer in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.relay: Relay | None = None  # training sets it where the tokens of a row are spread over processes
         self.post_init()
 
     def init_states(self, batch_size: int) -> tuple[State, ...]:
@@ -102,8 +109,11 @@ class RecollectModel(RecollectPreTrainedModel):
 
         states, hidden = [], [x]
         for block, state in zip(self._blocks(), cache.states, strict=True):
-            x, state = block(x, state, padding.mask, document_ids)
-            states.append(state)
+            if self.relay is not None:
+                x = self.relay(block, x, padding.mask, document_ids)
+            else:
+                x, state = block(x, state, padding.mask, document_ids)
+                states.append(state)
             hidden.append(x)
         hidden[-1] = x = self.norm(x)
 

@@ -22,8 +22,9 @@ from transformers import PreTrainedModel
 
 from recollect.models import RecollectCache
 from recollect.models.layers import Block, SwiGLU
-from recollect.models.modeling import RecollectPreTrainedModel
+from recollect.models.modeling import RecollectModel, RecollectPreTrainedModel
 from recollect.training.loss import labelled
+from recollect.training.sequence import Relay
 from recollect.training.world import World
 
 STRATEGIES = ("auto", "none", "ddp", "fsdp")
@@ -83,6 +84,7 @@ def distribute(
     strategy: str = "auto",
     precision: str = "fp32",
     tensor_parallel: int = 1,
+    sequence_parallel: int = 1,
     checkpoint_activations: bool = False,
     compile_blocks: bool = False,
 ) -> nn.Module:
@@ -92,6 +94,7 @@ def distribute(
         model: the same on every process, on the CPU. Its parameters become DTensors under FSDP.
         strategy: "none", "ddp", "fsdp"; "auto": none alone, ddp on several CPU processes, fsdp on several GPUs.
         tensor_parallel: neighbouring processes that share the matrices of the SwiGLUs and read the same rows; FSDP goes over the rest.
+        sequence_parallel: neighbouring processes that each read a piece of the same rows (see `sequence`).
         checkpoint_activations: recompute blocks in the backward pass.
         compile_blocks: torch.compile each block.
     Returns:
@@ -99,7 +102,12 @@ def distribute(
     Raises:
         ValueError: a strategy that this number of processes or this model does not allow.
     """
-    strategy = _choose(strategy, world, tensor_parallel)
+    strategy = _choose(strategy, world, tensor_parallel, sequence_parallel)
+    if sequence_parallel > 1:
+        base = model.base_model
+        if not isinstance(base, RecollectModel):
+            raise ValueError("sequence_parallel is for models of this package: others hand no states on")
+        base.relay = Relay(world.rank, piece=world.rank % sequence_parallel, n_pieces=sequence_parallel)
     blocks = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
     if checkpoint_activations:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -115,7 +123,8 @@ def distribute(
             block.compile()
     scored = Scored(model, precision=precision)
     if mesh is None:
-        return scored if strategy == "none" else DistributedDataParallel(scored)
+        # A later piece of a row starts from a state that was handed on, so that what is learned of the first one is not used.
+        return scored if strategy == "none" else DistributedDataParallel(scored, find_unused_parameters=sequence_parallel > 1)
     # FSDP casts what it gathers, so half as many bytes travel; gradients are summed in fp32.
     low = (
         MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -150,7 +159,7 @@ def accumulating(module: nn.Module, more: bool) -> Iterator[None]:
         yield
 
 
-def _choose(strategy: str, world: World, tensor_parallel: int) -> str:
+def _choose(strategy: str, world: World, tensor_parallel: int, sequence_parallel: int) -> str:
     if strategy not in STRATEGIES:
         raise ValueError(f"unknown strategy {strategy!r}; known: {', '.join(STRATEGIES)}")
     if tensor_parallel < 1 or world.size % tensor_parallel:
@@ -162,6 +171,11 @@ def _choose(strategy: str, world: World, tensor_parallel: int) -> str:
         raise ValueError(f"strategy 'none' would train {world.size} separate copies; use ddp or fsdp, or start one process")
     if strategy != "none" and world.size == 1:
         raise ValueError(f"strategy {strategy!r} needs several processes: start with torchrun --nproc-per-node N")
+    if world.size % sequence_parallel or (sequence_parallel > 1 and strategy != "ddp"):
+        raise ValueError(
+            f"sequence_parallel={sequence_parallel} needs strategy ddp and a multiple of as many processes; got {strategy!r} and "
+            f"{world.size}"
+        )
     if tensor_parallel > 1 and strategy != "fsdp":
         raise ValueError(f"tensor_parallel={tensor_parallel} needs strategy fsdp; got {strategy!r}")
     return strategy

@@ -20,7 +20,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -91,11 +91,21 @@ def identity(run: RunSettings) -> dict[str, Any]:
     return values
 
 
+class Part(NamedTuple):
+    """Which piece of every row a process reads: number `place` of `n`, of equal length."""
+
+    place: int = 0
+    n: int = 1
+
+    def of(self, batch: TokenBatch) -> TokenBatch:
+        return TokenBatch(*(None if x is None else x.chunk(self.n, dim=1)[self.place] for x in batch))  # type: ignore[arg-type]
+
+
 class RowData:
     """The loop's view of `Rows`: micro-batches of this process, the next batch being read while the last one is learned from."""
 
-    def __init__(self, rows: Rows, *, n_rows: int, micro_batch: int) -> None:
-        self.rows, self.n_rows, self.micro_batch = rows, n_rows, micro_batch
+    def __init__(self, rows: Rows, *, n_rows: int, micro_batch: int, part: Part | None = None) -> None:
+        self.rows, self.n_rows, self.micro_batch, self.part = rows, n_rows, micro_batch, part or Part()
         self.reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rows")
         self.position = rows.state()
         self.coming: Future[tuple[TokenBatch, dict[str, Any]]] | None = None
@@ -115,7 +125,7 @@ class RowData:
         self.position, self.coming = self.rows.state(), None
 
     def _read(self) -> tuple[TokenBatch, dict[str, Any]]:
-        batch = self.rows.next(self.n_rows)
+        batch = self.part.of(self.rows.next(self.n_rows))
         return batch, self.rows.state()
 
 
@@ -124,7 +134,8 @@ class _Training:
 
     def __init__(self, run: RunSettings, out: Path, world: World, say: Callable[[str], None], live: bool) -> None:
         self.run, self.out, self.world, self.say, self.live = run, out, world, say, live
-        share = run.engine.tensor_parallel  # processes that read the same rows
+        share = run.engine.tensor_parallel * run.engine.sequence_parallel  # processes that read the same rows
+        self.part = Part(world.rank % run.engine.sequence_parallel, run.engine.sequence_parallel)
         self.readers = World(world.rank // share, world.size // share, world.device)
         self.n_rows = batch_rows(run)
         if self.n_rows % self.readers.size:
@@ -145,7 +156,7 @@ class _Training:
         run, world = self.run, self.world
         model = self._model()
         module = self._distribute(model)
-        data = RowData(self._rows(), n_rows=self.n_rows, micro_batch=self.micro_batch)
+        data = RowData(self._rows(), n_rows=self.n_rows, micro_batch=self.micro_batch, part=self.part)
         validation = self._validation(module)
         carry = self._carry(model)
         self._announce(model)
@@ -206,6 +217,7 @@ class _Training:
             strategy=engine.strategy,
             precision=engine.precision,
             tensor_parallel=engine.tensor_parallel,
+            sequence_parallel=engine.sequence_parallel,
             checkpoint_activations=engine.checkpoint_activations,
             compile_blocks=engine.compile,
         )
@@ -225,9 +237,10 @@ class _Training:
     def _validation(self, module: nn.Module) -> Validation | None:
         """None where nothing is held out."""
         run = self.run
-        rows = validation_rows(
+        whole = validation_rows(
             run.data, self.tokenizer, run.eval_rows, folder=self.folder, batch_rows=self.micro_batch, note=self.say
         )
+        rows = {name: [self.part.of(batch) for batch in batches] for name, batches in whole.items()}
         return Validation(module, rows, self.tokenizer, self.world, self.readers) if rows else None
 
     def _carry(self, model: PreTrainedModel) -> Carry | None:

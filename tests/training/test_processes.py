@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from recollect.mixers import MIXERS
 from recollect.training.recipe.settings import RunSettings
 from recollect.training.trainer import CHECKPOINTS, run_training
 from tests.training.processes import command, started, train_on
@@ -87,6 +88,49 @@ def test_tensor_parallel_processes_have_the_curve_of_one(tmp_path: Path) -> None
     train_on(2, two)
     assert_same_curve(two, one)
     assert tokens(two) == tokens(one)
+
+
+@pytest.mark.parametrize(
+    ("layers", "settings"),
+    [
+        (["mta", "memora"], {}),
+        (["yaad", "gated_delta_net"], {"data": {"cut_documents": False}}),
+        (["sliding_window", "titans"], {"engine": {"micro_batch": 2, "checkpoint_activations": True}}),
+    ],
+    ids=["mta-memora", "yaad-gated_delta_net", "sliding_window-titans-recompute"],
+)
+def test_processes_that_share_a_row_have_the_curve_of_one(tmp_path: Path, layers: Any, settings: dict[str, Any]) -> None:
+    """A state that is lost between the pieces of a row, or whose gradient does not come back; tokens counted twice."""
+    engine = {"strategy": "ddp", "sequence_parallel": 2, **settings.get("engine", {})}
+    one = a_run(tmp_path, out="one", layers=layers, **settings)
+    two = a_run(tmp_path, out="two", layers=layers, **{**settings, "engine": engine})
+    finish(one)
+    train_on(2, two)
+    assert_same_curve(two, one)
+    assert tokens(two) == tokens(one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mixer", sorted(MIXERS))
+def test_three_processes_share_a_row_with_every_mixer(tmp_path: Path, mixer: str) -> None:
+    """A middle piece both takes and gives; a state that changes its shape on the way, or holds what cannot travel."""
+    engine = {"strategy": "ddp", "sequence_parallel": 3}
+    one = a_run(tmp_path, out="one", layers=mixer, steps=3)
+    three = a_run(tmp_path, out="three", layers=mixer, steps=3, engine=engine)
+    finish(one)
+    train_on(3, three)
+    assert_same_curve(three, one)
+
+
+@pytest.mark.slow
+def test_two_by_two_processes_share_rows(tmp_path: Path) -> None:
+    """Data and sequence parallelism at once: a state must not go to another row's reader."""
+    one = a_run(tmp_path, out="one", layers="yaad")
+    four = a_run(tmp_path, out="four", layers="yaad", engine={"strategy": "ddp", "sequence_parallel": 2, "micro_batch": 1})
+    finish(one)
+    train_on(4, four)
+    assert_same_curve(four, one)
+    assert tokens(four) == tokens(one)
 
 
 @pytest.mark.slow

@@ -63,11 +63,16 @@ def _run(run: RunSettings) -> Iterator[str]:
     yield from _refused(run.eval_rows >= 1, "eval_rows", run.eval_rows, "at least 1")
     if run.data.seq_len < 2:
         yield f"data.seq_len must be at least 2; got {run.data.seq_len}"
+    elif run.data.seq_len % max(1, run.engine.sequence_parallel):
+        yield f"engine.sequence_parallel={run.engine.sequence_parallel} must divide data.seq_len={run.data.seq_len}"
     elif run.batch_tokens < run.data.seq_len:
         yield (
             f"batch_tokens={run.batch_tokens} is less than one row of data.seq_len={run.data.seq_len}; "
             "raise batch_tokens or shorten the rows"
         )
+
+    if run.data.carry and run.engine.sequence_parallel > 1:
+        yield "data.carry and engine.sequence_parallel exclude each other: both hand the states on"
 
 
 def _model(run: RunSettings) -> Iterator[str]:
@@ -150,6 +155,9 @@ def _engine(settings: EngineSettings) -> Iterator[str]:
     yield from _refused(s.threads is None or s.threads >= 1, "engine.threads", s.threads, "at least 1, or null")
     yield from _refused(s.tensor_parallel >= 1, "engine.tensor_parallel", s.tensor_parallel, "at least 1")
     yield from _refused(s.micro_batch is None or s.micro_batch >= 1, "engine.micro_batch", s.micro_batch, "at least 1, or null")
+    yield from _refused(s.sequence_parallel >= 1, "engine.sequence_parallel", s.sequence_parallel, "at least 1")
+    if s.sequence_parallel > 1 and s.strategy != "ddp":
+        yield f"engine.sequence_parallel={s.sequence_parallel} needs engine.strategy=ddp; got {s.strategy}"
     if s.tensor_parallel > 1 and s.strategy != "fsdp":
         yield f"engine.tensor_parallel={s.tensor_parallel} needs engine.strategy=fsdp; got {s.strategy}"
 

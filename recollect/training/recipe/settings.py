@@ -98,6 +98,7 @@ class EngineSettings:
         strategy: auto (fsdp on several GPUs, ddp on several CPU processes, none alone), none, ddp or fsdp. Start several processes
             with torchrun.
         tensor_parallel: processes that share one layer's matrices (needs fsdp).
+        sequence_parallel: processes that share one row's tokens, for rows that are too long for one (needs ddp).
         micro_batch: rows that one process handles at once; the rest of its share of the batch follows by gradient accumulation.
             Null: all at once.
         checkpoint_activations: recompute each block in the backward pass instead of keeping its activations.
@@ -111,6 +112,7 @@ class EngineSettings:
     precision: Literal["fp32", "bf16"] = "fp32"
     strategy: Literal["auto", "none", "ddp", "fsdp"] = "auto"
     tensor_parallel: int = 1
+    sequence_parallel: int = 1
     micro_batch: int | None = None
     checkpoint_activations: bool = False
     compile: bool = False
