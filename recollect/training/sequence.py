@@ -11,6 +11,7 @@ Axis legend: B batch.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ from recollect.models.layers import Block
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.bool)
 MOST_AXES = 7
+MOST_SENDS = 64  # some layers' states
 
 
 class Relay:
@@ -38,7 +40,7 @@ class Relay:
     def __init__(self, rank: int, *, piece: int, n_pieces: int) -> None:
         self.previous = rank - 1 if piece > 0 else None
         self.next = rank + 1 if piece < n_pieces - 1 else None
-        self.under_way: list[tuple[Any, Tensor]] = []  # sends, with what they send from
+        self.under_way: deque[tuple[Any, Tensor]] = deque()  # sends, with what they send from
 
     def __call__(self, block: Block, x: Tensor, mask: Tensor | None, document_ids: Tensor | None) -> Tensor:
         """x [B, T, D] of this piece -> the same after the block."""
@@ -56,12 +58,14 @@ class Relay:
         return x
 
     def send(self, tensors: Sequence[Tensor], to: int | None) -> None:
-        """Start sending; what has arrived of earlier sends is let go."""
+        """Start sending, and wait for the oldest sends where many are under way: a neighbour never needs a later one to take them."""
         assert to is not None
-        self.under_way = [(work, tensor) for work, tensor in self.under_way if not work.is_completed()]
         for tensor in tensors:
             whole = tensor.detach().contiguous()
             self.under_way.append((dist.isend(whole, to), whole))
+        while len(self.under_way) > MOST_SENDS:
+            work, _ = self.under_way.popleft()
+            work.wait()
 
 
 class _Take(torch.autograd.Function):
