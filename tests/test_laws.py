@@ -65,9 +65,16 @@ def test_the_gradient_does_not_grow_with_the_text(name: str) -> None:
     assert gradient_size(name, 512) < 2 * gradient_size(name, 64)
 
 
+@pytest.mark.parametrize("bias", ["l1", "lp", "l_infinity", "huber", "pseudo_huber", "value_shift"])
+def test_the_gradient_does_not_grow_with_any_bias(bias: str) -> None:
+    """The largest steps that are safe with l2 are not with every bias."""
+    assert gradient_size("miras", 512, bias=bias) < 4 * gradient_size("miras", 64, bias=bias)
+
+
 def test_the_gradient_of_a_chaotic_memory_does() -> None:
     """The test above sees what it is there for: signs of single channels push a normalised output from corner to corner."""
-    assert gradient_size("yaad", 512, bias="huber") > 100 * gradient_size("yaad", 64, bias="huber")
+    chaotic = {"bias": "huber", "eta_base": 0.2}
+    assert gradient_size("yaad", 512, **chaotic) > 100 * gradient_size("yaad", 64, **chaotic)
 
 
 @pytest.mark.parametrize("name", available())

@@ -26,6 +26,8 @@ from recollect.ops.miras import BIASES, MEMORIES, RETENTIONS, RULES, MirasSpec, 
 
 LOG_ALPHA_FLOOR = -math.exp(-0.5)  # RWKV-7's range of decays: alpha in (0.545, 1)
 
+CAREFUL_STEPS = {"l1": 0.005, "lp": 0.01, "l_infinity": 0.01, "huber": 0.01, "pseudo_huber": 0.02}  # see `default_eta_base`
+
 Choice = str | Mapping[str, Any]  # "lp" or {"name": "lp", "p": 3}
 
 
@@ -303,14 +305,16 @@ class Miras(RecurrentMixer):
 def default_eta_base(spec: MirasSpec) -> float:
     """The largest inner step size that a layer starts with (gates start at half of it).
 
-    For perceptrons, the middle of the range in which a fresh memory recalls random pairs best after one pass (for "lp" the lower end:
-    with more the gradient through a long text grows without bound); that range hardly moves with the width (16 to 128), the chunk
-    (1 to 64) and the number of pairs (16 to 128): LOG.md has the figures. A matrix has no norm that would hold it: a chunk's steps
-    together must stay below 2, even if all its keys are one.
+    For perceptrons, the middle of the range in which a fresh memory recalls random pairs best after one pass; that range hardly moves
+    with the width (16 to 128), the chunk (1 to 64) and the number of pairs (16 to 128). Biases that do not pull harder the farther
+    off a channel is, or pull at the farthest ones most, take less: with more the gradient through a long text grows without bound.
+    LOG.md has the figures of both. A matrix has no norm that would hold it: a chunk's steps together must stay below 2, even if all
+    its keys are one.
     """
     if spec.memory.name in ("matrix", "vector"):
         return min(1.0, 2.0 / spec.chunk_size)
-    base = 0.8 if spec.retention.row_constant else {"lp": 0.01}.get(spec.bias.name, 0.05)
+    of_norm = spec.bias.name == "huber" and spec.bias.options[0] == "norm"
+    base = 0.8 if spec.retention.row_constant else 0.05 if of_norm else CAREFUL_STEPS.get(spec.bias.name, 0.05)
     return base / 2 if spec.rule.momentum or spec.rule.window > 1 else base
 
 

@@ -62,7 +62,7 @@ def test_loading_fills_what_a_checkpoint_lacks(name: str, tmp_path) -> None:
     for key, value in again.state_dict().items():
         if key in lost:
             assert value.isfinite().all(), key
-            assert value.abs().max() < 10, key
+            assert value.abs().max() < 20, key
         else:
             assert torch.equal(value, model.state_dict()[key]), key
     assert again(tokens(2, 7)).logits.isfinite().all()
