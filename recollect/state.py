@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -43,6 +43,12 @@ def leaves(state: State, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
     names = getattr(state, "_fields", range(len(state)))
     for name, part in zip(names, state, strict=True):
         yield from leaves(part, f"{prefix}.{name}" if prefix else str(name))
+
+
+def filled(like: State, tensors: Iterable[Tensor]) -> State:
+    """A state of the structure of `like` with these tensors, in the order of `leaves`."""
+    given = iter(tensors)
+    return map_state(lambda _: next(given), like)
 
 
 def detach(state: State) -> State:
@@ -114,11 +120,10 @@ def load(path: str | os.PathLike[str], like: State, *, fingerprint: str = "") ->
             f"{path} was saved by another model (fingerprint {about['fingerprint']!r}, expected {fingerprint!r}); "
             "load it into the model that saved it"
         )
-    expected = [name for name, _ in leaves(like)]
+    expected = dict(leaves(like))
     if sorted(tensors) != sorted(expected):
         raise ValueError(f"{path} holds tensors {sorted(tensors)}; this model's state has {sorted(expected)}")
-    ordered = iter(expected)
-    return map_state(lambda t: tensors[next(ordered)].to(device=t.device, dtype=t.dtype), like)
+    return filled(like, (tensors[name].to(device=t.device, dtype=t.dtype) for name, t in expected.items()))
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 DOCUMENT_START = 256
@@ -14,6 +17,6 @@ def encode(text: str) -> Tensor:
     return torch.tensor(list(text.encode("utf-8")), dtype=torch.int64)
 
 
-def decode(tokens: Tensor) -> str:
+def decode(tokens: Tensor | NDArray[Any]) -> str:
     """The text of tokens [T]; bytes that are no UTF-8 become U+FFFD, DOCUMENT_START and IGNORE vanish."""
     return bytes(token for token in tokens.tolist() if 0 <= token < DOCUMENT_START).decode("utf-8", errors="replace")

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from recollect.data.files import ALL_SUFFIXES, Paths, find_files, read_documents
 from recollect.data.formats import missing_package
-from recollect.data.text import DOCUMENT_START, VOCAB_SIZE
+from recollect.data.text import DOCUMENT_START, VOCAB_SIZE, decode
 
 if TYPE_CHECKING:
     import tokenizers
@@ -49,6 +49,9 @@ class Tokenizer(Protocol):
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[Any]]:
         """Tokens of each text, unsigned integers [T], without the start token."""
 
+    def encode_stream(self, parts: Iterable[str]) -> Iterator[NDArray[Any]]:
+        """The tokens of the text that the parts are together, cut wherever, a stretch at a time."""
+
     def decode(self, ids: Ids) -> str:
         """The text of tokens [T]; start and negative ids (labels that are not asked) vanish, broken characters are U+FFFD."""
 
@@ -66,8 +69,11 @@ class ByteTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[Any]]:
         return [np.frombuffer(text.encode("utf-8"), np.uint8) for text in texts]
 
+    def encode_stream(self, parts: Iterable[str]) -> Iterator[NDArray[Any]]:
+        return (self.encode_batch([part])[0] for part in parts)
+
     def decode(self, ids: Ids) -> str:
-        return bytes(token for token in np.asarray(ids).tolist() if 0 <= token < DOCUMENT_START).decode("utf-8", "replace")
+        return decode(np.asarray(ids))
 
     def bytes_of(self, ids: Ids) -> NDArray[np.int64]:
         tokens = np.asarray(ids)
@@ -115,6 +121,16 @@ class FileTokenizer:
             for encoding in self._tokenizer.encode_batch_fast(flat[first : first + PIECES_AT_ONCE], add_special_tokens=False)
         )
         return [np.concatenate([next(encoded) for _ in some]) for some in pieces]
+
+    def encode_stream(self, parts: Iterable[str]) -> Iterator[NDArray[Any]]:
+        # Held back: what comes after the last line end at which any tokenizer of this kind would cut; of other kinds everything.
+        held = ""
+        for part in parts:
+            held += part
+            if self._is_byte_level:
+                *whole, held = cut_text(held)
+                yield from self.encode_batch(whole)
+        yield from self.encode_batch([held])
 
     def decode(self, ids: Ids) -> str:
         return self._tokenizer.decode([token for token in np.asarray(ids).tolist() if token >= 0 and token != self.start])

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from recollect.data.tokenizer import cut_text
 from recollect.inference.text_model import load_text_model
 from recollect.models import load_memory, remember, save_memory
 
@@ -64,28 +63,23 @@ def remember_files(
     n_bytes = 0
 
     def stream() -> Iterator[Tensor]:
-        nonlocal n_bytes
         for text in texts:
             yield torch.tensor([tokenizer.start])
-            for passage in read_passages(text):
-                n_new = len(passage.encode("utf-8"))
-                yield torch.from_numpy(tokenizer.encode_batch([passage])[0].astype(np.int64))
-                n_bytes += n_new
-                progress(n_new)
+            for ids in tokenizer.encode_stream(characters(text)):
+                yield torch.from_numpy(ids.astype(np.int64))
+
+    def characters(path: Path) -> Iterator[str]:
+        nonlocal n_bytes
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        for block in read_blocks(path):
+            yield decoder.decode(block)
+            n_bytes += len(block)
+            progress(len(block))
 
     cache, report = remember(model, stream(), cache, piece=piece)
     if save is not None:
         save_memory(model, cache, save)
     return Remembered(n_bytes, cache.n_seen, report.loss * report.n_scored / n_bytes / math.log(2), report.state_bytes)
-
-
-def read_passages(path: Path, size: int = BLOCK) -> Iterator[str]:
-    """A text in passages of some ten thousand characters that have together the tokens of the whole (see `cut_text`)."""
-    decoder, text = codecs.getincrementaldecoder("utf-8")(), ""
-    for block in read_blocks(path, size):
-        *whole, text = cut_text(text + decoder.decode(block))
-        yield from whole
-    yield text
 
 
 def read_blocks(path: Path, size: int = BLOCK) -> Iterator[bytes]:

@@ -11,6 +11,7 @@ from transformers.utils import logging as transformers_logging
 
 from recollect.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, tokenizer_file
 from recollect.models import RecollectForCausalLM
+from recollect.models.configuration import model_folder
 from recollect.user_modules import import_user_modules
 
 
@@ -31,11 +32,12 @@ def load_text_model(folder: Path, imports: Sequence[str] = ()) -> TextModel:
         ValueError: no model there, a damaged or unknown one, or one that has another number of symbols than the tokenizer.
     """
     import_user_modules(imports)
-    folder = folder / "model" if (folder / "model" / "config.json").is_file() else folder
-    if not (folder / "config.json").is_file():
+    place = model_folder(folder)
+    if place is None:
         raise ValueError(
             f"{folder} holds no model; give OUT of a finished `recollect train`, or OUT/runs/LABEL-seedK of a compare"
         )
+    folder = place
     transformers_logging.disable_progress_bar()
     try:
         model = RecollectForCausalLM.from_pretrained(folder).eval()

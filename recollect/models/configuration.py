@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import difflib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -160,3 +161,8 @@ def _check_tokens(name: str, value: Any, vocab_size: int) -> None:
     for token in value if isinstance(value, list) else [value]:
         if token is not None and (not isinstance(token, int) or not 0 <= token < vocab_size):
             raise ValueError(f"{name} must be None or in 0..{vocab_size - 1} (vocab_size={vocab_size}); got {value!r}")
+
+
+def model_folder(folder: Path) -> Path | None:
+    """Where a saved model lies: in the folder itself, or in `model` inside it, where runs leave theirs; None: nowhere."""
+    return next((place for place in (folder, folder / "model") if (place / "config.json").is_file()), None)

@@ -84,13 +84,8 @@ class Carry:
                 continue
             if len(known) < len(lanes):
                 raise ValueError(f"the checkpoint has no memory of {lanes[-1]}: it was written with another batch")
-            names = iter([name for name, _ in states.leaves(self.like)])
-
-            def joined(_: Tensor, lanes: list[str] = lanes, names: object = names) -> Tensor:
-                name = next(names)  # type: ignore[call-overload]
-                return torch.cat([tensors[f"{lane}.{name}"] for lane in lanes]).to(self.device)
-
-            layers = states.map_state(joined, self.like)
+            leaves = (torch.cat([tensors[f"{lane}.{name}"] for lane in lanes]) for name, _ in states.leaves(self.like))
+            layers = states.filled(self.like, (leaf.to(self.device) for leaf in leaves))
             self.caches[n] = RecollectCache(layers, n_seen=int(tensors[f"{lanes[0]}.n_seen"]))
 
     def _name(self, n: int, i: int) -> str:

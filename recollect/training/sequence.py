@@ -21,6 +21,7 @@ from torch import Tensor
 
 from recollect import state as states
 from recollect.models.layers import Block
+from recollect.state import State
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.bool)
 MOST_AXES = 7
@@ -40,6 +41,7 @@ class Relay:
     def __init__(self, rank: int, *, piece: int, n_pieces: int) -> None:
         self.previous = rank - 1 if piece > 0 else None
         self.next = rank + 1 if piece < n_pieces - 1 else None
+        self.structures: dict[Block, State] = {}
         self.under_way: deque[tuple[Any, Tensor]] = deque()  # sends, with what they send from
 
     def __call__(self, block: Block, x: Tensor, mask: Tensor | None, document_ids: Tensor | None) -> Tensor:
@@ -48,14 +50,20 @@ class Relay:
         if self.previous is not None:
             if torch.is_grad_enabled() and not x.requires_grad:
                 x = x.detach().requires_grad_()  # the states' gradients must go back, also where nothing below is trained
-            like = block.mixer.init_state(x.shape[0])
+            like = self._structure(block)
             x, *leaves = _Take.apply(x, self, len(list(states.leaves(like))))
-            given = iter(leaves)
-            state = states.map_state(lambda _: next(given), like)
+            state = states.filled(like, leaves)
         x, state = block(x, state, mask, document_ids)
         if self.next is not None:
             x = _Give.apply(x, self, *(leaf for _, leaf in states.leaves(state)))
         return x
+
+    @torch.no_grad()
+    def _structure(self, block: Block) -> State:
+        """What the block's state looks like; the numbers in it mean nothing."""
+        if block not in self.structures:
+            self.structures[block] = block.mixer.init_state(1)
+        return self.structures[block]
 
     def send(self, tensors: Sequence[Tensor], to: int | None) -> None:
         """Start sending, and wait for the oldest sends where many are under way: a neighbour never needs a later one to take them."""

@@ -11,7 +11,7 @@ import pytest
 import tokenizers
 import torch
 
-from recollect.data.tokenizer import PIECE_CHARACTERS, START, FileTokenizer, load_tokenizer, train_tokenizer
+from recollect.data.tokenizer import PIECE_CHARACTERS, START, ByteTokenizer, FileTokenizer, load_tokenizer, train_tokenizer
 
 TEXT = "The naïve cat's 試験 sat.\r\n\tOn the mat,  twice \u2028 — 12,345 times.\n\n\nThe end 🙂\n"
 
@@ -75,6 +75,19 @@ def test_long_texts_are_encoded_as_in_one_piece(tmp_path: Path) -> None:
     first, second, third = tokenizer.encode_batch([text, "the cat", "x" * (PIECE_CHARACTERS + 9)])
     assert first.tolist() == whole
     assert [tokenizer.decode(second), tokenizer.decode(third)] == ["the cat", "x" * (PIECE_CHARACTERS + 9)]
+
+
+def test_a_stream_has_the_tokens_of_the_whole(tmp_path: Path) -> None:
+    """Wherever its parts end: a word cut in two would be read as other tokens, and be remembered as such."""
+    text = "\n".join(f"line {i} of the möwe's book, {i * 7919 % 1000} words" for i in range(PIECE_CHARACTERS // 12))
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    for tokenizer in (load_tokenizer(train_tokenizer(tmp_path / "a.txt", vocab_size=300, out=tmp_path)), ByteTokenizer()):
+        (whole,) = tokenizer.encode_batch([text])
+        for size in (1 << 10, 50_001):
+            stretches = list(tokenizer.encode_stream(text[i : i + size] for i in range(0, len(text), size)))
+            assert len(stretches) > 2
+            assert np.array_equal(np.concatenate(stretches), whole)
+    assert max(map(len, ByteTokenizer().encode_stream(["é" * 100] * 9))) == 200, "bytes need no line end to be cut at"
 
 
 def test_fingerprint_is_of_the_tokenizer(tmp_path: Path) -> None:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from recollect.data.tokenizer import PIECE_CHARACTERS, load_tokenizer, train_tokenizer
-from recollect.inference.remembering import read_blocks, read_passages
+from recollect.inference.remembering import read_blocks
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 64])
@@ -42,16 +40,3 @@ def test_the_first_bad_byte_is_named(content: bytes, offset: int, size: int, tmp
 def test_an_unreadable_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"cannot read .*absent: No such file"):
         list(read_blocks(tmp_path / "absent"))
-
-
-def test_passages_have_the_tokens_of_the_whole(tmp_path: Path) -> None:
-    """Wherever the blocks end: a word cut in two would be read as other tokens, and be remembered as such."""
-    text = "\n".join(f"line {i} of the möwe's book, {i * 7919 % 1000} words" for i in range(PIECE_CHARACTERS // 12))
-    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
-    tokenizer = load_tokenizer(train_tokenizer(tmp_path / "a.txt", vocab_size=300, out=tmp_path))
-    (whole,) = tokenizer.encode_batch([text])
-    for size in (1 << 10, 50_001):
-        passages = list(read_passages(tmp_path / "a.txt", size))
-        assert "".join(passages) == text
-        assert len(passages) > 2
-        assert np.array_equal(np.concatenate(tokenizer.encode_batch(passages)), whole)

@@ -41,6 +41,14 @@ def assert_same_curve(run: RunSettings, reference: RunSettings) -> None:
     assert validation(run) == pytest.approx(validation(reference), abs=CLOSE)
 
 
+def assert_same_run(n: int, run: RunSettings, one: RunSettings) -> None:
+    """`run` on n processes has the curve of `one` on one, and counts the same tokens."""
+    finish(one)
+    train_on(n, run)
+    assert_same_curve(run, one)
+    assert tokens(run) == tokens(one)
+
+
 def tokens(run: RunSettings) -> list[int]:
     return [event["tokens"] for event in journal(run) if event["event"] == "step"]
 
@@ -62,10 +70,7 @@ def test_two_processes_have_the_curve_of_one(tmp_path: Path, engine: dict[str, A
     """Rows read twice, gradients averaged over rows with different numbers of labels, a clipping norm of a part of the gradient, a
     validation row lost or counted twice."""
     one, two = a_run(tmp_path, out="one"), a_run(tmp_path, out="two", engine=engine)
-    finish(one)
-    train_on(2, two)
-    assert_same_curve(two, one)
-    assert tokens(two) == tokens(one)
+    assert_same_run(2, two, one)
     norms = [[event["grad_norm"] for event in journal(run) if event["event"] == "step"] for run in (one, two)]
     assert norms[1] == pytest.approx(norms[0], rel=1e-4)
 
@@ -84,10 +89,7 @@ def test_tensor_parallel_processes_have_the_curve_of_one(tmp_path: Path) -> None
     """Processes that share matrices must read the same rows, in validation, too; and count them once."""
     one = a_run(tmp_path, out="one")
     two = a_run(tmp_path, out="two", engine={"strategy": "fsdp", "tensor_parallel": 2, "micro_batch": 2})
-    finish(one)
-    train_on(2, two)
-    assert_same_curve(two, one)
-    assert tokens(two) == tokens(one)
+    assert_same_run(2, two, one)
 
 
 @pytest.mark.parametrize(
@@ -104,10 +106,7 @@ def test_processes_that_share_a_row_have_the_curve_of_one(tmp_path: Path, layers
     engine = {"strategy": "ddp", "sequence_parallel": 2, **settings.get("engine", {})}
     one = a_run(tmp_path, out="one", layers=layers, **settings)
     two = a_run(tmp_path, out="two", layers=layers, **{**settings, "engine": engine})
-    finish(one)
-    train_on(2, two)
-    assert_same_curve(two, one)
-    assert tokens(two) == tokens(one)
+    assert_same_run(2, two, one)
 
 
 @pytest.mark.slow
@@ -127,10 +126,7 @@ def test_two_by_two_processes_share_rows(tmp_path: Path) -> None:
     """Data and sequence parallelism at once: a state must not go to another row's reader."""
     one = a_run(tmp_path, out="one", layers="yaad")
     four = a_run(tmp_path, out="four", layers="yaad", engine={"strategy": "ddp", "sequence_parallel": 2, "micro_batch": 1})
-    finish(one)
-    train_on(4, four)
-    assert_same_curve(four, one)
-    assert tokens(four) == tokens(one)
+    assert_same_run(4, four, one)
 
 
 @pytest.mark.slow
@@ -138,10 +134,7 @@ def test_four_processes_two_by_two_have_the_curve_of_one(tmp_path: Path) -> None
     """Data and tensor parallelism at once."""
     one = a_run(tmp_path, out="one")
     four = a_run(tmp_path, out="four", engine={"strategy": "fsdp", "tensor_parallel": 2, "micro_batch": 1})
-    finish(one)
-    train_on(4, four)
-    assert_same_curve(four, one)
-    assert tokens(four) == tokens(one)
+    assert_same_run(4, four, one)
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from recollect.models import SIZES, RecollectConfig, RecollectForCausalLM, load_retrofitted, size
+from recollect.models.configuration import model_folder
 from recollect.training.recipe.settings import ModelSettings, RunSettings
 
 
@@ -69,10 +70,10 @@ def saved_model(folder: Path) -> Path:
     """
     if not folder.is_dir():
         raise ValueError(f"model.start_from: there is no folder {folder}")
-    for place in (folder, folder / "model"):
-        if (place / "config.json").is_file():
-            return place
-    raise ValueError(f"model.start_from: {folder} holds no model (no config.json in it or in its folder model)")
+    place = model_folder(folder)
+    if place is None:
+        raise ValueError(f"model.start_from: {folder} holds no model (no config.json in it or in its folder model)")
+    return place
 
 
 def start_model(run: RunSettings, vocab_size: int) -> PreTrainedModel:
