@@ -266,7 +266,7 @@ class Miras(RecurrentMixer):
             parameters=self.memory_parameters(),
             reset=steps.reset,
             valid=steps.valid,
-            decay_floor=LOG_ALPHA_FLOOR,
+            decay_floor=None if self.spec.retention.couple else LOG_ALPHA_FLOOR,
         )
         y = self.norm(y, self.gate(x).unflatten(-1, (self.config.n_heads, -1)))
         return self.o(y.flatten(2)), memory, inputs

@@ -47,8 +47,8 @@ def size(name: str, mixer: str | None = None, *, vocab_size: int | None = None) 
     Args:
         name: a key of `SIZES`.
         mixer: a registered mixer or a pattern of layers ("yaad-h"); None: the paper's, `mta` or `moneta`. Depth-dependent options
-            apply (Multi-Token Attention convolves in layers 2, 6, 10, ...). Windows are the mixers' own; set longer ones with
-            `config.with_mixer_options(window=2048)`.
+            apply (Multi-Token Attention convolves in layers 2, 6, 10, ...). Sliding windows are half the context, 2048 tokens
+            (arXiv 2505.23735, appendix E); change them with `config.with_mixer_options(window=1024)`.
         vocab_size: number of tokens; None: the paper's, 128,256 of Llama 3.1 or 32,000.
     Returns:
         A config with tied embeddings and the paper's context.
@@ -61,7 +61,7 @@ def size(name: str, mixer: str | None = None, *, vocab_size: int | None = None) 
         hint = f"; did you mean {near[0]!r}?" if near else "."
         raise ValueError(f"unknown size {name!r}{hint} Known sizes: {', '.join(SIZES)}")
     shape = SIZES[name]
-    return RecollectConfig(
+    config = RecollectConfig(
         vocab_size=shape.vocab_size if vocab_size is None else vocab_size,
         hidden_size=shape.dim,
         num_hidden_layers=shape.n_layers,
@@ -70,6 +70,8 @@ def size(name: str, mixer: str | None = None, *, vocab_size: int | None = None) 
         layers=shape.mixer if mixer is None else mixer,
         max_position_embeddings=shape.context,
     )
+    has_window = any(layer["mixer"] == "sliding_window" for layer in config.layers)
+    return config.with_mixer_options(window=shape.context // 2) if has_window else config
 
 
 def n_parameters(config: RecollectConfig) -> int:

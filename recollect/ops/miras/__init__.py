@@ -8,7 +8,7 @@ Source: Behrouz et al. 2025, arXiv 2504.13173.
 
 from recollect.ops.miras.biases import BIASES, AttentionalBias
 from recollect.ops.miras.memories import MEMORIES, Memory, Parameters
-from recollect.ops.miras.retentions import RETENTIONS, Frame, Retention
+from recollect.ops.miras.retentions import RETENTIONS, Divergence, Frame, Retention
 from recollect.ops.miras.rules import RULES, LearningRule
 from recollect.ops.miras.scan import BACKENDS, initial_state, scan
 from recollect.ops.miras.spec import MirasSpec, MirasState
@@ -20,6 +20,7 @@ __all__ = [
     "RETENTIONS",
     "RULES",
     "AttentionalBias",
+    "Divergence",
     "Frame",
     "LearningRule",
     "Memory",

@@ -193,7 +193,7 @@ def kl(scale: float | None = None) -> Retention:
     return Retention("kl", link, frame=frame, exact=False, row_constant=True, options=(scale,))
 
 
-def f_divergence(kind: str = "chi2", scale: float | None = None) -> Retention:
+def f_divergence(kind: str | Divergence = "chi2", scale: float | None = None) -> Retention:
     """f-divergence to the previous weights, on rows of positive weights that sum to c: Z are the weights.
 
     W_t minimises <W, eta g> + sum of W' f(W / W') over the row, W' = W_{t-1}: W_t = W' (f')^{-1}(-eta g - zeta), zeta such that the
@@ -207,15 +207,16 @@ def f_divergence(kind: str = "chi2", scale: float | None = None) -> Retention:
             "hellinger": f = 2 (sqrt(x) - 1)^2; between the two.
             "jensen_shannon": f = 2 x log x - 2 (1 + x) log((1 + x) / 2).
             "chi2": f = (x - 1)^2 / 2; the step is linear and weights can reach zero, where they stay: hard forgetting.
+            Or any other, as a `Divergence`.
         scale: c, the sum of a row; None: its length I.
     Raises:
         ValueError: unknown kind, or scale is not positive.
     Source: arXiv 2504.13173, Eq. 18. Where f'(0) is finite (chi2) W >= 0 binds, which Eq. 18 does not treat: the inverse is 0 there.
     """
-    if kind not in DIVERGENCES:
-        raise ValueError(f"unknown f-divergence {kind!r}; known: {', '.join(DIVERGENCES)}")
+    if isinstance(kind, str) and kind not in DIVERGENCES:
+        raise ValueError(f"unknown f-divergence {kind!r}; known: {', '.join(DIVERGENCES)}, or a Divergence of your own")
     _require(scale is None or scale > 0, f"scale is the sum of a row, positive; got {scale}")
-    divergence = DIVERGENCES[kind]
+    divergence = DIVERGENCES[kind] if isinstance(kind, str) else kind
 
     def start(initial: Tensor) -> Tensor:
         return _total(scale, initial) * initial.softmax(-1)

@@ -76,6 +76,8 @@ def momentum() -> LearningRule:
 def multi_step(n_steps: int = 2) -> LearningRule:
     """`n_steps` descents per token, each on a key and value of its own: k [B, T, n, H, K], v [B, T, n, H, V], eta [B, T, n, H].
 
+    With chunk_size 1 every step takes its gradient where the one before has led; with more, those of a chunk's tokens share one point.
+
     Source: DeltaProduct, arXiv 2502.10297.
     """
     if n_steps < 1:

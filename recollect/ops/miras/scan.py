@@ -14,9 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from recollect.ops.miras.checks import check_gates, check_parameters, check_shapes, check_state
 from recollect.ops.miras.chunked import chunked
 from recollect.ops.miras.closed import delta_rule, hebbian, own_scan
-from recollect.ops.miras.inputs import Inputs, check_channels, reduced, tree_map
+from recollect.ops.miras.inputs import Inputs, reduced
 from recollect.ops.miras.memories import Parameters
 from recollect.ops.miras.sequential import sequential
 from recollect.ops.miras.slots import lay_out, whole
@@ -69,8 +70,8 @@ def scan(
         q, k: [B, T, H, K]; v: [B, T, H, V]. With rule multi_step(n): k [B, T, n, H, K], v [B, T, n, H, V].
         gates: by name, each [B, T, H] or, acting on channels, [B, T, H, channels].
             "eta" > 0: the step size, 1 if left out; [B, T, n, H] for multi_step, value channels for the implicit rule.
-            "alpha" in [0, 1], or its logarithm "log_alpha": what is kept, 1 if left out.
-            "momentum" in [0, 1], or "log_momentum". "gamma": the weight of a token in a window. The bias' own ("delta").
+            "alpha" in [0, 1], or its logarithm "log_alpha": what is kept, 1 if left out. At 0 it takes no gradient.
+            "momentum" in [0, 1], or "log_momentum", likewise. "gamma": the weight of a token in a window. The bias' own ("delta").
             "write" [B, T, H, K], delta rule only: the key under which the value is written, in place of eta k (RWKV-7).
         state: what the previous call returned; None: the start of the sequence.
         parameters: what is learned of the memory, from `spec.memory.init`; None: zeros, for memories of one matrix or vector.
@@ -90,10 +91,17 @@ def scan(
         raise ValueError(f"unknown backend {backend!r}; known: {', '.join(sorted(backends()))}")
     if spec.rule.n_steps > 1 or k.dim() == 5:
         return _several_steps(spec, q, k, v, gates, state, parameters, reset, valid, decay_floor, backend)
-    _check_shapes(q, k, v, reset, valid)
+    check_shapes(q, k, v, reset, valid)
     exact = torch.promote_types(q.dtype, torch.float32)
     inputs, write = _inputs(spec, q.to(exact), k.to(exact), v.to(exact), gates)
+    if state is not None:
+        check_state(spec, inputs, state)
     learned = parameters is not None
+    closed = spec.memory.kind != "parametric" or spec.rule.kind != "gradient" or write is not None or spec.rule.implicit
+    if closed and backend not in (None, "chunked", "sequential"):
+        raise RuntimeError(
+            f"backend {backend!r} cannot run memory {spec.memory.name!r} with rule {spec.rule.name!r}; pass backend='chunked'"
+        )
     if spec.memory.kind != "parametric" or spec.rule.kind != "gradient":
         if learned:
             raise ValueError(f"memory {spec.memory.name!r} with rule {spec.rule.name!r} starts empty: leave parameters out")
@@ -103,10 +111,10 @@ def scan(
         if learned and reset is not None:
             raise ValueError("documents of this form of the delta rule start from zeros: leave parameters or reset out")
         if learned and state is None:
-            state = _start(spec, inputs, _parameters(spec, inputs, parameters))
+            state = _start(spec, inputs, check_parameters(spec, inputs, parameters))
         y, after = delta_rule(spec, inputs, write, state, reset, valid, decay_floor, backend)
         return y.to(q.dtype), after
-    parameters = _parameters(spec, inputs, parameters)
+    parameters = check_parameters(spec, inputs, parameters)
     start = None if state is not None and reset is None else _start(spec, inputs, parameters)  # decoding needs none
     if state is None:
         assert start is not None
@@ -159,7 +167,15 @@ def _sequential(call: Call) -> tuple[Tensor, MirasState]:
 def initial_state(
     spec: MirasSpec, q: Tensor, k: Tensor, v: Tensor, gates: Mapping[str, Tensor], *, parameters: Parameters | None = None
 ) -> MirasState:
-    """The state before the first token of a sequence like this one (whose T may be 0): what `scan` starts from without a state."""
+    """The state before the first token of a sequence like this one (whose T may be 0): what `scan` starts from without a state.
+
+    Args:
+        spec, q, k, v, gates, parameters: as `scan` takes them; of the tensors only sizes, precision and device matter.
+    Raises:
+        ValueError: as `scan` does.
+    """
+    if k.dim() == 5:
+        k, v, gates = k[:, :, 0], v[:, :, 0], {**gates, **({"eta": gates["eta"][:, :, 0]} if "eta" in gates else {})}
     exact = torch.promote_types(q.dtype, torch.float32)
     inputs, _ = _inputs(spec, q.to(exact), k.to(exact), v.to(exact), gates)
     n_rows, _, n_heads, key_dim = inputs.k.shape
@@ -172,7 +188,7 @@ def initial_state(
     if spec.rule.kind == "least_squares":
         sizes = [(value_dim, key_dim), (key_dim, key_dim)]
         return held(tuple(inputs.k.new_zeros(n_rows, n_heads, *size) for size in sizes))
-    return _start(spec, inputs, _parameters(spec, inputs, parameters))
+    return _start(spec, inputs, check_parameters(spec, inputs, parameters))
 
 
 def _start(spec: MirasSpec, like: Inputs, parameters: Parameters) -> MirasState:
@@ -203,21 +219,10 @@ def _harmless(gates: tuple[Tensor, ...], width: int) -> tuple[Tensor, ...]:
 # --- what comes in ----------------------------------------------------------------------------------------------------------
 
 
-def _check_shapes(q: Tensor, k: Tensor, v: Tensor, reset: Tensor | None, valid: Tensor | None) -> None:
-    if q.dim() != 4 or k.shape != q.shape or v.shape[:3] != q.shape[:3] or v.dim() != 4:
-        raise ValueError(
-            f"q and k are [B, T, H, K] and v is [B, T, H, V]; got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-        )
-    if not q.shape[1]:
-        raise ValueError("a call needs at least one token; got T=0")
-    for name, flags in (("reset", reset), ("valid", valid)):
-        if flags is not None and (flags.shape != q.shape[:2] or flags.dtype != torch.bool):
-            raise ValueError(f"{name} is bool [B, T] = {list(q.shape[:2])}; got {flags.dtype} {list(flags.shape)}")
-
-
 def _inputs(spec: MirasSpec, q: Tensor, k: Tensor, v: Tensor, gates: Mapping[str, Tensor]) -> tuple[Inputs, Tensor | None]:
     """Everything under its name and in the dtype of q, and RWKV-7's write key."""
-    allowed = {"eta", *spec.bias.gates, *spec.rule.gates}
+    allowed = {*spec.bias.gates, *spec.rule.gates}
+    allowed |= {"eta"} if spec.memory.kind == "parametric" else set()
     allowed |= {"alpha", "log_alpha"} if spec.retention.decays else set()
     allowed |= {"log_momentum"} if "momentum" in spec.rule.gates else set()
     allowed |= (
@@ -253,42 +258,27 @@ def _inputs(spec: MirasSpec, q: Tensor, k: Tensor, v: Tensor, gates: Mapping[str
     for name in ("alpha", "momentum"):
         if name in gates and f"log_{name}" in gates:
             raise ValueError(f"give {name!r} or its logarithm 'log_{name}', not both")
-    log_alpha = channels("log_alpha", 0.0) if "alpha" not in given else channels("alpha", 1.0).log()
+    log_alpha = channels("log_alpha", 0.0) if "alpha" not in given else _log(channels("alpha", 1.0))
     log_momentum, gamma = None, None
     if spec.rule.momentum:
-        log_momentum = per_head("log_momentum", 0.0) if "momentum" not in given else per_head("momentum", 1.0).log()
+        log_momentum = per_head("log_momentum", 0.0) if "momentum" not in given else _log(per_head("momentum", 1.0))
     if "gamma" in spec.rule.gates:
         gamma = per_head("gamma", 1.0)
     missing = [name for name in spec.bias.gates if name not in given]
     if missing:
         raise ValueError(f"bias {spec.bias.name!r} needs the gate {missing[0]!r}, [B, T, H] or [B, T, H, V]")
     eta, bias = channels("eta", 1.0), tuple(channels(name, 0.0) for name in spec.bias.gates)
-    if spec.memory.kind == "parametric" and not spec.rule.implicit:
-        check_channels("eta", eta, spec.memory, q.shape[-1], v.shape[-1])
-        check_channels("log_alpha", log_alpha, spec.memory, q.shape[-1], v.shape[-1])
+    inputs = Inputs(q, k, v, eta, log_alpha, log_momentum, gamma, bias)
+    check_gates(spec, inputs)
     write = given.get("write")
-    return Inputs(q, k, v, eta, log_alpha, log_momentum, gamma, bias), None if write is None else write.to(q.dtype)
+    if write is not None and write.shape != k.shape:
+        raise ValueError(f"gate 'write' is [B, T, H, K] = {list(k.shape)}; got {list(write.shape)}")
+    return inputs, None if write is None else write.to(q.dtype)
 
 
-def _parameters(spec: MirasSpec, inputs: Inputs, parameters: Parameters | None) -> Parameters:
-    """The memory's parameters in the dtype of the computation, checked."""
-    n_heads, key_dim, value_dim = *inputs.k.shape[2:], inputs.v.shape[-1]
-    shapes = [(n_heads, *shape) for shape in spec.memory.shapes(key_dim, value_dim)]
-    if parameters is None:
-        if spec.memory.initial_std:
-            raise ValueError(
-                f"memory {spec.memory.name!r} cannot start from zeros (its gradient would be 0): "
-                "pass parameters=spec.memory.init(n_heads, key_dim, value_dim)"
-            )
-        return Parameters(tuple(inputs.k.new_zeros(shape) for shape in shapes))
-    if [tuple(fast.shape) for fast in parameters.fast] != shapes or len(parameters.slow) != spec.memory.n_slow:
-        raise ValueError(
-            f"parameters of memory {spec.memory.name!r} are matrices of shapes {shapes} and {spec.memory.n_slow} slow ones; "
-            f"got {[tuple(fast.shape) for fast in parameters.fast]} and {len(parameters.slow)}"
-        )
-    cast = tree_map(lambda part: part.to(inputs.q.dtype), parameters)
-    assert isinstance(cast, Parameters)
-    return cast
+def _log(gate: Tensor) -> Tensor:
+    """Logarithm of a gate in [0, 1]; 0 becomes the smallest number there is, and takes no gradient."""
+    return gate.clamp_min(torch.finfo(gate.dtype).tiny).log()
 
 
 def _several_steps(
@@ -326,7 +316,7 @@ def _several_steps(
         bias=spec.bias,
         retention=spec.retention,
         rule=spec.rule._replace(n_steps=1),
-        chunk_size=spec.chunk_size,
+        chunk_size=spec.chunk_size * (n_steps if spec.chunk_size > 1 else 1),
         gradient_at=spec.gradient_at,
         read=spec.read,
     )

@@ -33,7 +33,7 @@ class MirasState(NamedTuple):
         kept: per matrix, log of the product of alpha since the anchor [B, H, 1 or channels]; None unless reads need it (`framed`).
         momentum: S per matrix, or None.
         tail: the window's earlier tokens, or None.
-        phase: int64 [B], tokens in the open chunk.
+        phase: int64 [B], tokens in the open chunk (steps, for rule multi_step).
     """
 
     dual: tuple[Tensor, ...]
@@ -63,7 +63,8 @@ class MirasSpec:
             takes its gradient at the state before it); how many tokens a scan computes at once never does.
         gradient_at: "previous": at W_{t-1}, Miras' and Titans' own; "decayed": at alpha_t W_{t-1}, Gated DeltaNet's (chunk_size 1).
         read: inside a chunk, where the retention is not linear: "linear" reads through the retention's `frame` at the chunk's start
-            (matrix products only), "exact" through the link at every token. They differ for lq, kl and the elastic nets only.
+            (matrix products only), "exact" through the link at every token. They differ where the
+            retention is not linear: lq, kl, logit, f_divergence and the elastic nets; by how much, docs/math.md says.
     Raises:
         ValueError: choices that have no meaning together; the message names those that do.
     """

@@ -19,6 +19,7 @@ from torch import Tensor
 from recollect.ops.miras.retentions import (
     DIVERGENCES,
     RETENTIONS,
+    Divergence,
     Retention,
     elastic_net,
     elastic_net_ftrl,
@@ -349,6 +350,21 @@ def test_f_divergence_minimises_its_divergence(kind: str, scale: float | None) -
     settled = settle_one(kind, previous, -eta * G, scale)
     near(settled, argmin(objective, PREVIOUS, on_simplex(total)), 1e-8)
     near(settled.sum(-1), torch.full((4,), total, dtype=torch.float64))
+
+
+def test_a_divergence_of_ones_own_is_taken() -> None:
+    """Prevents the general case from being five special ones: Cressie and Read's f of power 3, x^3 / 6 up to a line, f' = x^2 / 2."""
+    cubic = Divergence(lambda y: (1 - 2 * y).clamp_min(0).sqrt(), torch.reciprocal, 0.0, -math.inf)
+    weights = torch.rand(1, 2, 3, 6, dtype=torch.float64) + 0.5
+    weights = 6 * weights / weights.sum(-1, keepdim=True)
+    step = 0.1 * torch.randn(1, 2, 3, 6, dtype=torch.float64)
+    settle = f_divergence(cubic).settle
+    assert settle is not None
+    settled = settle(weights, weights + step, 1)
+    ratio = settled / weights
+    slope = ratio.square() / 2 - step  # stationary: f'(W / W') - step is one number per row
+    assert (slope.amax(-1) - slope.amin(-1)).max() < 1e-9
+    torch.testing.assert_close(settled.sum(-1), weights.sum(-1), atol=1e-9, rtol=0)
 
 
 def test_chi2_with_weights_at_zero_minimises_its_divergence() -> None:
