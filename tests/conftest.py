@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from pathlib import Path
 
 # Before torch is imported: spinning OpenMP threads on a busy machine slow small tensors down by orders of magnitude.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -20,6 +22,22 @@ def _seed() -> None:
     """Every test starts from the same global seeds, so none depends on the order in which they run."""
     torch.manual_seed(0)
     np.random.seed(0)  # noqa: NPY002 (for code under test that should not, but might, use it)
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Callable[[str], Path]:
+    """`real_data("babi/qa1_train.jsonl")`: a file of the folder `data/` beside the package; skips without it.
+
+    Real texts and test sets are nobody's to pass on; whoever has them runs these tests too.
+    """
+    root = Path(__file__).parents[1] / "data"
+
+    def find(name: str) -> Path:
+        if not (root / name).exists():
+            pytest.skip(f"needs the real data file {root / name}")
+        return root / name
+
+    return find
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

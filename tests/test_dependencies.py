@@ -26,9 +26,10 @@ ALLOWED: dict[str, set[str]] = {
     "models": {"mixers", "ops", "state"},
     "data": {"tasks"},  # the type of a batch
     "training": {"data", "models", "state", "tasks"},
-    "evaluation": {"data", "models", "tasks", "training"},  # the loss that is reported is the one that is trained on
     "user_modules": set(),
     "inference": {"data", "models", "user_modules"},
+    # The loss that is reported is the one that is trained on.
+    "evaluation": {"data", "inference", "models", "state", "tasks", "training", "user_modules"},
     "comparison": {"data", "evaluation", "kernels", "mixers", "models", "state", "tasks", "training", "user_modules"},
     "cli": {
         "comparison",
@@ -48,7 +49,7 @@ ALLOWED: dict[str, set[str]] = {
 
 # Parts that must run wherever torch runs.
 LEAN = {"": set(), "ops": set(), "state": {"safetensors"}, "kernels": {"triton"}, "mixers": {"safetensors"}, "tasks": set()}
-MODULE_OF = {"pyyaml": "yaml"}
+MODULE_OF = {"lm-eval": "lm_eval", "pyyaml": "yaml"}
 
 
 def files() -> list[Path]:
@@ -133,7 +134,8 @@ def test_every_library_is_a_declared_dependency_and_used() -> None:
         names = [name.split(">")[0].split("=")[0].split("<")[0] for name in requirements]
         return {MODULE_OF.get(name, name) for name in names}
 
-    declared, optional = modules(project["dependencies"]), modules(project["optional-dependencies"]["train"])
+    extras = project["optional-dependencies"]
+    declared, optional = modules(project["dependencies"]), modules(extras["train"] + extras["eval"])
     used = {name for path in files() for _, name in libraries(path)}
     assert used - {"triton", "pyarrow"} - optional == declared  # pyarrow comes with datasets
     assert optional - used <= {"tensorboard"}  # torch imports it

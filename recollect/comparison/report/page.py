@@ -14,6 +14,7 @@ from recollect.comparison.report import curves, inspections, published, units
 from recollect.comparison.report.records import Comparison, Run
 from recollect.comparison.report.summary import Row, describe, headline, incomplete, mean_curve, notes, rows
 from recollect.comparison.report.table import columns, title
+from recollect.evaluation.report.page import asset
 
 SCRIPTS = ("core.js", "chart.js", "heat.js", "maps.js")
 
@@ -26,7 +27,7 @@ def html(comparison: Comparison) -> str:
     said = [*(["* Lowest mean."] if any(row.best for row in table) else []), *notes(comparison, table), *problems]
     return Template(_asset("page.html")).substitute(
         title=escape(f"{comparison.plan['task']}: {', '.join(comparison.labels)}"),
-        css=_asset("page.css"),
+        css=asset("page.css"),
         js="\n".join(_asset(name) for name in SCRIPTS),
         eyebrow=escape(title(comparison)),
         headline=escape(headline(comparison, table)).replace(" %", "&nbsp;%"),

@@ -1,0 +1,105 @@
+"""A language model by path: a recollect run, or any causal LM of Hugging Face."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from recollect.data.tokenizer import Tokenizer
+from recollect.evaluation.language_model import BATCH_TOKENS, LanguageModel
+from recollect.inference.text_model import load_text_model
+from recollect.models.configuration import model_folder
+from recollect.user_modules import import_user_modules
+
+
+class OwnCoder:
+    """A tokenizer of `recollect.data`: every text begins with its start token."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.start = tokenizer.start
+        self.prefix = [tokenizer.start]
+        self.name = tokenizer.fingerprint[:16]
+
+    def encode(self, text: str) -> list[int]:
+        return list(map(int, self.tokenizer.encode_batch([text])[0]))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(ids)
+
+
+class HuggingFaceCoder:
+    """A tokenizer of transformers: texts begin with what it puts there itself (a Llama's <s>, nothing of a GPT-2)."""
+
+    def __init__(self, tokenizer: Any, *, where: str) -> None:
+        """
+        Raises:
+            ValueError: neither an EOS nor a BOS token, so that nothing can end or begin a document.
+        """
+        self.tokenizer = tokenizer
+        start = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.bos_token_id
+        if start is None:
+            raise ValueError(f"{where}: its tokenizer has no EOS token; set eos_token in tokenizer_config.json")
+        self.start = int(start)
+        prefix = list(tokenizer("").input_ids)
+        self.prefix = prefix[:-1] if prefix and prefix[-1] == tokenizer.eos_token_id != tokenizer.bos_token_id else prefix
+        self.name = str(tokenizer.name_or_path or where)
+
+    def encode(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+def load_language_model(
+    path: str,
+    *,
+    imports: Sequence[str] = (),
+    device: str = "cpu",
+    dtype: str = "auto",
+    max_length: int | None = None,
+    batch_tokens: int = BATCH_TOKENS,
+) -> LanguageModel:
+    """Load a model and its tokenizer for evaluation.
+
+    Args:
+        path: OUT of a `recollect train`, OUT/runs/LABEL-seedK of a compare, a folder of `save_pretrained`, or a name on the hub.
+        imports: modules that register the model's mixers.
+        device: cpu, cuda, cuda:1, ...
+        dtype: of the weights: auto (as saved), float32, bfloat16, float16.
+        max_length: tokens that the model may see at a time; None: see `LanguageModel`.
+        batch_tokens: tokens of a batch.
+    Raises:
+        ValueError: no model there, a damaged or unknown one, one without a tokenizer, an unknown dtype.
+    """
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype is auto, float32, bfloat16 or float16; got {dtype!r}")
+    import_user_modules(imports)
+    transformers_logging.set_verbosity_error()  # it warns of contexts that the caller has chosen
+    folder = model_folder(Path(path))
+    if folder is not None and _is_recollect(folder):
+        model, tokenizer = load_text_model(folder)
+        if dtype != "auto":
+            model = model.to(getattr(torch, dtype))
+        return LanguageModel(model.to(device), OwnCoder(tokenizer), max_length=max_length, batch_tokens=batch_tokens)
+    source = str(folder or path)
+    try:
+        other: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        coder = HuggingFaceCoder(AutoTokenizer.from_pretrained(source), where=path)
+    except (OSError, ValueError, KeyError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{path} is no causal language model with a tokenizer: {first}") from error
+    return LanguageModel(other.to(device), coder, max_length=max_length, batch_tokens=batch_tokens)
+
+
+def _is_recollect(folder: Path) -> bool:
+    try:
+        return AutoConfig.from_pretrained(str(folder)).model_type == "recollect"
+    except (OSError, ValueError):
+        return True  # the loader of our own models says what is wrong, in its own words

@@ -1,0 +1,86 @@
+"""The results in one picture: a heat map over two numeric dimensions, else bars with their intervals, else a curve over positions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from recollect.evaluation.report.summary import Line, lines, varying
+from recollect.evaluation.suites.base import Metric, Result, Suite
+
+
+def draw(suite: Suite, results: Sequence[Result], title: str) -> Figure:
+    """The picture: up to three dimensions; one panel per value of those that are no numbers, at most six."""
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure.suptitle(title, fontsize=10)
+    dimensions = varying(suite, results)
+    numeric = [key for key in dimensions if all(isinstance(result.group.get(key), (int, float)) for result in results)]
+    if len(numeric) >= 2:
+        _heat_maps(figure, suite, results, numeric[-2:], [key for key in dimensions if key not in numeric[-2:]])
+    else:
+        _bars(figure, suite, lines(suite, results))
+    return figure
+
+
+def _heat_maps(figure: Figure, suite: Suite, results: Sequence[Result], axes: list[str], others: list[str]) -> None:
+    panels: dict[str, list[Result]] = {}
+    for result in results:
+        panels.setdefault(", ".join(f"{key} {result.group.get(key)}" for key in others), []).append(result)
+    shown = list(panels.items())[:6]
+    grid = figure.subplots(1, len(shown), squeeze=False, sharey=True)[0]
+    metric = suite.metrics[0]
+    image: Any = None
+    down, across = axes[1], axes[0]
+    for panel, (name, some) in zip(grid, shown, strict=True):
+        rows = sorted({result.group[down] for result in results})
+        columns = sorted({result.group[across] for result in results})
+        cells = {(line.group[down], line.group[across]): line for line in lines(suite, some, by=[down, across]) if line.group}
+        values = np.array([[_value(cells.get((row, column)), metric) for column in columns] for row in rows])
+        image = panel.imshow(values, cmap="viridis", vmin=0, vmax=100 if metric.unit == "%" else None, aspect="auto")
+        for i, j in np.ndindex(*values.shape):
+            if np.isfinite(values[i, j]):
+                dark = metric.unit == "%" and values[i, j] < 50
+                panel.text(
+                    j, i, f"{values[i, j]:.0f}", ha="center", va="center", fontsize=7, color="white" if dark else "black"
+                )
+        panel.set_xticks(range(len(columns)), [f"{column:,}" for column in columns], rotation=45, fontsize=7)
+        panel.set_yticks(range(len(rows)), [str(row) for row in rows], fontsize=7)
+        panel.set_xlabel(across, fontsize=8)
+        panel.set_title(name, fontsize=8)
+    grid[0].set_ylabel(down, fontsize=8)
+    figure.colorbar(image, ax=list(grid), label=_label(metric))
+
+
+def _bars(figure: Figure, suite: Suite, found: Sequence[Line]) -> None:
+    panel: Any = figure.subplots()
+    metric, scale = suite.metrics[0], 100 if suite.metrics[0].unit == "%" else 1
+    names = [" ".join(str(value) for value in line.group.values()) or "all" for line in found]
+    values = [scale * line.cells[0].value for line in found]
+    panel.bar(range(len(found)), values, color=matplotlib.colormaps["tab10"](0), width=0.7)
+    for i, line in enumerate(found):
+        if line.cells[0].interval is not None:
+            panel.vlines(i, scale * line.cells[0].interval.low, scale * line.cells[0].interval.high, color="black", linewidth=1)
+    if suite.chance is not None:
+        panel.axhline(scale * suite.chance, color="grey", linestyle=":", label="chance")
+        panel.legend(fontsize=8, frameon=False)
+    panel.set_xticks(
+        range(len(found)), names, rotation=30 if len(found) > 4 else 0, ha="right" if len(found) > 4 else "center", fontsize=7
+    )
+    panel.set_ylabel(_label(metric))
+    if metric.unit == "%":
+        panel.set_ylim(0, 100)
+    panel.spines[["top", "right"]].set_visible(False)
+
+
+def _value(line: Line | None, metric: Metric) -> float:
+    if line is None:
+        return float("nan")
+    return line.cells[0].value * (100 if metric.unit == "%" else 1)
+
+
+def _label(metric: Metric) -> str:
+    return f"{metric.name} %" if metric.unit == "%" else metric.name

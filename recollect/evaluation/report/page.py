@@ -1,0 +1,86 @@
+"""The report of an evaluation as one HTML file that needs no network and no scripts."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Sequence
+from html import escape
+from importlib import resources
+from string import Template
+from typing import Any
+
+from recollect.evaluation.report import table
+from recollect.evaluation.report.summary import Line, show
+from recollect.evaluation.suites.base import Result, Suite
+
+EXAMPLES = 12
+LONGEST = 6000  # characters of a text that is shown
+
+
+def html(
+    suite: Suite, results: Sequence[Result], found: Sequence[Line], plan: dict[str, Any], picture: bytes, command: str
+) -> str:
+    """The whole page; every text that came from a file or a model is escaped."""
+    last = found[-1]
+    metric = suite.metrics[0]
+    notes = [f"{metric.name}: {'higher' if metric.higher_is_better else 'lower'} is better."]
+    if last.cells[0].interval is not None:
+        notes.append("In brackets: 95 % Wilson intervals over the examples. They say nothing of other training seeds.")
+    if suite.chance is not None:
+        notes.append(f"Guessing gives {100 * suite.chance:.1f} %.")
+    name = f"{metric.name} %" if metric.unit == "%" else metric.name
+    return Template(asset("evaluation.html")).substitute(
+        title=escape(f"{suite.name}: {plan.get('path', '')}"),
+        css=asset("page.css"),
+        eyebrow=escape(suite.name),
+        headline=escape(f"{plan.get('path', 'the model')}: {name} {show(metric, last.cells[0])} on {suite.name}"),
+        meta=f"<code>{escape(command)}</code>" if command else "",
+        table=_table(suite, found),
+        notes="".join(f"<li>{escape(note)}</li>" for note in notes),
+        alt=escape(f"{name} by {', '.join(suite.dimensions)}"),
+        picture="data:image/svg+xml;base64," + base64.b64encode(picture).decode(),
+        examples="".join(_example(result) for result in _spread(results)) or "<p class='note'>This suite shows no texts.</p>",
+        plan=escape(json.dumps(plan, indent=2, ensure_ascii=False)),
+    )
+
+
+def asset(name: str) -> str:
+    """A file that pages are made of; `page.css` is that of every page of recollect."""
+    return resources.files(__package__).joinpath("assets").joinpath(name).read_text(encoding="utf-8")
+
+
+def _table(suite: Suite, found: Sequence[Line]) -> str:
+    head = "".join(f"<th scope='col'>{escape(text)}</th>" for text in table.titles(suite, found))
+    rows = []
+    for line in found:
+        first, *others = table.cells(suite, found, line)
+        cells = "".join(f"<td>{escape(text)}</td>" for text in others)
+        rows.append(f"<tr><th scope='row'>{escape(first)}</th>{cells}</tr>")
+    return (
+        "<div class='box'><div class='scroll' tabindex='0' role='region' aria-label='Results'>"
+        f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div></div>"
+    )
+
+
+def _spread(results: Sequence[Result]) -> list[Result]:
+    """Some results that have a text, evenly over all of them."""
+    shown = [result for result in results if result.shown]
+    step = max(1, len(shown) // EXAMPLES)
+    return shown[::step][:EXAMPLES]
+
+
+def _example(result: Result) -> str:
+    group = ", ".join(f"{key} {value}" for key, value in result.group.items())
+    values = ", ".join(f"{key} {value:.4g}" for key, value in result.values.items())
+    texts = "".join(
+        f"<dt>{escape(name)}</dt><dd><pre>{escape(_shortened(text))}</pre></dd>" for name, text in result.shown.items()
+    )
+    return f"<article class='row'><p class='note'>{escape(group)} · {escape(values)}</p><dl>{texts}</dl></article>"
+
+
+def _shortened(text: str) -> str:
+    if len(text) <= LONGEST:
+        return text
+    half = LONGEST // 2
+    return f"{text[:half]}\n[... {len(text) - 2 * half:,} characters ...]\n{text[-half:]}"

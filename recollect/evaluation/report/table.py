@@ -1,0 +1,56 @@
+"""Lines as a table: for the terminal, a text file, Markdown."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from recollect.evaluation.report.summary import ALL, Line, show
+from recollect.evaluation.suites.base import Suite
+
+
+def titles(suite: Suite, found: Sequence[Line]) -> list[str]:
+    """The heads of the columns."""
+    names = [f"{metric.name} %" if metric.unit == "%" else metric.name for metric in suite.metrics]
+    return [*_dimensions(found), "n", *names]
+
+
+def cells(suite: Suite, found: Sequence[Line], line: Line) -> list[str]:
+    """One line's texts, in the order of `titles`."""
+    keys = _dimensions(found)
+    group = [str(line.group[key]) if key in line.group else (ALL if i == 0 else "") for i, key in enumerate(keys)]
+    return [*group, f"{line.n:,}", *(show(metric, cell) for metric, cell in zip(suite.metrics, line.cells, strict=True))]
+
+
+def table(suite: Suite, found: Sequence[Line]) -> Table:
+    """For `rich.console.Console.print`."""
+    result = Table(box=box.SIMPLE_HEAD)
+    for i, name in enumerate(titles(suite, found)):
+        result.add_column(name, justify="left" if i < len(_dimensions(found)) else "right")
+    for line in found:
+        result.add_row(*cells(suite, found, line))
+    return result
+
+
+def plain(suite: Suite, found: Sequence[Line]) -> str:
+    """The table as text without colours."""
+    console = Console(file=io.StringIO(), width=160, color_system=None)
+    console.print(table(suite, found))
+    return console.file.getvalue()  # type: ignore[attr-defined]  # the StringIO above
+
+
+def markdown(suite: Suite, found: Sequence[Line]) -> str:
+    """The table in Markdown."""
+    heads = titles(suite, found)
+    n = len(_dimensions(found))
+    rule = ["---" if i < n else "---:" for i in range(len(heads))]
+    rows = [heads, rule, *(cells(suite, found, line) for line in found)]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def _dimensions(found: Sequence[Line]) -> list[str]:
+    return max((list(line.group) for line in found), key=len)

@@ -1,0 +1,130 @@
+"""Asking a model a suite: batch by batch, every answer kept as soon as it is there, and never asked again."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from recollect import state
+from recollect.evaluation.language_model import LanguageModel
+from recollect.evaluation.suites.base import Item, Result, Suite
+from recollect.training.checkpoint import replace_file
+from recollect.training.folder import changes, locked
+from recollect.training.journal import append_line, read_lines
+
+PLAN, ROWS = "evaluation.json", "rows.jsonl"
+
+
+class Evaluation(NamedTuple):
+    """What is known after a run.
+
+    results: of all items, in the suite's order; n_asked: items asked now; n_kept: items answered earlier; seconds: of this run.
+    """
+
+    results: list[Result]
+    n_asked: int
+    n_kept: int
+    seconds: float
+
+
+def evaluate(
+    model: LanguageModel,
+    suite: Suite,
+    out: Path,
+    *,
+    about: dict[str, Any],
+    at_once: int = 32,
+    limit: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Evaluation:
+    """Ask everything that `out` has no answer to yet.
+
+    Args:
+        model: in evaluation mode.
+        suite: what to ask.
+        out: folder for evaluation.json (what was evaluated) and rows.jsonl (one line per item); a run that was interrupted goes on.
+        about: what else identifies the run, such as the model's path; it is written down and shown.
+        at_once: items between two writes.
+        limit: ask the first n items only; a later run without it goes on.
+        progress: called with (answered, total).
+    Raises:
+        ValueError: `out` holds another evaluation or other files; what suite and model refuse. Finished rows stay.
+        Busy: another process writes there.
+        OSError: `out` cannot be written.
+    """
+    if at_once < 1 or (limit is not None and limit < 1):
+        raise ValueError(f"at_once and limit are at least 1; got {at_once} and {limit}")
+    plan = describe(model, suite, about)
+    out.mkdir(parents=True, exist_ok=True)
+    with locked(out):
+        _claim(out, plan)
+        items = suite.items(model)[:limit]
+        if not items:
+            raise ValueError(f"suite {suite.name!r} has nothing to ask")
+        known = {row["id"]: row for row in _whole_rows(out)}
+        begun = time.monotonic()
+        todo = [item for item in items if item.id not in known]
+        progress(len(items) - len(todo), len(items))
+        for first in range(0, len(todo), at_once):
+            batch = todo[first : first + at_once]
+            for item, results in zip(batch, suite.answer(model, batch), strict=True):
+                known[item.id] = _keep(out, item, results)
+            progress(len(items) - len(todo) + first + len(batch), len(items))
+        results = [Result(**result) for item in items for result in known[item.id]["results"]]
+    return Evaluation(results, len(todo), len(items) - len(todo), time.monotonic() - begun)
+
+
+def describe(model: LanguageModel, suite: Suite, about: dict[str, Any]) -> dict[str, Any]:
+    """Everything that the results depend on, as it is in evaluation.json."""
+    plan = {
+        "suite": suite.name,
+        "options": suite.fingerprint(),
+        "model": {"weights": state.digest(model.model.state_dict())[:16], "tokenizer": model.tokenizer_name},
+        "context": model.max_length,
+        **about,
+    }
+    return dict(json.loads(json.dumps(plan, default=str)))  # as it will be read again
+
+
+def default_folder(model: LanguageModel, suite: Suite, about: dict[str, Any]) -> Path:
+    """The same evaluation finds its own folder again."""
+    return Path("evaluations") / f"{suite.name}-{state.fingerprint(describe(model, suite, about))[:8]}"
+
+
+def _keep(out: Path, item: Item, results: Sequence[Result]) -> dict[str, Any]:
+    row = {"id": item.id, "results": [result._asdict() for result in results]}
+    append_line(out / ROWS, json.dumps(row, ensure_ascii=False), durable=False)
+    return row
+
+
+def _whole_rows(out: Path) -> list[dict[str, Any]]:
+    """The rows that are there; a line that a crash has cut off is removed."""
+    path = out / ROWS
+    if path.is_file():
+        data = path.read_bytes()
+        if not data.endswith(b"\n"):
+            replace_file(path, data[: data.rfind(b"\n") + 1])
+    return read_lines(path)
+
+
+def _claim(out: Path, plan: dict[str, Any]) -> None:
+    """Write the plan, or see that the folder's own is this one."""
+    path = out / PLAN
+    if not path.is_file():
+        strangers = sorted(file.name for file in out.iterdir() if not file.name.startswith("."))
+        if strangers:
+            raise ValueError(f"--out {out} holds other files ({', '.join(strangers[:3])}); give a new or empty folder")
+        replace_file(path, json.dumps(plan, indent=2, ensure_ascii=False).encode())
+        return
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read: {error}; give another --out") from error
+    different = [f"{name}: {old!r}, now {new!r}" for name, old, new in changes(stored, plan)]
+    if different:
+        raise ValueError(
+            f"--out {out} holds another evaluation ({'; '.join(different[:3])}); give another --out or remove that folder"
+        )

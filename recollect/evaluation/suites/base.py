@@ -1,0 +1,176 @@
+"""What a suite is: items that a model is asked, results that stand for themselves, metrics over them. And the registry of suites."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import difflib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, TypeVar, get_type_hints
+
+from recollect.evaluation.language_model import LanguageModel
+from recollect.evaluation.statistics import Interval, wilson
+
+Values = Mapping[str, float]
+
+
+class Item(NamedTuple):
+    """One thing to ask.
+
+    id: unique in the suite; finished ones are not asked again.
+    ask: what `Suite.answer` needs of it.
+    """
+
+    id: str
+    ask: Any
+
+
+class Result(NamedTuple):
+    """One row of the table of results; an item may give several (a book gives one per stretch of positions).
+
+    group: the dimensions that tables are made by, such as {"length": 2048, "depth": 25}.
+    values: numbers that the metrics are computed from.
+    shown: texts for whoever looks at the row: what was asked, said and right.
+    """
+
+    group: dict[str, Any]
+    values: dict[str, float]
+    shown: dict[str, str]
+
+
+class Metric(NamedTuple):
+    """A number over several results.
+
+    name: as in the table; unit: "%" prints a share as per cent, "" as it is.
+    compute: values of the results -> number.
+    interval: the same -> a confidence interval, or None where there is none to give.
+    higher_is_better: the direction.
+    """
+
+    name: str
+    unit: str
+    compute: Callable[[Sequence[Values]], float]
+    interval: Callable[[Sequence[Values]], Interval | None]
+    higher_is_better: bool = True
+
+
+def share(name: str, key: str = "score") -> Metric:
+    """Mean of values[key] in [0, 1], in per cent, with its Wilson interval."""
+
+    def mean(values: Sequence[Values]) -> float:
+        return math.fsum(value[key] for value in values) / len(values)
+
+    return Metric(name, "%", mean, lambda values: wilson(min(len(values), mean(values) * len(values)), len(values)))
+
+
+def per_token(name: str, of: Callable[[float], float] = lambda nats: nats) -> Metric:
+    """`of` the mean nats per token, of values log_prob and n_tokens: `math.exp` makes it the perplexity."""
+
+    def compute(values: Sequence[Values]) -> float:
+        n = sum(value["n_tokens"] for value in values)
+        try:
+            return of(-math.fsum(value["log_prob"] for value in values) / n) if n else math.nan
+        except OverflowError:
+            return math.inf
+
+    return Metric(name, "", compute, lambda values: None, higher_is_better=False)
+
+
+def per_byte(name: str = "bits/byte") -> Metric:
+    """Bits per byte of text, of values log_prob and n_bytes."""
+
+    def compute(values: Sequence[Values]) -> float:
+        n = sum(value["n_bytes"] for value in values)
+        return -math.fsum(value["log_prob"] for value in values) / n / math.log(2) if n else math.nan
+
+    return Metric(name, "", compute, lambda values: None, higher_is_better=False)
+
+
+class Suite(abc.ABC):
+    """A set of questions with their metrics; concrete ones are frozen dataclasses whose fields are the options.
+
+    Attributes:
+        name: what users type.
+        metrics: the first one is the headline.
+        dimensions: keys of a result's group, in the order of the table's columns.
+    """
+
+    name: ClassVar[str]
+    metrics: ClassVar[tuple[Metric, ...]]
+    dimensions: ClassVar[tuple[str, ...]]
+
+    @abc.abstractmethod
+    def items(self, model: LanguageModel) -> list[Item]:
+        """What to ask, in a fixed order: a pure function of the suite, its files and the model's tokenizer.
+
+        Raises:
+            ValueError: a missing or malformed file, or an option that this model cannot satisfy.
+        """
+
+    @abc.abstractmethod
+    def answer(self, model: LanguageModel, items: Sequence[Item]) -> list[list[Result]]:
+        """The results of each item: a pure function of model and items, whatever items are asked together."""
+
+    @property
+    def chance(self) -> float | None:
+        """Expected headline metric of guessing; None where that has no meaning."""
+        return None
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What the results depend on besides the model: the options. Suites that read files add what is in them."""
+        return dataclasses.asdict(self)  # type: ignore[call-overload]
+
+
+SUITES: dict[str, type[Suite]] = {}
+K = TypeVar("K", bound=type[Suite])
+
+
+def register_suite(cls: K) -> K:
+    """Class decorator: make a Suite known under its `name`."""
+    SUITES[cls.name] = cls
+    return cls
+
+
+REQUIRED = dataclasses.MISSING
+
+
+def options_of(suite: type[Suite]) -> dict[str, Any]:
+    """Options of a suite and their defaults; REQUIRED where there is none."""
+    return {field.name: field.default for field in dataclasses.fields(suite) if field.init}  # type: ignore[arg-type]
+
+
+def build_suite(name: str, **options: Any) -> Suite:
+    """A registered suite with options (fields of its dataclass).
+
+    Raises:
+        ValueError: unknown suite or option (the nearest is named), an option that is missing, or a value that the suite refuses.
+    """
+    if name not in SUITES:
+        raise ValueError(f"unknown suite {name!r}{_hint(name, SUITES)} Known suites: {', '.join(sorted(SUITES))}")
+    known = options_of(SUITES[name])
+    for option in options:
+        if option not in known:
+            raise ValueError(f"suite {name!r} has no option {option!r}{_hint(option, known)} Its options: {', '.join(known)}")
+    for key, value in known.items():
+        if value is REQUIRED and key not in options:
+            raise ValueError(f"suite {name!r} needs {key}: give --option {key}=...")
+    hints = get_type_hints(SUITES[name])
+    return SUITES[name](**{key: _as_listed(hints[key], value) for key, value in options.items()})
+
+
+def _as_listed(hint: Any, value: Any) -> Any:
+    """ "2,4" and 2 for an option that is a tuple: (2, 4) and (2,)."""
+    if getattr(hint, "__origin__", None) is not tuple:
+        return value
+    kind = hint.__args__[0]
+    parts = value.split(",") if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [value]
+    try:
+        return tuple(kind(part) for part in parts)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{value!r} is no list of {kind.__name__}; write them with commas between") from error
+
+
+def _hint(name: str, known: Any) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else "."

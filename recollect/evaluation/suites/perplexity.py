@@ -1,0 +1,102 @@
+"""How well a model predicts text: perplexity and bits per byte, by domain and by position in the context."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from recollect.data.files import ALL_SUFFIXES, find_files, read_documents
+from recollect.evaluation.language_model import LanguageModel
+from recollect.evaluation.suites.base import Item, Metric, Result, Suite, per_byte, per_token, register_suite
+
+
+@register_suite
+@dataclass(frozen=True, kw_only=True)
+class Perplexity(Suite):
+    """Perplexity and bits per byte of documents of any length.
+
+    A recollect model carries its state through a document, so that its tokens are predicted from all before them; a model with a
+    limited context (or --context) reads windows of that length, each of which sees `overlap` tokens of the one before.
+
+    Attributes:
+        data: files, folders or globs; a domain is a file, or the folder below one that is given.
+        field: field of .jsonl and .parquet that holds the text.
+        overlap: tokens that a window sees again unscored; only with a limited context.
+        positions: ends of the stretches of positions that are reported apart, in tokens.
+        documents: of each domain, at most; 0: all.
+        tokens: of each document, at most; 0: all.
+        piece: tokens that a call of the model takes; changes nothing but speed.
+    Raises:
+        ValueError: an option out of range.
+    """
+
+    name: ClassVar[str] = "perplexity"
+    metrics: ClassVar[tuple[Metric, ...]] = (per_byte(), per_token("perplexity", math.exp), per_token("nats/token"))
+    dimensions: ClassVar[tuple[str, ...]] = ("domain", "position")
+    data: tuple[str, ...]
+    field: str = "text"
+    overlap: int = 0
+    positions: tuple[int, ...] = (256, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
+    documents: int = 0
+    tokens: int = 0
+    piece: int = 1024
+
+    def __post_init__(self) -> None:
+        if self.overlap < 0 or self.documents < 0 or self.tokens < 0 or self.piece < 1:
+            raise ValueError("overlap, documents and tokens are 0 or more, piece is at least 1")
+        if list(self.positions) != sorted(set(self.positions)) or (self.positions and self.positions[0] < 1):
+            raise ValueError(f"positions are ends of stretches in ascending order; got {self.positions}")
+
+    def items(self, model: LanguageModel) -> list[Item]:
+        """One per document: (domain, text)."""
+        found = []
+        for domain, file in self._files():
+            for number, document in enumerate(read_documents([file], field=self.field)):
+                if self.documents and number >= self.documents:
+                    break
+                found.append(Item(f"{file}:{number}", (domain, document)))
+        return found
+
+    def answer(self, model: LanguageModel, items: Sequence[Item]) -> list[list[Result]]:
+        return [self._read(model, *item.ask) for item in items]
+
+    def fingerprint(self) -> dict[str, Any]:
+        files = [(str(file), hashlib.sha256(file.read_bytes()).hexdigest()[:16]) for _, file in self._files()]
+        return {"data": files} | {
+            name: getattr(self, name) for name in ("field", "overlap", "positions", "documents", "tokens")
+        }
+
+    def _files(self) -> list[tuple[str, Path]]:
+        """(domain, file), as they are given."""
+        found = []
+        for path in self.data:
+            for file in find_files(path, suffixes=ALL_SUFFIXES):
+                is_below = Path(path).is_dir() and file.parent != Path(path)
+                domain = file.relative_to(path).parts[0] if is_below else Path(path).name if Path(path).is_dir() else file.stem
+                found.append((domain, file))
+        return found
+
+    def _read(self, model: LanguageModel, domain: str, document: bytes) -> list[Result]:
+        tokens = np.asarray(model.encode(document.decode("utf-8")), np.int64)
+        tokens = tokens[: self.tokens] if self.tokens else tokens
+        n_bytes = len(document) if not self.tokens else len(model.coder.decode(tokens.tolist()).encode())
+        values = np.concatenate([part for part, _ in model.stream([tokens], piece=self.piece, overlap=self.overlap)])
+        ends = [end for end in self.positions if end < len(values)] + [len(values)]
+        results, begin = [], 0
+        for end in ends:
+            # Bytes of the document are shared out by tokens: which bytes a token stands for not every tokenizer can say.
+            part = n_bytes * (end - begin) / len(values)
+            numbers = {"log_prob": float(values[begin:end].sum()), "n_tokens": end - begin, "n_bytes": part}
+            results.append(Result({"domain": domain, "position": self._stretch(begin)}, numbers, {}))
+            begin = end
+        return results
+
+    def _stretch(self, begin: int) -> str:
+        end = next((end for end in self.positions if begin < end), None)
+        return f"{begin:,}-{end:,}" if end else f"{begin:,}-"

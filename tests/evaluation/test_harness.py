@@ -1,0 +1,521 @@
+"""The adapter, with the harness itself as the oracle: a bigram of bytes answers, and our own scoring must agree with its results."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+import numpy as np
+import pytest
+import yaml
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from recollect.evaluation import harness
+from recollect.evaluation.choices import accuracies, few_shot, to_choices
+from recollect.evaluation.harness import HarnessModel, run_harness
+from recollect.evaluation.lambada import lambada_score, last_word
+from recollect.evaluation.language_model import LanguageModel, Likelihood
+from recollect.evaluation.loading import HuggingFaceCoder
+from tests.test_package import modules_after
+
+THEIRS = Path(lm_eval.__file__).parent / "tasks"
+START = 256
+
+
+class Bigram:
+    """A fixed table of log-probabilities of the next byte; it writes "ANSWER, end" or "ANSWER\\nend" to any prompt."""
+
+    max_length = None
+    tokenizer_name = "bytes"
+
+    def __init__(self, ending: str = "\nend") -> None:
+        logits = 3 * np.random.default_rng(5).standard_normal((257, 256))
+        self.table = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+        self.ending = ending
+        self.asked: list[Any] = []
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def _of(self, context: str, text: str) -> Likelihood:
+        before, after = [START, *self.encode(context)], self.encode(text)
+        rows = self.table[[before[-1], *after[:-1]]]
+        greedy = bool((rows.argmax(axis=1) == after).all())
+        return Likelihood(float(rows[range(len(after)), after].sum()), greedy, len(after), len(after))
+
+    def log_likelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[Likelihood]:
+        self.asked += pairs
+        return [self._of(context, continuation) for context, continuation in pairs]
+
+    def rolling(self, texts: Sequence[str]) -> list[Likelihood]:
+        self.asked += texts
+        return [self._of("", text) for text in texts]
+
+    def generate(self, prompts: Sequence[str], max_new_tokens: int, until: Sequence[str]) -> list[str]:
+        self.asked.append((list(prompts), max_new_tokens, list(until)))
+        return [(prompt.split()[-1][::-1] + self.ending)[:max_new_tokens] for prompt in prompts]
+
+
+class Tasks:
+    """Writes YAML tasks and their rows into a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __call__(
+        self, name: str, rows: Sequence[dict[str, Any]], *, train: Sequence[dict[str, Any]] = (), **config: Any
+    ) -> str:
+        """The path of a task over rows; all three splits that a task may name are there, `train` being the rows if not given."""
+        files = {}
+        for split, content in (("train", train or rows), ("validation", rows), ("test", rows)):
+            file = self.folder / f"{name}-{split}.jsonl"
+            file.write_text("".join(json.dumps(row) + "\n" for row in content), encoding="utf-8")
+            files[split] = str(file)
+        path = self.folder / f"{name}.yaml"
+        settings = {
+            "task": name,
+            "dataset_path": "json",
+            "dataset_name": None,
+            "dataset_kwargs": {"data_files": files, "cache_dir": str(self.folder / "cache")},
+            **({} if "include" in config else {"test_split": "test"}),
+            **config,
+        }
+        path.write_text(yaml.safe_dump(settings), encoding="utf-8")
+        return str(path)
+
+
+@pytest.fixture
+def task(tmp_path: Path) -> Tasks:
+    return Tasks(tmp_path)
+
+
+def arc(question: str, *options: str, gold: int) -> dict[str, Any]:
+    labels = list("ABCD")[: len(options)]
+    return {"question": question, "choices": {"text": list(options), "label": labels}, "answerKey": labels[gold]}
+
+
+def winogrande(sentence: str, first: str, second: str, answer: str) -> dict[str, Any]:
+    return {"sentence": sentence, "option1": first, "option2": second, "answer": answer}
+
+
+def siqa(context: str, question: str, a: str, b: str, c: str, label: str) -> dict[str, Any]:
+    return {"context": context, "question": question, "answerA": a, "answerB": b, "answerC": c, "label": label}
+
+
+def hellaswag(activity: str, ctx_a: str, ctx_b: str, *endings: str, label: str) -> dict[str, Any]:
+    return {"activity_label": activity, "ctx_a": ctx_a, "ctx_b": ctx_b, "endings": list(endings), "label": label}
+
+
+ARC = [
+    arc("Which is wet?", "sand", "rain", "a stone", gold=1),
+    arc("What do bees make from nectar? ", "honey", "cheese", gold=0),
+    arc("Which {{metal}} is liquid?", "iron", "mercury, at 20 °C", "tin", "lead", gold=1),
+    arc("Who eats grass?", "a cow", "a cat", gold=0),
+]
+# Rows of our own in each data set's published form: four to answer, and the same turned round as examples.
+ROWS: dict[str, tuple[str, list[dict[str, Any]]]] = {
+    "arc_easy": ("arc/arc_easy.yaml", ARC),
+    "arc_challenge": ("arc/arc_challenge.yaml", ARC),
+    "boolq": (
+        "super_glue/boolq/default.yaml",
+        [
+            {"passage": "Soap -- Soap foams in water.", "question": "does soap foam", "label": 1},
+            {"passage": "Ice -- Ice is frozen.  It is cold.", "question": "is ice hot", "label": 0},
+            {"passage": "Zoë -- Zoë runs.", "question": "does zoë run", "label": 1},
+            {"passage": "Rust -- Iron rusts.", "question": "does glass rust", "label": 0},
+        ],
+    ),
+    "hellaswag": (
+        "hellaswag/hellaswag.yaml",
+        [
+            hellaswag("Rowing", "A man sits in a boat.", "the man in Red", "rows away.", "sings.", "is a tree.", label="0"),
+            hellaswag(
+                "Home", "[header] How to mop [title] Fill it. [step] Use soap.", "", "[substeps] Rinse.", "Run!", label="1"
+            ),
+            hellaswag("Chess", "Two play  chess.", "one", "moves.", "flies [header] off.", label="0"),
+            hellaswag("Tea", "She boils water.", "then she", "pours it over the leaves.", "sleeps.", label="0"),
+        ],
+    ),
+    "openbookqa": (
+        "openbookqa/openbookqa.yaml",
+        [
+            {"question_stem": row["question"], **{key: row[key] for key in ("choices", "answerKey")}}
+            for row in (*ARC[:2], *ARC[3:], arc("The sun is", "hot", "cold", gold=0))
+        ],
+    ),
+    "piqa": (
+        "piqa/piqa.yaml",
+        [
+            {"goal": "Open a jar", "sol1": "Twist the lid", "sol2": "Eat the lid", "label": 0},
+            {"goal": "how do you dry hair?", "sol1": "Wet it. ", "sol2": "Towel it.", "label": 1},
+            {"goal": "Light a lamp", "sol1": "Sing", "sol2": "Press the switch", "label": 1},
+            {"goal": "Cut bread,", "sol1": "with a knife", "sol2": "with a spoon", "label": 0},
+        ],
+    ),
+    "social_iqa": (
+        "siqa/siqa.yaml",
+        [
+            siqa("Ann fell on the ice.", "How does Ann feel?", "sore", "rich", "tall", "1"),
+            siqa("Bea lent Cem a book.", "What will Cem do?", "burn it", "read it", "sell it", "2"),
+            siqa("Dan sang all night.", "Why?", "to sleep", "he was ill", "for joy", "3"),
+            siqa("Eve won.", "What next?", "a party", "a loss", "a nap", "1"),
+        ],
+    ),
+    "winogrande": (
+        "winogrande/default.yaml",
+        [
+            winogrande("Ann paid Bea because _ owed her money.", "Ann", "Bea", "1"),
+            winogrande("The box did not fit the bag as the _ was too small.", "box", "bag", "2"),
+            winogrande("_ thanked Dan, since Cem had been helped.", "Dan", "Cem", "2"),
+            winogrande("Eve sold Flo the car; _'s driving days were over.", "Eve", "Flo", "1"),
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("n_shots", [0, 2])
+@pytest.mark.parametrize("dataset", sorted(ROWS))
+def test_our_pairs_and_scores_equal_the_harnesss(task: Tasks, dataset: str, n_shots: int) -> None:
+    """The local path and the harness must be one convention: same characters asked, same accuracies computed."""
+    file, rows = ROWS[dataset]
+    train = rows[::-1]
+    path = task(f"{dataset}_local", rows, train=train, include=str(THEIRS / file))
+    model = Bigram()
+    results = run_harness(model, [path], n_shots=n_shots)
+
+    choices = to_choices(rows, dataset)
+    samples = sorted(results["samples"][f"{dataset}_local"], key=lambda sample: sample["doc_id"])
+    assert len(samples) == len(rows)
+    examples = ["".join(pair) for pair in itertools.permutations([few_shot([each]) for each in to_choices(train, dataset)], 2)]
+    for row, choice, sample in zip(rows, choices, samples, strict=True):
+        arguments = [tuple(pair) for pair in sample["arguments"]]
+        shots = arguments[0][0].removesuffix(choice.contexts[0])
+        assert arguments == list(to_choices([row], dataset, shots=shots)[0].pairs)
+        assert shots in (examples if n_shots else [""])
+
+    ours = accuracies(choices, [[each.log_prob for each in Bigram().log_likelihoods(choice.pairs)] for choice in choices])
+    theirs = results["results"][f"{dataset}_local"]
+    if n_shots == 0:  # a bigram sees no examples, but the last byte before an answer is the same: equal in both cases
+        assert len(model.asked) == sum(len(choice.pairs) for choice in choices)
+    assert theirs["acc,none"] == ours.acc
+    assert theirs.get("acc_norm,none", ours.acc_norm) == ours.acc_norm
+    assert ("acc_norm,none" in theirs) == (dataset not in ("boolq", "social_iqa", "winogrande"))
+
+
+def test_bytes_are_scored_as_the_harness_does(task: Tasks) -> None:
+    """Over many questions of which characters and bytes differ, all three metrics agree and are not all alike."""
+    generator = np.random.default_rng(3)
+    words = ["a", "zoë", "日本語", "a long answer", "ß", "no", "Ægir, ægir"]
+    rows = [
+        {"query": f"Goal: {i}\nAnswer:", "choices": generator.choice(words, 3, replace=False).tolist(), "gold": int(i % 3)}
+        for i in range(60)
+    ]
+    metrics = [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm", "acc_bytes")]
+    path = task(
+        "words",
+        rows,
+        output_type="multiple_choice",
+        doc_to_text="query",
+        doc_to_choice="choices",
+        doc_to_target="gold",
+        metric_list=metrics,
+    )
+    results = run_harness(Bigram(), [path])["results"]["words"]
+    choices = to_choices(rows, "piqa", convention="oe_eval")
+    ours = accuracies(choices, [[each.log_prob for each in Bigram().log_likelihoods(choice.pairs)] for choice in choices])
+    assert [results[f"{name},none"] for name in ("acc", "acc_norm", "acc_bytes")] == pytest.approx(list(ours), abs=1e-12)
+    assert len(set(ours)) == 3
+    assert results["acc_stderr,none"] > 0
+
+
+@pytest.mark.parametrize("variant", ["openai", "standard"])
+def test_lambada_equals_the_harnesss(task: Tasks, variant: str) -> None:
+    """Same cut, same accuracy, same perplexity of the word."""
+    model = Bigram()
+    for before, byte in itertools.pairwise(b"e sun"):
+        model.table[before, byte] = 0.0
+    texts = ["she sang to the sun", "`` no , '' said ann", 'He was "Bob', "it is one sun"]
+    rows = [{"text": text} for text in texts]
+    path = task(f"lambada_{variant}_local", rows, include=str(THEIRS / f"lambada/lambada_{variant}.yaml"))
+    results = run_harness(model, [path], bootstrap_iters=0)
+    assert sorted(model.asked) == sorted(map(last_word, rows))
+
+    found = model.log_likelihoods([last_word(row) for row in rows])
+    ours = lambada_score([each.log_prob for each in found], [each.greedy for each in found])
+    theirs = results["results"][f"lambada_{variant}_local"]
+    assert theirs["acc,none"] == ours.accuracy == 0.5
+    assert theirs["perplexity,none"] == pytest.approx(ours.perplexity, rel=1e-12)
+
+
+def test_rolling_gives_word_and_byte_perplexity(task: Tasks) -> None:
+    """WikiText's metrics: the whole text counts, its first byte too, and each document is read by itself."""
+    texts = ["One two three.\nFour é five.", "Six", "Seven eight nine ten eleven."]
+    metrics = [{"metric": name} for name in ("word_perplexity", "byte_perplexity", "bits_per_byte")]
+    path = task(
+        "pages",
+        [{"page": text} for text in texts],
+        output_type="loglikelihood_rolling",
+        doc_to_text="",
+        doc_to_target="page",
+        metric_list=metrics,
+    )
+    results = run_harness(Bigram(), [path], bootstrap_iters=0)["results"]["pages"]
+    table = Bigram().table
+    nats = -sum(
+        table[before][byte] for text in texts for before, byte in zip([START, *text.encode()], text.encode(), strict=False)
+    )
+    n_bytes = sum(len(text.encode()) for text in texts)
+    n_words = sum(len(text.split()) for text in texts)
+    assert results["word_perplexity,none"] == pytest.approx(math.exp(nats / n_words), rel=1e-12)
+    assert results["byte_perplexity,none"] == pytest.approx(math.exp(nats / n_bytes), rel=1e-12)
+    assert results["bits_per_byte,none"] == pytest.approx(nats / n_bytes / math.log(2), rel=1e-12)
+
+
+def test_wikitext_of_the_harness_runs(task: Tasks) -> None:
+    """Its text is detokenised, its words are counted before that: what the model is asked shows it."""
+    model = Bigram()
+    path = task("wikitext_local", [{"page": "One @-@ two , three ."}], include=str(THEIRS / "wikitext/wikitext.yaml"))
+    results = run_harness(model, [path], bootstrap_iters=0)["results"]["wikitext_local"]
+    assert model.asked == ["One-two, three ."]
+    nats = -Bigram().rolling(model.asked)[0].log_prob
+    assert results["word_perplexity,none"] == pytest.approx(math.exp(nats / 6), rel=1e-12)
+
+
+GENERATE = {
+    "output_type": "generate_until",
+    "doc_to_text": "say",
+    "doc_to_target": "want",
+    "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+}
+
+
+def test_generation_stops_where_the_task_says(task: Tasks) -> None:
+    """Text after the stop would make every exact match fail; another task's limit must not be used."""
+    rows = [{"say": "turn abc", "want": "cba"}, {"say": "turn xy", "want": "yx"}, {"say": "turn pq", "want": "wrong"}]
+    line = task("line", rows, **GENERATE, generation_kwargs={"until": ["\n", ""], "max_gen_toks": 9, "do_sample": False})
+    comma = task("comma", rows, **GENERATE, generation_kwargs={"until": ",", "max_tokens": 7, "temperature": 0.0})
+    free = task("free", rows, **GENERATE, generation_kwargs={"until": [], "do_sample": False})
+    model = Bigram()
+    results = run_harness(model, [line, comma, free])
+    assert results["results"]["line"]["exact_match,none"] == pytest.approx(2 / 3)
+    assert results["results"]["comma"]["exact_match,none"] == 0
+    assert [sample["filtered_resps"] for sample in results["samples"]["line"]] == [["cba"], ["yx"], ["qp"]]
+    assert [sample["filtered_resps"][0] for sample in results["samples"]["comma"]] == ["cba\nend", "yx\nend", "qp\nend"]
+    prompts = [row["say"] for row in rows]
+    assert sorted(model.asked, key=lambda each: each[1]) == [(prompts, 7, [","]), (prompts, 9, ["\n"]), (prompts, 256, [])]
+
+
+@pytest.mark.parametrize("options", [{"do_sample": True, "temperature": 0.7}, {"do_sample": False, "num_beams": 4}])
+def test_sampling_is_refused(task: Tasks, options: dict[str, Any]) -> None:
+    """A greedy answer passed off as a sampled one is another benchmark."""
+    path = task("dice", [{"say": "a", "want": "b"}], **GENERATE, generation_kwargs={"until": ["\n"], **options})
+    with pytest.raises(ValueError, match=r"task 'dice' asks for sampling.*do_sample: false"):
+        run_harness(Bigram(), [path])
+
+
+def piqa_task(task: Tasks, name: str = "piqa_local") -> str:
+    return task(name, ROWS["piqa"][1], include=str(THEIRS / "piqa/piqa.yaml"))
+
+
+def test_tasks_are_found_by_name_in_include_path(task: Tasks) -> None:
+    """A name is shorter than a path, and several run at once."""
+    piqa_task(task)
+    piqa_task(task, "piqa_too")
+    results = run_harness(Bigram(), ["piqa_local", "piqa_too"], include_path=task.folder, limit=2)
+    assert results["n-samples"]["piqa_too"]["effective"] == 2
+    assert results["results"]["piqa_local"]["acc,none"] == results["results"]["piqa_too"]["acc,none"]
+    assert results["config"]["tokenizer"] == "bytes"
+
+
+def test_a_group_is_averaged(task: Tasks, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups (mmlu) have a result of their own; one given by its path, which the harness does not know, is told how."""
+    monkeypatch.setattr(harness, "TaskManager", without_defaults)
+    piqa_task(task, "one")
+    piqa_task(task, "two")
+    group = {
+        "group": "both",
+        "task": ["one", "two"],
+        "aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}],
+    }
+    path = task.folder / "both.yaml"
+    path.write_text(yaml.safe_dump(group), encoding="utf-8")
+    results = run_harness(Bigram(), ["both"], include_path=[task.folder])
+    assert results["groups"]["both"]["acc,none"] == results["results"]["one"]["acc,none"]
+    with pytest.raises(ValueError, match="holds a group; give the group's name, and the file's folder as include_path"):
+        run_harness(Bigram(), [str(path)])
+
+
+def without_defaults(**options: Any) -> TaskManager:
+    """The harness's own thousands of files take seconds to index."""
+    return TaskManager(**{"include_defaults": False, **options})
+
+
+@pytest.mark.parametrize(
+    ("names", "options", "message"),
+    [
+        ([], {}, "at least one task"),
+        (["piqa_locl"], {}, "no task, group or tag 'piqa_locl'; did you mean 'piqa_local'"),
+        (["no/such/file.yaml"], {}, "no task, group or tag 'no/such/file.yaml'"),
+        (["piqa_local"], {"limit": 0}, "limit is at least 1"),
+        (["piqa_local"], {"n_shots": -1}, "n_shots"),
+        (["piqa_local"], {"include_path": Path("no/such/folder")}, "folder of YAML files"),
+    ],
+)
+def test_a_wrong_call_is_refused(
+    task: Tasks, monkeypatch: pytest.MonkeyPatch, names: list[str], options: dict[str, Any], message: str
+) -> None:
+    """Before a model is asked anything; a slip of the finger gets the name that was meant."""
+    monkeypatch.setattr(harness, "TaskManager", without_defaults)
+    piqa_task(task)
+    with pytest.raises(ValueError, match=message):
+        run_harness(Bigram(), names, **{"include_path": task.folder, **options})
+
+
+def test_a_data_set_that_cannot_be_downloaded(task: Tasks, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One sentence: which task, why, and what to do, instead of six screens of traceback."""
+
+    def unreachable(*args: Any, **options: Any) -> None:
+        raise ConnectionError("Couldn't reach 'baber/piqa' on the Hub (LocalEntryNotFoundError)")
+
+    monkeypatch.setattr("datasets.load_dataset", unreachable)
+    with pytest.raises(
+        ValueError, match=r"task '.*piqa\.yaml' cannot get its data: Couldn't reach .*HF_HOME.*dataset_path: json"
+    ):
+        run_harness(Bigram(), [str(THEIRS / "piqa/piqa.yaml")])
+
+
+def test_a_missing_or_broken_local_file(task: Tasks) -> None:
+    """The file is named; rows that lack a field are told from rows that cannot be had."""
+    path = piqa_task(task)
+    (task.folder / "piqa_local-validation.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"cannot get its data.*piqa_local-validation\.jsonl"):
+        run_harness(Bigram(), [path])
+    path = task("other", [{"text": "no piqa"}], include=str(THEIRS / "piqa/piqa.yaml"))
+    with pytest.raises(ValueError, match=r"task '.*other\.yaml' cannot be loaded: .*goal"):
+        run_harness(Bigram(), [path])
+
+
+def test_a_model_that_gives_nan_is_refused(task: Tasks) -> None:
+    """The harness would take the first option, and report an accuracy."""
+    model = Bigram()
+    model.table[:] = math.nan
+    with pytest.raises(ValueError, match="not a number"):
+        run_harness(model, [piqa_task(task)])
+    pages = task(
+        "pages",
+        [{"page": "a"}],
+        output_type="loglikelihood_rolling",
+        doc_to_text="",
+        doc_to_target="page",
+        metric_list=[{"metric": "bits_per_byte"}],
+    )
+    with pytest.raises(ValueError, match="not a number"):
+        run_harness(model, [pages])
+
+
+def test_a_cache_continues_an_interrupted_run(task: Tasks, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was answered before an interruption is not asked again, and the results are those of one run."""
+    monkeypatch.setattr(harness, "AT_ONCE", 3)
+    path = piqa_task(task)
+    expected = run_harness(Bigram(), [path])["results"]["piqa_local"]
+    seen: list[tuple[int, int]] = []
+
+    class Interrupted(Bigram):
+        def log_likelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[Likelihood]:
+            if len(self.asked) >= 6:
+                raise KeyboardInterrupt
+            return super().log_likelihoods(pairs)
+
+    first, second = Interrupted(), Bigram()
+    with pytest.raises(KeyboardInterrupt):
+        run_harness(first, [path], cache=task.folder / "answers", progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(3, 8), (6, 8)]
+    results = run_harness(second, [path], cache=task.folder / "answers")["results"]["piqa_local"]
+    assert len(second.asked) == 2
+    assert set(second.asked).isdisjoint(first.asked)
+    assert results == expected
+
+
+def test_progress_counts_generation_over_all_groups(task: Tasks, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bar that starts again for every kind of stop tells nothing."""
+    monkeypatch.setattr(harness, "AT_ONCE", 2)
+    rows = [{"say": f"turn {i}", "want": "x"} for i in range(3)]
+    paths = [task(name, rows, **GENERATE, generation_kwargs={"until": [name]}) for name in ("one", "two")]
+    seen: list[tuple[int, int]] = []
+    run_harness(Bigram(), paths, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(2, 6), (3, 6), (5, 6), (6, 6)]
+
+
+def test_likelihoods_equal_the_harnesss_own_model() -> None:
+    """Of a Hugging Face model, by our `LanguageModel` and by the harness's: tokens must be cut and cropped alike."""
+    words = [
+        "the",
+        "cat",
+        "sat",
+        "on",
+        "a",
+        "mat,",
+        "and",
+        "then",
+        "the",
+        "dog",
+        "ran",
+        "off",
+        "with",
+        "it",
+        "to",
+        "the",
+        "old",
+        "barn",
+    ]
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    raw.train_from_iterator([line], trainers.BpeTrainer(special_tokens=["<end>"], initial_alphabet=alphabet))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<end>")
+    sizes = {"n_positions": 16, "n_embd": 16, "n_layer": 2, "n_head": 2, "initializer_range": 0.5}
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=0, **sizes)).eval()
+    ours = HarnessModel(LanguageModel(model, HuggingFaceCoder(tokenizer, where="here")))
+    theirs = HFLM(pretrained=model, tokenizer=tokenizer, max_length=16, batch_size=1)
+
+    pairs = [("the cat", " sat"), ("", "the dog"), ("the  ", "mat"), (" ".join([line] * 3), " old barn"), ("a:\n", "é")]
+    requests = [Instance("loglikelihood", {}, pair, 0, ("t", 0, 1)) for pair in pairs]
+    for (log_prob, greedy), (expected, is_greedy) in zip(
+        ours.loglikelihood(requests), theirs.loglikelihood(requests, disable_tqdm=True), strict=True
+    ):
+        assert log_prob == pytest.approx(expected, rel=1e-5)
+        assert greedy == is_greedy
+    pages = [Instance("loglikelihood_rolling", {}, (text,), 0, ("t", 0, 1)) for text in ("the cat sat", "a mat")]
+    found = ours.loglikelihood_rolling(pages)
+    assert found == pytest.approx(theirs.loglikelihood_rolling(pages, disable_tqdm=True), rel=1e-5)
+
+
+def test_no_chat_template_is_pretended() -> None:
+    """A base model has none; the harness then says so instead of sending an empty one."""
+    with pytest.raises(NotImplementedError):
+        HarnessModel(Bigram()).apply_chat_template([])
+
+
+def test_everything_else_runs_without_the_harness() -> None:
+    """It is optional, and takes seconds to import; where it is missing, "No module named lm_eval" does not say what to install."""
+    code = """
+import sys
+sys.modules["lm_eval"] = None  # as if it were not installed
+import recollect.evaluation.choices, recollect.evaluation.lambada, recollect.evaluation.suites
+try:
+    import recollect.evaluation.harness
+except ImportError as error:
+    assert 'pip install "recollect[eval]"' in str(error), error
+else:
+    raise AssertionError
+"""
+    assert "recollect" in modules_after(code)

@@ -1,0 +1,274 @@
+"""Evaluations from end to end with models that know everything, nothing, or guess."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from recollect.data.tokenizer import ByteTokenizer
+from recollect.evaluation import report
+from recollect.evaluation.language_model import LanguageModel, Likelihood
+from recollect.evaluation.loading import OwnCoder
+from recollect.evaluation.report.summary import lines
+from recollect.evaluation.runner import evaluate
+from recollect.evaluation.suites import SUITES, Item, Result, Suite, build_suite
+from recollect.evaluation.suites.questions import Questions
+from recollect.models import RecollectConfig, RecollectForCausalLM
+from recollect.training.folder import locked
+
+ROWS = {
+    "lambada": [{"text": f"the quick brown fox {i} jumps over the lazy dog"} for i in range(6)],
+    "commonsense": [
+        {"query": f"Question: what is {i}?\nAnswer:", "choices": ["a thing", "a number", "nothing"], "gold": i % 3}
+        for i in range(9)
+    ],
+    "perplexity": [{"text": "It was a dark and stormy night. " * 9}, {"text": "Call me. " * 40}],
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "ruler": {"only": ("niah_single_1", "niah_multikey_1"), "lengths": (1024, 1500), "n": 3},
+    "needles": {"needles": (1, 3), "lengths": (1024,), "depths": (0, 100), "n": 2},
+    "babilong": {"qa": (1, 5), "lengths": (0,), "n": 3},
+}
+
+
+def suite_of(name: str, folder: Path) -> Suite:
+    """Each suite at a size of seconds."""
+    options = dict(OPTIONS.get(name, {}))
+    if name in ROWS:
+        file = folder / f"{'arc_easy' if name == 'commonsense' else name}.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in ROWS[name]))
+        options["data"] = (str(file),)
+    return build_suite(name, **options)
+
+
+def tiny(*, context: int | None = None) -> LanguageModel:
+    config = RecollectConfig(hidden_size=16, num_attention_heads=2, layers=["gated_delta_net"], mlp=False)
+    return LanguageModel(RecollectForCausalLM(config), OwnCoder(ByteTokenizer()), max_length=context)
+
+
+class Knowing(LanguageModel):
+    """Says what is right: it is given the suite's answers."""
+
+    answers: dict[str, str]
+
+    def generate(self, prompts: Sequence[str], max_new_tokens: int, until: Sequence[str] = (), **_: Any) -> list[str]:
+        return [self.answers[prompt] for prompt in prompts]
+
+    def log_likelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[Likelihood]:
+        known = [self.answers.get(context) == continuation for context, continuation in pairs]
+        return [Likelihood(-0.5 if right else -50.0, right, 1, len(pair[1])) for right, pair in zip(known, pairs, strict=True)]
+
+
+def knowing(suite: Suite) -> Knowing:
+    model = tiny()
+    model.__class__ = Knowing
+    assert isinstance(model, Knowing)
+    model.answers = {}
+    for item in suite.items(model):
+        if isinstance(suite, Questions):
+            _, task, question = item.ask
+            model.answers[question.prompt] = task.solve(question.prompt)
+        elif suite.name == "commonsense":
+            choice = item.ask[1]
+            model.answers[choice.contexts[choice.gold]] = choice.continuations[choice.gold]
+        else:
+            model.answers[item.ask[1]] = item.ask[2]
+    return model
+
+
+@pytest.mark.parametrize("name", sorted(SUITES))
+def test_every_suite_runs_and_reports(name: str, tmp_path: Path) -> None:
+    """Prevents a suite that no model can be asked, or whose results cannot be shown."""
+    suite = suite_of(name, tmp_path)
+    done = evaluate(tiny(), suite, tmp_path / "out", about={"path": "tiny"})
+    report.write(tmp_path / "out", suite, done.results, command="recollect evaluate tiny <b>")
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "recollect evaluate tiny &lt;b&gt;" in page
+    assert "<script" not in page
+    assert (tmp_path / "out" / "figure.png").stat().st_size > 1000
+    assert suite.metrics[0].name in (tmp_path / "out" / "table.txt").read_text()
+    assert (tmp_path / "out" / "table.md").read_text().startswith("| ")
+    assert done.n_asked == len(suite.items(tiny()))
+
+
+@pytest.mark.parametrize("name", sorted(SUITES.keys() - {"perplexity"}))
+def test_a_model_that_knows_scores_everything(name: str, tmp_path: Path) -> None:
+    """Prevents answers that are marked against another question, and metrics that no model can satisfy."""
+    suite = suite_of(name, tmp_path)
+    done = evaluate(knowing(suite), suite, tmp_path / "out", about={})
+    assert lines(suite, done.results)[-1].cells[0].value == 1.0
+
+
+class Guessing(LanguageModel):
+    """Finds every option as likely as a random number says."""
+
+    def log_likelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[Likelihood]:
+        draw = np.random.default_rng(0)
+        return [Likelihood(-float(draw.random()) * len(text), False, 1, len(text)) for _, text in pairs]
+
+
+def test_a_guess_scores_chance(tmp_path: Path) -> None:
+    """Prevents a bias towards the first, last or shortest option: three options, a third right."""
+    rows = [{"query": f"Question: q{i}\nAnswer:", "choices": ["aaaa", "bbbb", "cccc"], "gold": i % 3} for i in range(1500)]
+    file = tmp_path / "arc_easy.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    suite = build_suite("commonsense", data=(str(file),))
+    model = tiny()
+    model.__class__ = Guessing
+    done = evaluate(model, suite, tmp_path / "out", about={}, at_once=1500)
+    (line,) = lines(suite, done.results)
+    for cell in line.cells:
+        assert cell.interval is not None
+        assert cell.interval.low < 1 / 3 < cell.interval.high
+
+
+@pytest.mark.parametrize("context", [None, 64])
+def test_perplexity_is_that_of_a_plain_loop(context: int | None, tmp_path: Path) -> None:
+    """Prevents stretches of positions that overlap, leave tokens out, or count bytes twice."""
+    suite = build_suite("perplexity", data=str(_write(tmp_path, ROWS["perplexity"])), positions="16,100")
+    model = tiny(context=context)
+    done = evaluate(model, suite, tmp_path / "out", about={})
+    texts = [row["text"] for row in ROWS["perplexity"]]
+    expected = [model.rolling([text])[0] for text in texts]
+    all_of = lines(suite, done.results)[-1]
+    n_bytes = sum(len(text) for text in texts)
+    nats = -sum(each.log_prob for each in expected)
+    assert all_of.cells[0].value == pytest.approx(nats / n_bytes / math.log(2))
+    assert all_of.cells[1].value == pytest.approx(math.exp(nats / n_bytes))
+    assert [line.group["position"] for line in lines(suite, done.results, by=["position"])[:-1]] == ["0-16", "16-100", "100-"]
+
+
+def _write(folder: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+class Breaking(LanguageModel):
+    """Fails at its third batch."""
+
+    n_batches = 0
+
+    def generate(self, prompts: Sequence[str], max_new_tokens: int, until: Sequence[str] = (), **options: Any) -> list[str]:
+        self.n_batches += 1
+        if self.n_batches == 3:
+            raise KeyboardInterrupt
+        return super().generate(prompts, max_new_tokens, until, **options)
+
+
+def test_an_interrupted_evaluation_goes_on(tmp_path: Path) -> None:
+    """Prevents finished rows from being lost, asked again, or duplicated; also where a crash has cut the last line off."""
+    suite = build_suite("babilong", qa="1", lengths="0", n=10)
+    whole = evaluate(tiny(), suite, tmp_path / "whole", about={}, at_once=2)
+    broken = tiny()
+    broken.model.load_state_dict(tiny_weights())
+    model = tiny()
+    model.model.load_state_dict(broken.model.state_dict())
+    breaking = tiny()
+    breaking.model.load_state_dict(broken.model.state_dict())
+    breaking.__class__ = Breaking
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(breaking, suite, tmp_path / "out", about={}, at_once=2)
+    with open(tmp_path / "out" / "rows.jsonl", "a") as file:
+        file.write('{"id": "qa=1,le')
+    done = evaluate(model, suite, tmp_path / "out", about={}, at_once=3)
+    assert (done.n_kept, done.n_asked) == (4, 6)
+    rows = [json.loads(line)["id"] for line in (tmp_path / "out" / "rows.jsonl").read_text().splitlines()]
+    assert len(rows) == len(set(rows)) == 10
+    assert [result.shown["prompt"] for result in done.results] == [result.shown["prompt"] for result in whole.results]
+
+
+def tiny_weights() -> dict[str, Any]:
+    return dict(tiny().model.state_dict())
+
+
+def test_a_limit_can_be_raised_later(tmp_path: Path) -> None:
+    """Prevents a first look at ten questions from having to be thrown away."""
+    suite, model = build_suite("babilong", qa="1", lengths="0", n=6), tiny()
+    assert evaluate(model, suite, tmp_path, about={}, limit=2).n_asked == 2
+    done = evaluate(model, suite, tmp_path, about={})
+    assert (done.n_kept, done.n_asked, len(done.results)) == (2, 4, 6)
+
+
+def test_a_folder_is_of_one_evaluation(tmp_path: Path) -> None:
+    """Prevents answers of another model, suite or option from being taken for this one's."""
+    suite, model = build_suite("babilong", qa="1", lengths="0", n=2), tiny()
+    evaluate(model, suite, tmp_path / "out", about={})
+    with pytest.raises(ValueError, match="holds another evaluation"):
+        evaluate(model, build_suite("babilong", qa="1", lengths="0", n=3), tmp_path / "out", about={})
+    other = tiny()
+    with pytest.raises(ValueError, match=r"model\.weights"):
+        evaluate(other, suite, tmp_path / "out", about={})
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("x")
+    with pytest.raises(ValueError, match=r"holds other files \(thesis\.tex\)"):
+        evaluate(model, suite, tmp_path / "mine", about={})
+    with locked(tmp_path / "out"), pytest.raises(Exception, match="in use by another"):
+        evaluate(model, suite, tmp_path / "out", about={})
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("rulr", {}, "unknown suite 'rulr'; did you mean 'ruler'"),
+        ("ruler", {"lenghts": "5"}, "no option 'lenghts'; did you mean 'lengths'"),
+        ("ruler", {"lengths": "a,b"}, "'a,b' is no list of int"),
+        ("ruler", {"only": "niah"}, "RULER has no needle task 'niah'"),
+        ("ruler", {"n": 0}, "n is at least 1"),
+        ("perplexity", {}, "needs data: give --option data="),
+        ("perplexity", {"data": "x", "positions": "5,3"}, "ascending"),
+        ("commonsense", {"data": "x", "shots": -1}, "shots is 0 or more"),
+    ],
+)
+def test_a_wrong_option_is_refused(name: str, options: dict[str, Any], message: str) -> None:
+    """Prevents a misspelt option from being ignored and a wrong value from failing after the model is loaded."""
+    with pytest.raises(ValueError, match=message):
+        build_suite(name, **options)
+
+
+def test_files_that_cannot_be_asked_are_refused(tmp_path: Path) -> None:
+    """Prevents a traceback from a missing file, a line that is no JSON, or a row of another data set."""
+    model = tiny()
+    (tmp_path / "piqa_bad.jsonl").write_text('{"goal": "x"}\n')
+    (tmp_path / "broken.jsonl").write_text('{"text": "a b"}\n{oops\n')
+    (tmp_path / "empty.jsonl").write_text("\n")
+    for name, file, message in (
+        ("lambada", "missing.jsonl", "cannot read"),
+        ("lambada", "broken.jsonl", "line 2 is no JSON"),
+        ("lambada", "empty.jsonl", "is empty"),
+        ("commonsense", "piqa_bad.jsonl", "row 1"),
+        ("commonsense", "broken.jsonl", "which data set is"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build_suite(name, data=(str(tmp_path / file),)).items(model)
+    with pytest.raises(ValueError, match="longer than the 100 tokens that the model may see"):
+        build_suite("ruler", only="niah_single_1", lengths="512").items(tiny(context=100))
+
+
+def test_groups_are_told_apart_and_summed() -> None:
+    """Prevents a line that mixes groups, or a total that weighs groups instead of examples."""
+
+    class Given(Suite):
+        name = "given"
+        metrics = SUITES["ruler"].metrics
+        dimensions = ("a", "b")
+
+        def items(self, model: LanguageModel) -> list[Item]:
+            raise NotImplementedError
+
+        def answer(self, model: LanguageModel, items: Sequence[Item]) -> list[list[Result]]:
+            raise NotImplementedError
+
+    results = [Result({"a": a, "b": 1}, {"score": score}, {}) for a, score in (("x", 1.0), ("x", 0.0), ("x", 0.0), ("y", 1.0))]
+    found = lines(Given(), results)
+    assert [(line.group, line.n, line.cells[0].value) for line in found] == [
+        ({"a": "x"}, 3, pytest.approx(1 / 3)),
+        ({"a": "y"}, 1, 1.0),
+        ({}, 4, 0.5),
+    ]
