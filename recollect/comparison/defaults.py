@@ -56,7 +56,25 @@ def _find_block_kernels(task: Options) -> dict[str, Options]:
     return {"mta": wide, "mta_v1": wide, "mta_v2": wide, "mta_toy": {"c_q": n_question, "c_k": 2 * n_letters - 1}}
 
 
+_WRITTEN = Defaults(  # tasks in text, byte by byte
+    layers=2,
+    width=64,
+    heads=2,
+    batch_size=32,
+    lr=3e-3,
+    warmup=0.05,
+    budget="1000steps",
+    n_eval=500,
+    n_eval_curve=100,
+)
+
 DEFAULTS: dict[str, Defaults] = {
+    "ruler": dataclasses.replace(_WRITTEN, task_options={"length": 768, "shortest": 448, "answer_tokens": 40}),
+    "needles": dataclasses.replace(_WRITTEN, task_options={"length": 384, "shortest": 256, "start": "random"}),
+    "babilong": dataclasses.replace(
+        _WRITTEN, task_options={"instruction": False, "examples": False, "answer_format": False, "answer_tokens": 20}
+    ),
+    "kinship": _WRITTEN,
     "find-block": Defaults(
         task_options={"n_blocks": 6, "n_letters": 5, "n_question": 2},
         mixer_options=_find_block_kernels,

@@ -14,9 +14,10 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from recollect.comparison.options import check_types
+from recollect.comparison.written import make_written
 from recollect.data import TextWindows, load_tokenizer
 from recollect.evaluation.metrics import Score, share_right
-from recollect.tasks import TASKS, Batch, Task, build_task, stream_seed
+from recollect.tasks import TASKS, TEXT_TASKS, Batch, Task, build_task, stream_seed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,15 +139,17 @@ def make_workload(task: str, task_options: Mapping[str, Any], data: Mapping[str,
     """The workload of a plan.
 
     Args:
-        task: "text" or a registered task.
+        task: "text", a registered task, or a registered task in text.
         task_options: fields of the task, or options of the text stream.
         data: for text: {"paths": [...], "evaluation_paths": [...], "tokenizer": "bytes" or its file}.
     Raises:
         ValueError, OSError: unknown task or option, unreadable or unsuitable data.
     """
+    if task in TEXT_TASKS:
+        return make_written(task, task_options)
     if task != "text":
         if task not in TASKS:
-            known = sorted([*TASKS, "text"])
+            known = sorted([*TASKS, *TEXT_TASKS, "text"])
             near = difflib.get_close_matches(task, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else "."
             raise ValueError(f"unknown task {task!r}{hint} Known tasks: {', '.join(known)}")

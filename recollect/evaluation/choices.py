@@ -265,7 +265,7 @@ def _hellaswag(row: Row) -> _Question:
         """Without WikiHow's marks, as the harness does it."""
         return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 
-    query = f"{_text(row, 'activity_label')}: {_text(row, 'ctx_a')} {_text(row, 'ctx_b')}"
+    query = f"{_text(row, 'activity_label')}: {_text(row, 'ctx_a')} {_text(row, 'ctx_b').capitalize()}"
     endings = tuple(map(clean, _texts(row.get("endings"), "endings")))
     return _Question(clean(query), endings, _gold(row, "label", len(endings)))
 

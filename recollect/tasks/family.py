@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from itertools import pairwise, product
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -72,18 +74,17 @@ def compose(words: Sequence[str]) -> frozenset[str]:
         if word not in KIND_OF:
             raise ValueError(f"unknown relation {word!r}; known: {', '.join(KIND_OF)}")
     female = KIND_OF[words[-1]][1]
-    return frozenset(WORDS[kind][female] for kind in _compose_kinds([KIND_OF[word][0] for word in words]))
+    return frozenset(WORDS[kind][female] for kind in _compose_kinds(tuple(KIND_OF[word][0] for word in words)))
 
 
-def _compose_kinds(kinds: Sequence[str]) -> frozenset[str]:
-    """The kinds that a chain can come to, by dynamic programming over its pieces: O(n^3)."""
-    n = len(kinds)
-    table = {(i, i + 1): {kind} for i, kind in enumerate(kinds)}
-    for size in range(2, n + 1):
-        for i in range(n - size + 1):
-            pairs = ((a, b) for m in range(i + 1, i + size) for a in table[i, m] for b in table[m, i + size])
-            table[i, i + size] = {RULES[pair] for pair in pairs if pair in RULES}
-    return frozenset(table[0, n])
+@lru_cache(maxsize=2**16)
+def _compose_kinds(kinds: tuple[str, ...]) -> frozenset[str]:
+    """The kinds that a chain can come to. Pieces are remembered, so a chain of n costs n^2 pieces of n cuts, and only once."""
+    if len(kinds) == 1:
+        return frozenset(kinds)
+    cuts = ((_compose_kinds(kinds[:m]), _compose_kinds(kinds[m:])) for m in range(1, len(kinds)))
+    pairs = (pair for first, second in cuts for pair in product(first, second))
+    return frozenset(RULES[pair] for pair in pairs if pair in RULES)
 
 
 def inverse(kind: str) -> str:
@@ -115,16 +116,16 @@ def derive(facts: Iterable[Fact], a: str, b: str) -> frozenset[str]:
     return frozenset(WORDS[kind][female] for kind in kinds)
 
 
-def _ways(edges: Mapping[str, list[tuple[str, str]]], a: str, b: str) -> Iterator[list[str]]:
+def _ways(edges: Mapping[str, list[tuple[str, str]]], a: str, b: str) -> Iterator[tuple[str, ...]]:
     """The kinds along each path from a to b that meets nobody twice."""
-    open_ends: list[tuple[tuple[str, ...], list[str]]] = [((a,), [])]
+    open_ends: list[tuple[tuple[str, ...], tuple[str, ...]]] = [((a,), ())]
     while open_ends:
         people, kinds = open_ends.pop()
         for kind, other in edges.get(people[-1], []):
             if other == b:
-                yield [*kinds, kind]
+                yield (*kinds, kind)
             elif other not in people:
-                open_ends.append(((*people, other), [*kinds, kind]))
+                open_ends.append(((*people, other), (*kinds, kind)))
 
 
 class Family(NamedTuple):
@@ -197,7 +198,8 @@ def find_chain(rng: np.random.Generator, family: Family, word: str, k: int) -> l
     """k + 1 different people, the last of whom is `word` to the first, each in a stated relation to the one before.
 
     Grown as in CLUTRR, backwards: begin with two people, and k - 1 times put somebody between two neighbours so that a rule
-    composes the two new relations to the old one (neighbours, rule and person uniform among what is possible).
+    composes the two new relations to the old one (neighbours, rule and person uniform among what is possible). Unlike there,
+    steps that make the chain ambiguous are not taken.
 
     Returns:
         None where this family has no such pair, or the chain can grow no further.
@@ -209,8 +211,11 @@ def find_chain(rng: np.random.Generator, family: Family, word: str, k: int) -> l
     while len(chain) <= k:
         for i in rng.permutation(len(chain) - 1).tolist():
             between = put_between(rng, family, chain[i], chain[i + 1], set(chain))
-            if between is not None:
-                chain.insert(i + 1, between)
+            if between is None:
+                continue
+            longer = [*chain[: i + 1], between, *chain[i + 1 :]]
+            if len(compose([family.word(*pair) for pair in pairwise(longer)])) == 1:
+                chain = longer
                 break
         else:
             return None

@@ -144,7 +144,7 @@ class Kinship(TextTask):
         Tags: `k`, `noise`, `a`, `b` (what is b to a?), `chain` (the k relations from a to b).
 
         Raises:
-            ValueError: n < 1.
+            ValueError: n < 1; no story with so much noise.
         """
         if n < 1:
             raise ValueError(f"n, the number of examples, is at least 1; got {n}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -42,51 +42,79 @@ def invent(rng: np.random.Generator, word: str, k: int, *, noise: str, n_noise: 
     Args:
         noise, n_noise: as in `kinship.Kinship`.
     Raises:
-        RuntimeError: none was found.
+        ValueError: none was found, for want of people for so much noise.
     """
     for _ in range(MAX_FAMILIES):
         family = grow_family(rng)
         chain = find_chain(rng, family, word, k)
         if chain is None:
             continue
-        more = _noise(rng, noise, family, chain, n_noise)
-        if more is None:
-            continue
-        story = _name(rng, [(family, *pair) for pair in pairwise(chain)] + more, k)
-        if derive(story.facts, story.a, story.b) == {word}:
-            return story
+        told = [(family, *pair) for pair in pairwise(chain)]
+        more = _NOISE[noise](rng, family, chain, n_noise)
+        if more is not None:
+            return _name(rng, told + more, k)
     raise RuntimeError(
         f"no story with k={k} about {word!r} in {MAX_FAMILIES} families; try another k or less noise than {n_noise}"
     )
 
 
-def _noise(rng: np.random.Generator, noise: str, family: Family, chain: Sequence[int], n: int) -> list[_Told] | None:
-    """What else is told, None where the family does not have it."""
+def _supporting(rng: np.random.Generator, family: Family, chain: Sequence[int], n: int) -> list[_Told] | None:
     told: list[_Told] = []
     taken = set(chain)
-    if noise == "disconnected":
-        family = grow_family(rng)
-        here = int(rng.integers(len(family.female)))
-        taken = {here}
-    for _ in range(n if noise != "clean" else 0):
-        if noise == "supporting":
-            i = int(rng.integers(len(chain) - 1))
-            one, other = chain[i], chain[i + 1]
-            between = put_between(rng, family, one, other, taken)
+    while len(told) < 2 * n:
+        for i in rng.permutation(len(chain) - 1).tolist():
+            between = put_between(rng, family, chain[i], chain[i + 1], taken)
             if between is None:
-                return None
-            told += [(family, one, between), (family, between, other)]
-            taken.add(between)
-            continue
-        if noise == "irrelevant":
-            here = pick(rng, chain)
-        near = [b for b in range(len(family.female)) if b not in taken and family.kinds.get((here, b)) in STATED]
+                continue
+            longer = [*told, (family, chain[i], between), (family, between, chain[i + 1])]
+            facts = [(str(a), family.word(a, b), str(b)) for a, b in [*pairwise(chain), *(pair[1:] for pair in longer)]]
+            # A second way may allow a second answer.
+            if len(derive(facts, str(chain[0]), str(chain[-1]))) == 1:
+                told = longer
+                taken.add(between)
+                break
+        else:
+            return None
+    return told
+
+
+def _irrelevant(rng: np.random.Generator, family: Family, chain: Sequence[int], n: int) -> list[_Told] | None:
+    told: list[_Told] = []
+    taken = set(chain)
+    while len(told) < n:
+        here = pick(rng, chain)
+        near = _near(family, here, taken)
         if not near:
             return None
         told.append((family, here, pick(rng, near)))
-        here = told[-1][2]
-        taken.add(here)
+        taken.add(told[-1][2])
     return told
+
+
+def _disconnected(rng: np.random.Generator, family: Family, chain: Sequence[int], n: int) -> list[_Told] | None:
+    """A walk through another family."""
+    strangers = grow_family(rng)
+    walk = [int(rng.integers(len(strangers.female)))]
+    while len(walk) <= n:
+        near = _near(strangers, walk[-1], set(walk))
+        if not near:
+            return None
+        walk.append(pick(rng, near))
+    return [(strangers, *pair) for pair in pairwise(walk)]
+
+
+def _near(family: Family, a: int, taken: set[int]) -> list[int]:
+    """Those outside `taken` whose relation to a may be stated."""
+    return [b for b in range(len(family.female)) if b not in taken and family.kinds.get((a, b)) in STATED]
+
+
+# What else is told; None where the family does not have it.
+_NOISE: dict[str, Callable[[np.random.Generator, Family, Sequence[int], int], list[_Told] | None]] = {
+    "clean": lambda rng, family, chain, n: [],
+    "supporting": _supporting,
+    "irrelevant": _irrelevant,
+    "disconnected": _disconnected,
+}
 
 
 def _name(rng: np.random.Generator, told: Sequence[_Told], k: int) -> Story:

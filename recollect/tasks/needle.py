@@ -72,8 +72,8 @@ class Ruler(TextTask):
         needle: N lines, each a needle with random key and value; the rest as for noise.
         essay: the first N words of a text, repeated when N is longer; the needles at different ones of 40 equally spaced depths
             0 .. 100 %: in front of sentence int(n_sentences depth / 100), all joined by blanks.
-        length: N is found once, by bisection, as the largest that keeps measure(prompt) + answer_tokens <= length; a sample
-            that is too long is written again with 500 words (essay) or 25 lines (5 for lengths below 4096) less.
+        length: N is found once, by bisection: the largest with measure(prompt) + answer_tokens <= length; a sample that is too
+            long is written again with 500 words (essay) or 25 lines (5 for lengths below 4096) less.
 
     Differences. The wording is ours. A sample gives up at most a quarter of N at a time: 500 words or 5 lines would leave short
     texts empty. Keys, and values, of a sample differ from one another, and no line of a "needle" haystack has one of its keys:
@@ -89,12 +89,11 @@ class Ruler(TextTask):
         length: room for prompt and answer, in the units of the measure.
         text: file with the essay; None: sentences of a small grammar of our own. Only for "essay".
         start: where in the text a sample begins: "first" word (RULER) or the start of a "random" sentence (better for training).
-        adjectives, nouns: files with one word a line, for keys and values that are words (RULER: the wonderwords lists); None:
-            short lists of our own.
+        adjectives, nouns: files, a word a line, for keys and values that are words (RULER: wonderwords); None: lists of our own.
         templates: JSON file with some of `RULER_TEMPLATES` in other words.
         answer_tokens: RULER allows 128.
-        chance: a uniform guess among the values in the text: n_queries / n_keys; 0 where all are asked for, and for "needle",
-            whose number of values the length decides (1 / tags["n_needles"]).
+        chance: a uniform guess among the values in the text, n_queries / n_keys; 0 where all of them are asked for, and for
+            "needle", where it depends on the length: n_queries n_values / tags["n_needles"].
     Raises:
         ValueError: an option outside its range, or a file that cannot be used.
     Source: Hsieh et al. 2024, arXiv 2404.06654; NVIDIA/RULER, scripts/data/synthetic/niah.py and scripts/synthetic.yaml.
@@ -264,8 +263,7 @@ class Needles(TextTask):
     does not say where the needles stand that are not asked for, nor how an answer is graded; `placing` has both usual readings,
     the grading is ours, and so is the wording. Its one printed needle has a one-digit number: hence the default.
 
-    A sample takes as many words of the text as keep measure(prompt) + answer_tokens <= length, found once by bisection; one that
-    turns out longer gives up as few words as it must.
+    A sample has as many words as keep measure(prompt) + answer_tokens <= length, found once; a longer one gives up a few.
 
     Attributes:
         n_needles: cities with a number, 1 to 10 ** n_digits (9 x 10 ** (n_digits - 1) above one digit).
