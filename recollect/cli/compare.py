@@ -117,11 +117,11 @@ def compare(
         one_thread()
         from recollect.comparison import Request
         from recollect.comparison import compare as run
-        from recollect.comparison.options import parse_options
+        from recollect.comparison.options import parse_options, split_outside
 
         request = Request(
             task=task,
-            mixers=mixers.split(",") if mixers is not None else None,
+            mixers=split_outside(mixers, ",") if mixers is not None else None,
             seeds=seeds,
             budget=budget,
             equal=equal,

@@ -34,13 +34,25 @@ def parse_budget(text: str) -> tuple[int | None, float | None]:
 
 
 def parse_mixer(text: str) -> tuple[str, dict[str, Any]]:
-    """("mta", {"c_q": 2}) of "mta:c_q=2".
+    """("mta", {"c_q": 2}) of "mta:c_q=2"; ("moneta", {"bias": {"name": "lp", "p": 4}}) of "moneta:bias={name: lp, p: 4}".
 
     Raises:
         ValueError: a part that is not option=value.
     """
-    name, *parts = text.strip().split(":")
+    name, *parts = split_outside(text.strip(), ":")
     return name, parse_options(parts, of=f"mixer {text!r}")
+
+
+def split_outside(text: str, separator: str) -> list[str]:
+    """The parts of a text between separators that stand in no brackets."""
+    parts, depth = [""], 0
+    for character in text:
+        depth += (character in "{[") - (character in "}]")
+        if character == separator and depth <= 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return parts
 
 
 def parse_options(parts: Sequence[str], *, of: str) -> dict[str, Any]:

@@ -23,8 +23,8 @@ from recollect.tasks.babi import (
     events,
 )
 
-# Facts of a story: an even number, uniform between these (bAbI: 2-10, 6-68, 22-228, 2, 6-126). Shorter, so that small models
-# can be trained on them.
+# Facts of a story: an even number between these, drawn uniformly (bAbI: 2-10, 2-68, 4-228, 2, 2-126). Shorter in kinds 2, 3 and
+# 5, so that small models can be trained on them.
 N_FACTS = {1: (2, 10), 2: (6, 24), 3: (12, 40), 4: (2, 2), 5: (6, 24)}
 _T = TypeVar("_T")
 
@@ -36,7 +36,8 @@ def tell(qa: int, rng: np.random.Generator) -> Story:
     that is in the room, put down or, in kind 5, hand over one that they hold) with probability 1/2 where they can, else walk
     to another room. Asked is, uniformly among what the story tells: 1 a person that walked, 2 a thing that was touched, 3 a
     room that a thing came to once from another, 5 a gift, in one of five forms. Kind 4: three rooms in a row, two facts, each
-    pair of neighbours told and asked in a uniform one of its two directions. Stories without anything to ask are told anew.
+    pair of neighbours told and asked in a uniform one of its two directions. Stories without anything to ask are told anew,
+    with another number of facts.
 
     Answers come from the world; only the supporting facts are found by reading.
     """

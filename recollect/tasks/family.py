@@ -140,7 +140,7 @@ class Family(NamedTuple):
 
 
 def grow_family(rng: np.random.Generator) -> Family:
-    """A family of four generations, 30 to 60 people: a couple, their descendants, whom those married, and some of their kin.
+    """A family of four generations, 20 to 60 people: a couple, their descendants, whom those married, and some of their kin.
 
     Everybody of the second generation marries, of the third 2 in 3. The couples have 3, 2 to 3, and 1 to 2 children; parents of
     half of those who married in are known, half of them with another child. Nobody marries twice or within the family.

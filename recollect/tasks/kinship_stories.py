@@ -53,9 +53,7 @@ def invent(rng: np.random.Generator, word: str, k: int, *, noise: str, n_noise: 
         more = _NOISE[noise](rng, family, chain, n_noise)
         if more is not None:
             return _name(rng, told + more, k)
-    raise RuntimeError(
-        f"no story with k={k} about {word!r} in {MAX_FAMILIES} families; try another k or less noise than {n_noise}"
-    )
+    raise ValueError(f"no {noise} story with k={k} and n_noise={n_noise} in {MAX_FAMILIES} families; lower n_noise")
 
 
 def _supporting(rng: np.random.Generator, family: Family, chain: Sequence[int], n: int) -> list[_Told] | None:

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from recollect.comparison.options import check_types, parse_budget, parse_mixer, parse_options
+from recollect.comparison.options import check_types, parse_budget, parse_mixer, parse_options, split_outside
 
 
 @pytest.mark.parametrize(
@@ -39,6 +39,8 @@ def test_a_mixer_carries_its_options() -> None:
         {"c_q": 2, "norm": "none", "kq": True, "rope_theta": 1e4},
     )
     assert parse_mixer(" attention ") == ("attention", {})
+    assert parse_mixer("moneta:bias={name: lp, p: 4}:c=1") == ("moneta", {"bias": {"name": "lp", "p": 4}, "c": 1})
+    assert split_outside("attention,moneta:bias={name: lp, p: 4},x", ",") == ["attention", "moneta:bias={name: lp, p: 4}", "x"]
 
 
 @pytest.mark.parametrize("parts", [["c_q"], ["=3"], ["c_q=1", "c_q=2"], ["c_q=[1"]])

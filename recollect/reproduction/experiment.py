@@ -1,0 +1,100 @@
+"""What an experiment of a paper is here: which models are trained and asked what at which scale, and what was published.
+
+stages   a comparison trains the models and gives one column; questions ask the models of an earlier comparison
+scales   "tiny" ends in minutes on two cores, "small" in hours; "paper" is the list of commands for a cluster
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+Scale = Literal["tiny", "small", "paper"]
+SCALES: tuple[Scale, ...] = ("tiny", "small", "paper")
+TEXT = "TEXT"  # stands for the user's text in the `data` of a request
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Published:
+    """Numbers of a paper, to stand beside measured ones.
+
+    Attributes:
+        title: what they are, where they stand, how large the models were.
+        columns: heads of the columns.
+        rows: model -> a number or text per column; None where the paper has none.
+        note: what keeps them from being compared number by number.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    rows: Mapping[str, tuple[float | str | None, ...]]
+    note: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Training:
+    """Train several mixers and take the comparison's own metric: error %, or bits per byte.
+
+    Attributes:
+        column: head of the column.
+        request: fields of `recollect.comparison.Request`, seeds excepted; `data=[TEXT]` is the user's.
+        names: mixer as typed -> name in the table, where it is another.
+    """
+
+    column: str
+    request: Mapping[str, Any]
+    names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Asking:
+    """Ask every model of an earlier stage a suite of `recollect evaluate`; one column per value of `by`.
+
+    Attributes:
+        of: column of the `Training` whose models are asked.
+        suite: name of the suite.
+        options: its options; `data=(TEXT,)` is the user's.
+        by: dimension of the suite that makes the columns; "": one column for all.
+        context: tokens that the models may see at a time; None: their own limit.
+    """
+
+    of: str
+    suite: str
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    by: str = ""
+    context: int | None = None
+
+
+Stage = Training | Asking
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """A table or figure of a paper.
+
+    Attributes:
+        name: what users type.
+        about: one line: what is shown, and where in which paper.
+        published: what the paper reports.
+        tiny, small: the stages of these scales.
+        paper: commands that run it as published, one per line.
+        size: in words, how far the scales are from the paper's models.
+    """
+
+    name: str
+    about: str
+    published: tuple[Published, ...]
+    tiny: tuple[Stage, ...]
+    small: tuple[Stage, ...]
+    paper: tuple[str, ...]
+    size: Mapping[str, str]
+
+    def stages(self, scale: Scale) -> tuple[Stage, ...]:
+        """The stages of a scale that is run here."""
+        return self.tiny if scale == "tiny" else self.small
+
+    def needs_text(self, scale: Scale) -> bool:
+        """Whether a stage reads the user's text."""
+        parts = [*(stage.request if isinstance(stage, Training) else stage.options for stage in self.stages(scale))]
+        return any(TEXT in part.get("data", ()) for part in parts)

@@ -1,0 +1,314 @@
+"""The experiments of Multi-Token Attention, arXiv 2504.00927v2."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from recollect.reproduction.experiment import TEXT, Asking, Experiment, Published, Stage, Training
+
+FOUR = ("attention", "diff", "talking_heads", "mta")
+NAMES = {"attention": "Transformer", "diff": "DIFF", "talking_heads": "Talking Heads", "mta": "MTA"}
+RECIPES = ("transformer", "diff", "talking-heads", "mta")
+_FOUR_RUNS = tuple(f"recollect train {name}-880m out=runs/{name}-880m" for name in RECIPES)
+
+_TINY_TEXT: dict[str, Any] = {"task": "text", "data": [TEXT], "budget": "150steps", "n_eval": 128}
+_SMALL_TEXT: dict[str, Any] = {
+    "task": "text",
+    "data": [TEXT],
+    "budget": "2000steps",
+    "parameters": 3_000_000,
+    "width": 192,
+    "layers": 6,
+}
+_TEXT_SIZE = {
+    "tiny": "1 M parameters, bytes of your own text, 0.3 MB seen; the paper: 880 M parameters, 105 billion tokens of SlimPajama.",
+    "small": "3 M parameters, bytes of your own text, 4 MB seen; the paper: 880 M parameters, 105 billion tokens of SlimPajama.",
+}
+
+
+def _toy(n_letters: int, answer: str, *, n_blocks: int, **rest: Any) -> Training:
+    options = {"n_letters": n_letters, "n_blocks": n_blocks, "answer": answer}
+    return Training(
+        column=f"N={n_letters} {answer}",
+        request={"task": "find-block", "mixers": ["attention", "mta"], "task_options": options, **rest},
+        names=NAMES,
+    )
+
+
+def _six(**rest: Any) -> tuple[Stage, ...]:
+    return tuple(_toy(n, answer, **rest) for n in (5, 8) for answer in ("all", "first", "last"))
+
+
+TOY = Experiment(
+    name="mta-toy",
+    about="Find the block that holds the question's letters: error % (section 4.1, Table 1)",
+    published=(
+        Published(
+            title="Table 1: error %, mean of 3 seeds; 4 layers of width 256, 100K steps, about 50 blocks",
+            columns=("N=5 all", "N=5 first", "N=5 last", "N=8 all", "N=8 first", "N=8 last"),
+            rows={"Transformer": (51.6, 78.2, 1.3, 31.2, 28.9, 58.4), "MTA": (0.1, 0.0, 0.0, 0.1, 0.0, 0.0)},
+            note="The Transformer's standard deviations are 0.4 to 50 points: some of its seeds learn the task, some do not.",
+        ),
+    ),
+    tiny=_six(n_blocks=4, budget="600steps"),
+    small=_six(n_blocks=8, budget="3000steps"),
+    paper=tuple(
+        "recollect compare find-block --mixers attention,mta_toy --seeds 3 --budget 100000steps --layers 4 --width 256 --heads 2 "
+        f"--batch-size 64 --lr 5e-4 -t n_letters={n} -t n_blocks={52 if n == 5 else 35} -t answer={answer} --out toy-{n}-{answer}"
+        for n in (5, 8)
+        for answer in ("all", "first", "last")
+    ),
+    size={
+        "tiny": "3 layers of width 64, 4 blocks, 600 steps; the paper: 4 layers of width 256, about 50 blocks, 100K steps.",
+        "small": "3 layers of width 64, 8 blocks, 3000 steps; the paper: 4 layers of width 256, about 50 blocks, 100K steps.",
+    },
+)
+
+LANGUAGE = Experiment(
+    name="mta-lm",
+    about="Perplexity of language models trained alike (section 4.2, Table 2)",
+    published=(
+        Published(
+            title="Table 2: validation perplexity, mean of 7 domains and 2 runs; 880 M parameters, 105 billion tokens",
+            columns=("perplexity", "after 4096 tuning"),
+            rows={
+                "Transformer": (11.25, 11.02),
+                "DIFF": (11.15, 10.89),
+                "Talking Heads": (11.04, 10.88),
+                "MTA": (10.91, 10.65),
+            },
+            note="Perplexities of tokens, over other texts: only the order can be compared with bits per byte.",
+        ),
+    ),
+    tiny=(Training(column="bits/byte", request={**_TINY_TEXT, "mixers": list(FOUR)}, names=NAMES),),
+    small=(Training(column="bits/byte", request={**_SMALL_TEXT, "mixers": [*FOUR, "mta_v1"]}, names=NAMES),),
+    paper=(*_FOUR_RUNS, "recollect train mta-880m seed=777 out=runs/mta-880m-777"),
+    size=_TEXT_SIZE,
+)
+
+LONG_CONTEXT = Experiment(
+    name="mta-long-context",
+    about="Perplexity at longer contexts than trained on, by position (section 4.3, Table 2 below)",
+    published=(LANGUAGE.published[0],),
+    tiny=(
+        Training(column="bits/byte", request={**_TINY_TEXT, "mixers": ["attention", "mta"]}, names=NAMES),
+        Asking(
+            of="bits/byte",
+            suite="perplexity",
+            options={"data": (TEXT,), "positions": (128, 256, 512, 1024), "tokens": 2048, "documents": 2},
+            by="position",
+            context=2048,
+        ),
+    ),
+    small=(
+        Training(column="bits/byte", request={**_SMALL_TEXT, "mixers": ["attention", "mta"]}, names=NAMES),
+        Asking(
+            of="bits/byte",
+            suite="perplexity",
+            options={"data": (TEXT,), "positions": (128, 256, 512, 1024), "tokens": 4096, "documents": 8},
+            by="position",
+            context=4096,
+        ),
+    ),
+    paper=tuple(
+        f"recollect train long-context model.start_from=runs/{name}-880m/model out=runs/{name}-880m-4k" for name in RECIPES
+    ),
+    size=_TEXT_SIZE,
+)
+
+
+def _needles(column: str, n_needles: int, *, length: int, shortest: int, **rest: Any) -> Training:
+    options = {"n_needles": n_needles, "length": length, "shortest": shortest, "start": "random"}
+    return Training(
+        column=column, request={"task": "needles", "task_options": options, "mixers": list(FOUR), **rest}, names=NAMES
+    )
+
+
+NEEDLES = Experiment(
+    name="mta-niah",
+    about="Needles in a haystack: the number of one of several cities (section 4.4, Figures 3 and 8)",
+    published=(
+        Published(
+            title="Figures 3 and 8: accuracy over 2 to 10 needles, 2K and 4K tokens; 880 M parameters",
+            columns=("values",),
+            rows={"MTA": ("ahead of the three baselines at every number of needles",)},
+            note="The paper prints curves and no numbers.",
+        ),
+    ),
+    tiny=(_needles("2 needles", 2, length=240, shortest=160, budget="600steps"),),
+    small=tuple(
+        _needles(f"{n} needles", n, length=768, shortest=320, budget="4000steps", layers=4, width=128, heads=4)
+        for n in (2, 4, 6)
+    ),
+    paper=tuple(
+        f"recollect evaluate runs/{name}-880m needles -o needles=2,4,6,8,10 -o lengths={length} -o n=500 -o text=haystack.txt "
+        f"--device cuda --dtype bfloat16 --out niah/{name}-{length}"
+        for name in RECIPES
+        for length in (2048, 4096)
+    ),
+    size={
+        "tiny": "1 M parameters or fewer, trained for this task on texts of 160 to 240 bytes; the paper: 880 M, not trained for it.",
+        "small": "1 M parameters, trained for this task on texts of 320 to 768 bytes; the paper: 880 M, not trained for it.",
+    },
+)
+
+
+def _babilong(qa: int, *, length: int = 0, **rest: Any) -> Training:
+    options: dict[str, Any] = {
+        "qa": qa,
+        "length": length,
+        "instruction": False,
+        "examples": False,
+        "answer_format": False,
+    }
+    return Training(
+        column=f"QA{qa}", request={"task": "babilong", "task_options": options, "mixers": list(FOUR), **rest}, names=NAMES
+    )
+
+
+BABILONG = Experiment(
+    name="mta-babilong",
+    about="Facts of a story among other text, BabiLong QA1-5 (section 4.4, Figures 5 and 7)",
+    published=(
+        Published(
+            title="Figures 5 and 7: accuracy at 0K to 4K tokens of distraction; 880 M parameters",
+            columns=("values",),
+            rows={"MTA": ("ahead on the average, most clearly at 4K",)},
+            note="The paper prints curves and no numbers.",
+        ),
+    ),
+    tiny=(_babilong(1, budget="800steps"),),
+    small=tuple(_babilong(qa, budget="6000steps", layers=4, width=128, heads=4) for qa in range(1, 6)),
+    paper=tuple(
+        f"recollect evaluate runs/{name}-880m-4k babilong -o lengths=0,1024,2048,4096 -o n=1000 -o facts=babi -o background=pg19 "
+        f"--device cuda --dtype bfloat16 --out babilong/{name}"
+        for name in RECIPES
+    ),
+    size={
+        "tiny": "models trained for this task on facts alone; the paper: 880 M parameters, not trained for it.",
+        "small": "1 M parameters, trained for this task on facts alone; the paper: 880 M parameters, not trained for it.",
+    },
+)
+
+LAMBADA = Experiment(
+    name="mta-lambada",
+    about="The last word of a passage (section 4.5, Table 4)",
+    published=(
+        Published(
+            title="Table 4: perplexity of the last word; 880 M parameters",
+            columns=("standard", "OpenAI"),
+            rows={"Transformer": (17.6, 9.5), "DIFF": (14.9, 9.3), "Talking Heads": (15.1, 8.9), "MTA": (13.2, 8.4)},
+            note="At small sizes the last word is beyond every model: bits per byte of the text tell more.",
+        ),
+    ),
+    tiny=LANGUAGE.tiny,
+    small=LANGUAGE.small,
+    paper=tuple(
+        f"recollect evaluate runs/{name}-880m harness -o tasks=lambada_standard,lambada_openai --device cuda --dtype bfloat16 "
+        f"--out lambada/{name}"
+        for name in RECIPES
+    ),
+    size=_TEXT_SIZE,
+)
+
+
+def _ablation(
+    name: str, about: str, published: dict[str, tuple[float | str | None, ...]], variants: dict[str, str]
+) -> Experiment:
+    """Variants of Multi-Token Attention on find-block and on text; variants: mixer as typed -> name in the table."""
+    toy: dict[str, Any] = {"task": "find-block", "task_options": {"n_blocks": 6}}
+    mixers = list(variants)
+    return Experiment(
+        name=name,
+        about=about,
+        published=(
+            Published(
+                title="Table 5 and section 4.6: validation perplexity of 880 M parameters (Transformer 11.25)",
+                columns=("perplexity",),
+                rows=published,
+                note="Differences of hundredths at 880 M parameters: far below the spread of seeds at the sizes run here.",
+            ),
+        ),
+        tiny=(Training(column="find-block error", request={**toy, "mixers": mixers, "budget": "600steps"}, names=variants),),
+        small=(
+            Training(column="find-block error", request={**toy, "mixers": mixers, "budget": "1500steps"}, names=variants),
+            Training(column="bits/byte", request={**_SMALL_TEXT, "mixers": mixers}, names=variants),
+        ),
+        paper=tuple(
+            f"recollect train mta-880m model.layers={mixer.split(':')[0]} "
+            + " ".join(f"model.options.{option}" for option in mixer.split(":")[1:])
+            + f" out=runs/{name}-{i}"
+            for i, mixer in enumerate(mixers)
+        ),
+        size=_TEXT_SIZE,
+    )
+
+
+ABLATIONS = (
+    _ablation(
+        "mta-ablation-kernel",
+        "Size of the key-query kernel (Table 5)",
+        {"4x9": (11.23,), "6x11": (11.23,), "8x13": (11.31,)},
+        {"mta:c_q=4:c_k=9": "4x9", "mta:c_q=6:c_k=11": "6x11", "mta:c_q=8:c_k=13": "8x13"},
+    ),
+    _ablation(
+        "mta-ablation-norm",
+        "Normalisation of the heads (Table 5)",
+        {"gate": (10.90,), "depth scaling": (10.92,), "none (one convolution)": (10.99,)},
+        {"mta": "gate", "mta:norm=depth": "depth scaling", "mta:norm=none": "none"},
+    ),
+    _ablation(
+        "mta-ablation-order",
+        "Convolutions before and after the softmax (Table 5)",
+        {"both": (10.90,), "before": (10.95,), "heads only: Talking Heads": (11.04,), "keys and queries only": (11.23,)},
+        {
+            "mta": "both",
+            "mta:kq_post=false": "before",
+            "talking_heads": "heads only",
+            "mta:head_pre=false:head_post=false": "kq only",
+        },
+    ),
+    _ablation(
+        "mta-ablation-init",
+        "How kernels start (section 4.6)",
+        {"identity": (11.09,), "zero": (11.11,), "constant 0.3": (11.17,)},
+        {"mta": "identity", "mta:init=zero": "zero", "mta:init=const": "constant 0.3"},
+    ),
+    _ablation(
+        "mta-ablation-head-kernel",
+        "How many heads are mixed together (Figure 6, left)",
+        {"1 head": ("about 11.2",), "2 heads": (11.09,), "16 heads": ("about 11.05",)},
+        {"mta:c_h=1": "1 head", "mta:c_h=2": "2 heads", "mta": "all heads"},
+    ),
+)
+
+LAYERS = Experiment(
+    name="mta-ablation-layers",
+    about="In how many layers keys and queries are convolved (Figure 5, right)",
+    published=(
+        Published(
+            title="Figure 5, right: validation perplexity over 0 to 12 of 24 layers; 880 M parameters",
+            columns=("perplexity",),
+            rows={"0 layers": (11.25,), "2 layers": ("below the baselines",), "6 layers": ("the authors' choice",)},
+            note="The paper prints a curve between 11.125 and 11.25; in a model of four layers, every fourth is one.",
+        ),
+    ),
+    tiny=(
+        Training(
+            column="bits/byte",
+            request={**_TINY_TEXT, "mixers": ["mta:kq=false", "mta", "mta:kq=true"]},
+            names={"mta:kq=false": "no layer", "mta": "every fourth", "mta:kq=true": "every layer"},
+        ),
+    ),
+    small=(
+        Training(
+            column="bits/byte",
+            request={**_SMALL_TEXT, "mixers": ["mta:kq=false", "mta", "mta:kq=true"]},
+            names={"mta:kq=false": "no layer", "mta": "every fourth", "mta:kq=true": "every layer"},
+        ),
+    ),
+    paper=tuple(f"recollect train mta-880m model.options.kq={kq} out=runs/mta-880m-kq-{kq}" for kq in ("true", "false")),
+    size=_TEXT_SIZE,
+)
+
+EXPERIMENTS = (TOY, LANGUAGE, LONG_CONTEXT, NEEDLES, BABILONG, LAMBADA, LAYERS, *ABLATIONS)

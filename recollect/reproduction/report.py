@@ -1,0 +1,144 @@
+"""Measured beside published: tables for the terminal, a Markdown file and a page."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from string import Template
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from recollect.evaluation.report.page import asset
+from recollect.evaluation.statistics import summarize
+from recollect.reproduction.experiment import Experiment, Published, Scale
+from recollect.reproduction.runner import Column, Measured
+from recollect.training.checkpoint import replace_file
+
+_PAGE = Template("""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
+<link rel="icon" href="data:,"><title>$title</title><style>$css</style></head><body>
+<header><p class="eyebrow">recollect reproduce: $name, scale $scale</p><h1>$about</h1><p class="meta">$size</p></header>
+<main><section><h2>Measured</h2>$measured<ul class="notes">$notes</ul></section>
+<section><h2>Published</h2>$published</section></main></body></html>
+""")
+
+
+def write(out: Path, experiment: Experiment, scale: Scale, measured: Measured) -> RenderableType:
+    """Write table.txt, table.md and report.html into `out`.
+
+    Returns:
+        The same for `rich.console.Console.print`.
+    Raises:
+        OSError: a file cannot be written.
+    """
+    shown = _shown(experiment, scale, measured)
+    console = Console(file=io.StringIO(), width=160, color_system=None)
+    console.print(shown)
+    replace_file(out / "table.txt", console.file.getvalue().encode())  # type: ignore[attr-defined]  # the StringIO above
+    replace_file(out / "table.md", _markdown(experiment, scale, measured).encode())
+    replace_file(out / "report.html", _html(experiment, scale, measured).encode())
+    return shown
+
+
+def cell(values: Sequence[float | None], unit: str) -> str:
+    """Mean and every seed: "1.2 (0.9, 1.5)"; a run that has no result is a dash."""
+    scale, digits = (100, 1) if unit == "%" else (1, 3)
+    each = [f"{scale * value:.{digits}f}" if value is not None and math.isfinite(value) else "-" for value in values]
+    if len(values) == 1:
+        return each[0]
+    whole = [value for value in values if value is not None and math.isfinite(value)]
+    mean = f"{scale * summarize(whole).mean:.{digits}f}" if len(whole) == len(values) else "-"
+    return f"{mean} ({', '.join(each)})"
+
+
+def notes(experiment: Experiment, scale: Scale, measured: Measured) -> list[str]:
+    """What a reader must know before comparing."""
+    low, high = measured.parameters
+    size = f"{low:,}" if low == high else f"{low:,} to {high:,}"
+    return [
+        f"Measured here: {experiment.size[scale]}",
+        f"The models have {size} parameters; {measured.seconds / 60:.0f} minutes of training in all.",
+        "In brackets: every seed. Published numbers are of other sizes and data: compare orders, not values.",
+    ]
+
+
+def _columns(measured: Measured) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    heads = [f"{column.head} %" if column.unit == "%" else column.head for column in measured.columns]
+    names = list(dict.fromkeys(name for column in measured.columns for name in column.cells))
+    return heads, [(name, [_of(column, name) for column in measured.columns]) for name in names]
+
+
+def _of(column: Column, name: str) -> str:
+    return cell(column.cells[name], column.unit) if name in column.cells else ""
+
+
+def _published_rows(table: Published) -> list[tuple[str, list[str]]]:
+    return [(name, ["" if value is None else str(value) for value in values]) for name, values in table.rows.items()]
+
+
+def _shown(experiment: Experiment, scale: Scale, measured: Measured) -> Group:
+    parts: list[RenderableType] = [Text(f"{experiment.name}, scale {scale}: {experiment.about}\n\nmeasured")]
+    parts.append(_table(*_columns(measured)))
+    parts += [Text(note) for note in notes(experiment, scale, measured)]
+    for table in experiment.published:
+        parts += [Text(f"\npublished: {table.title}"), _table(list(table.columns), _published_rows(table)), Text(table.note)]
+    return Group(*parts)
+
+
+def _table(heads: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("model")
+    for head in heads:
+        table.add_column(head, justify="right")
+    for name, cells in rows:
+        table.add_row(name, *cells)
+    return table
+
+
+def _markdown(experiment: Experiment, scale: Scale, measured: Measured) -> str:
+    def of(heads: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> str:
+        lines = [["model", *heads], ["---", *["---:"] * len(heads)], *([name, *cells] for name, cells in rows)]
+        return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+    parts = [f"### {experiment.name}, scale {scale}: {experiment.about}\n", of(*_columns(measured))]
+    parts.append("\n".join(notes(experiment, scale, measured)) + "\n")
+    for table in experiment.published:
+        parts.append(f"{table.title}:\n\n{of(list(table.columns), _published_rows(table))}\n{table.note}\n")
+    return "\n".join(parts)
+
+
+def _html(experiment: Experiment, scale: Scale, measured: Measured) -> str:
+    def of(heads: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]], caption: str) -> str:
+        head = "".join(f"<th scope='col'>{escape(text)}</th>" for text in ["model", *heads])
+        body = "".join(
+            f"<tr><th scope='row'>{escape(name)}</th>{''.join(f'<td>{escape(text)}</td>' for text in cells)}</tr>"
+            for name, cells in rows
+        )
+        return (
+            f"<div class='box'><p>{escape(caption)}</p><div class='scroll' tabindex='0' role='region' "
+            f"aria-label='{escape(caption)}'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div></div>"
+        )
+
+    published = "".join(
+        of(list(table.columns), _published_rows(table), table.title) + f"<p class='note'>{escape(table.note)}</p>"
+        for table in experiment.published
+    )
+    return _PAGE.substitute(
+        title=escape(experiment.name),
+        css=asset("page.css"),
+        name=escape(experiment.name),
+        scale=scale,
+        about=escape(experiment.about),
+        size=escape(experiment.size[scale]),
+        measured=of(*_columns(measured), "Measured here"),
+        notes="".join(f"<li>{escape(note)}</li>" for note in notes(experiment, scale, measured)),
+        published=published,
+    )

@@ -1,0 +1,157 @@
+"""Running an experiment: its comparisons and questions, stage by stage; what is finished is never run again."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+
+from recollect.comparison import Request, compare
+from recollect.comparison.report.records import Run, read
+from recollect.evaluation.loading import load_language_model
+from recollect.evaluation.report.summary import lines
+from recollect.evaluation.runner import evaluate
+from recollect.evaluation.suites import build_suite
+from recollect.reproduction.experiment import TEXT, Asking, Experiment, Scale, Training
+from recollect.training.checkpoint import replace_file
+
+Say = Callable[[str], None]
+
+
+class Column(NamedTuple):
+    """One measured column.
+
+    head: of the table; unit: "%" or ""; cells: model -> one value per seed, in order of the seeds; None for a run that failed.
+    higher_is_better: the direction.
+    """
+
+    head: str
+    unit: str
+    cells: dict[str, list[float | None]]
+    higher_is_better: bool
+
+
+class Measured(NamedTuple):
+    """What a run of an experiment has measured; `seconds` of training in all; parameters of the models, smallest and largest."""
+
+    columns: list[Column]
+    seconds: float
+    parameters: tuple[int, int]
+
+
+def run(
+    experiment: Experiment,
+    scale: Scale,
+    out: Path,
+    *,
+    seeds: int,
+    text: Sequence[str] = (),
+    jobs: int | None = None,
+    device: str = "auto",
+    overrides: Mapping[str, Any] | None = None,
+    console: Console | None = None,
+) -> Measured:
+    """Run every stage of a scale in folders under `out`; the same call goes on where it was interrupted.
+
+    Args:
+        experiment, scale: what; not "paper", which is a list of commands.
+        out: a folder of this experiment and scale alone.
+        seeds: runs of every model.
+        text: files for the stages that read text.
+        jobs, device: as `recollect compare` takes them.
+        overrides: fields of every request that win over the experiment's, such as {"budget": "20steps"}.
+        console: where progress goes.
+    Raises:
+        ValueError: no text where one is needed, and what the stages refuse.
+    """
+    if scale == "paper":
+        raise ValueError("scale 'paper' is a list of commands for a cluster; it is not run here")
+    if experiment.needs_text(scale) and not text:
+        raise ValueError(f"{experiment.name} trains on text: name a file or folder with --data")
+    columns: list[Column] = []
+    trained: dict[str, list[tuple[str, Run]]] = {}
+    seconds, parameters = 0.0, []
+    for number, stage in enumerate(experiment.stages(scale)):
+        folder = out / f"{number}-{_file_name(stage.column if isinstance(stage, Training) else stage.suite)}"
+        if isinstance(stage, Training):
+            fields = {**stage.request, **(overrides or {}), "seeds": seeds, "device": device}
+            request = Request(**{key: _with_text(value, text) if key == "data" else value for key, value in fields.items()})
+            compare(request, out=folder, jobs=jobs, console=console)
+            found = read(folder)
+            runs = [(stage.names.get(label, label), each) for label in found.labels for each in found.runs[label]]
+            trained[stage.column] = runs
+            columns.append(_trained(stage.column, found.metric, runs))
+            seconds += sum(each.last.seconds for _, each in runs if each.last)
+            parameters += [each.last.parameters for _, each in runs if each.last]
+        else:
+            columns += _asked(stage, trained[stage.of], folder, text, console)
+    measured = Measured(columns, seconds, (min(parameters), max(parameters)))
+    replace_file(out / "measured.json", json.dumps([column._asdict() for column in columns], indent=2).encode())
+    return measured
+
+
+def _trained(head: str, metric: str, runs: Sequence[tuple[str, Run]]) -> Column:
+    cells: dict[str, list[float | None]] = {}
+    for name, each in runs:
+        done = each.status == "finished" and each.last is not None
+        cells.setdefault(name, []).append(each.last.score if done and each.last else None)
+    return Column(head, "%" if metric == "error" else "", cells, higher_is_better=False)
+
+
+def _asked(
+    stage: Asking, runs: Sequence[tuple[str, Run]], folder: Path, text: Sequence[str], console: Console | None
+) -> list[Column]:
+    """One column per value of the suite's dimension."""
+    options = {key: _with_text(value, text) if key == "data" else value for key, value in stage.options.items()}
+    suite = build_suite(stage.suite, **options)
+    metric = suite.metrics[0]
+    found: dict[str, dict[str, list[float | None]]] = {}
+    for name, each in runs:
+        if console:
+            console.print(f"{stage.suite}: {name} seed {each.seed}", markup=False, highlight=False)
+        model = load_language_model(str(each.folder), max_length=stage.context)
+        out = folder / f"{_file_name(name)}-seed{each.seed}"
+        results = evaluate(model, suite, out, about={"path": each.folder.name}).results
+        for line in lines(suite, results, by=[stage.by] if stage.by else []):
+            if stage.by and not line.group:
+                continue  # the line of everything
+            head = f"{stage.by} {line.group[stage.by]}" if stage.by else f"{stage.suite} {metric.name}"
+            found.setdefault(head, {}).setdefault(name, []).append(line.cells[0].value)
+    return [Column(head, metric.unit, cells, metric.higher_is_better) for head, cells in found.items()]
+
+
+def _with_text(value: Any, text: Sequence[str]) -> Any:
+    return type(value)(path for item in value for path in (text if item == TEXT else [item]))
+
+
+def _file_name(text: str) -> str:
+    return "".join(character if character.isalnum() or character in "-_." else "-" for character in text)
+
+
+def write_paper(experiment: Experiment, out: Path) -> Path:
+    """The commands of the published scale as a shell script.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    lines_of = [
+        "#!/bin/bash",
+        f"# {experiment.name}: {experiment.about}",
+        "# Each `recollect train` is one job: on several machines run it under torchrun, or submit examples/slurm/train.sbatch.",
+        "set -e",
+        *experiment.paper,
+    ]
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / f"{experiment.name}.sh"
+    replace_file(path, ("\n".join(lines_of) + "\n").encode())
+    path.chmod(0o755)
+    return path
+
+
+def settings(experiment: Experiment, scale: Scale) -> list[dict[str, Any]]:
+    """The stages as plain data, for who wants to see or change them."""
+    return [dataclasses.asdict(stage) for stage in experiment.stages(scale)]

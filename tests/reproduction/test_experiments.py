@@ -1,0 +1,145 @@
+"""The papers' experiments: every stage can be planned, every command of the published scale is understood, and one runs to its page."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import typer
+
+from recollect.cli import app
+from recollect.comparison import Request
+from recollect.comparison.plan import make_plan
+from recollect.evaluation.suites import build_suite
+from recollect.reproduction import EXPERIMENTS, find, miras, mta, report
+from recollect.reproduction.experiment import TEXT, Asking, Experiment, Scale, Training
+from recollect.reproduction.report import cell
+from recollect.reproduction.runner import run, write_paper
+from recollect.training.recipe.load import load_run
+
+NAMES = (mta.NAMES, miras.NAMES)  # of all that their experiments train
+STAGES = [(name, scale) for name in EXPERIMENTS for scale in ("tiny", "small")]
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> str:
+    file = tmp_path / "book.txt"
+    file.write_text("It was a dark and stormy night; the rain fell in torrents. " * 1200)
+    return str(file)
+
+
+@pytest.mark.parametrize(("name", "scale"), STAGES)
+def test_every_stage_can_be_planned(name: str, scale: Scale, text: str) -> None:
+    """Prevents an experiment that fails hours later on an option that no mixer, task or suite has."""
+    experiment = EXPERIMENTS[name]
+    trained = set()
+    for stage in experiment.stages(scale):
+        if isinstance(stage, Training):
+            fields = {
+                key: [text if item == TEXT else item for item in value] if key == "data" else value
+                for key, value in stage.request.items()
+            }
+            plan = make_plan(Request(**fields), command="")
+            assert set(stage.names) <= {mixer["label"] for mixer in plan.mixers} or stage.names in NAMES
+            trained.add(stage.column)
+        else:
+            assert stage.of in trained
+            build_suite(stage.suite, **{**stage.options, **({"data": (text,)} if "data" in stage.options else {})})
+    assert experiment.size[scale]
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_the_published_table_is_whole(name: str) -> None:
+    """Prevents a row that has slipped by a column."""
+    for table in EXPERIMENTS[name].published:
+        assert table.rows
+        assert all(len(values) == len(table.columns) for values in table.rows.values())
+        assert table.note
+
+
+def _commands(name: str) -> list[list[str]]:
+    return [shlex.split(line) for line in EXPERIMENTS[name].paper]
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_command_of_the_published_scale_is_understood(name: str, tmp_path: Path) -> None:
+    """Prevents a recipe that is not shipped, a setting that no run has, and an option that no command takes."""
+    path = write_paper(EXPERIMENTS[name], tmp_path)
+    assert path.read_text().count("recollect ") >= len(EXPERIMENTS[name].paper)
+    click = typer.main.get_command(app)
+    for command in _commands(name):
+        assert command[0] == "recollect"
+        if command[1] == "train":
+            load_run(command[2], command[3:])
+            continue
+        known = {flag for parameter in click.commands[command[1]].params for flag in parameter.opts}  # type: ignore[attr-defined]
+        assert {word for word in command if word.startswith("-") and not word[1:2].isdigit()} <= known
+        if command[1] == "evaluate" and command[3] != "harness":
+            given = [command[i + 1].partition("=") for i, word in enumerate(command) if word == "-o"]
+            options: dict[str, Any] = {key: value for key, _, value in given if key not in ("text", "facts", "background")}
+            build_suite(command[3], **{key: int(value) if key == "n" else value for key, value in options.items()})
+
+
+def test_an_experiment_runs_to_its_page_and_is_not_run_again(tmp_path: Path, text: str) -> None:
+    """Prevents results in another column, a page without its published table, and work that is done twice."""
+    small = {"budget": "2steps", "width": 16, "layers": 1, "heads": 2, "batch_size": 2, "n_eval": 4, "n_eval_curve": 2}
+    experiment = Experiment(
+        name="toy",
+        about="a <toy>",
+        published=EXPERIMENTS["mta-lm"].published,
+        tiny=(
+            Training(
+                column="bits/byte",
+                request={"task": "text", "data": [TEXT], "mixers": ["attention", "mamba2"]},
+                names={"mamba2": "Mamba"},
+            ),
+            Asking(
+                of="bits/byte", suite="perplexity", options={"data": (TEXT,), "positions": (64,), "tokens": 100}, by="position"
+            ),
+        ),
+        small=(),
+        paper=(),
+        size={"tiny": "very small"},
+    )
+    for _ in range(2):
+        measured = run(experiment, "tiny", tmp_path / "out", seeds=2, text=[text], jobs=1, overrides=small)
+        assert [column.head for column in measured.columns] == ["bits/byte", "position 0-64", "position 64-"]
+        assert {name: len(values) for name, values in measured.columns[1].cells.items()} == {"attention": 2, "Mamba": 2}
+    report.write(tmp_path / "out", experiment, "tiny", measured)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "a &lt;toy&gt;" in page
+    assert "10.91" in page
+    assert "Mamba" in (tmp_path / "out" / "table.md").read_text()
+    assert measured.parameters[0] <= measured.parameters[1]
+
+
+def test_text_is_asked_for_and_paper_is_not_run(tmp_path: Path) -> None:
+    """Prevents a run that fails inside a worker, and a cluster's work begun on a laptop."""
+    with pytest.raises(ValueError, match="mta-lm trains on text: name a file or folder with --data"):
+        run(EXPERIMENTS["mta-lm"], "tiny", tmp_path, seeds=1)
+    with pytest.raises(ValueError, match="list of commands"):
+        run(EXPERIMENTS["mta-lm"], "paper", tmp_path, seeds=1)
+    with pytest.raises(ValueError, match="did you mean 'mta-toy'"):
+        find("mta-toi")
+
+
+@pytest.mark.parametrize(
+    ("values", "unit", "expected"),
+    [
+        ([0.5], "%", "50.0"),
+        ([0.1, 0.3], "%", "20.0 (10.0, 30.0)"),
+        ([2.5, 2.6], "", "2.550 (2.500, 2.600)"),
+        ([2.5, None], "", "- (2.500, -)"),
+    ],
+)
+def test_a_cell_shows_every_seed(values: list[float | None], unit: str, expected: str) -> None:
+    """Prevents a mean that hides a failed run."""
+    assert cell(values, unit) == expected
+
+
+def test_scales_are_all_described() -> None:
+    """Prevents a scale without words for its size."""
+    for experiment in EXPERIMENTS.values():
+        assert set(experiment.size) == set(get_args(Scale)) - {"paper"}
