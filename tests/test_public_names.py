@@ -34,6 +34,7 @@ PUBLIC: dict[str, dict[str, str]] = {
         "softmax_attention": "q, k, v, *, scale, start, window, dropout_p",
     },
     "recollect.ops.miras": {
+        "Divergence": "ratio, give, one, pole",
         "AttentionalBias": "name, loss, grad, gates, reads, options",
         "BACKENDS": "",
         "BIASES": "",
@@ -99,7 +100,7 @@ PUBLIC: dict[str, dict[str, str]] = {
         "RecollectModel": "config",
         "SIZES": "",
         "load_memory": "model, path",
-        "load_retrofitted": "path",
+        "load_retrofitted": "path, *, dtype",
         "n_parameters": "config",
         "new_parameters": "model",
         "remember": "model, tokens, cache, *, piece",
@@ -109,6 +110,19 @@ PUBLIC: dict[str, dict[str, str]] = {
         "size": "name, mixer, *, vocab_size",
     },
     "recollect.tasks": {
+        "BabiLong": (
+            "*, qa, length, facts, background, window, instruction, examples, answer_format, templates, answer_tokens"
+        ),
+        "Kinship": "*, k_min, k_max, noise, n_noise, shuffle, files, instruction, templates, answer_tokens",
+        "Needles": ("*, n_needles, depths, placing, n_digits, length, text, start, cities, templates, answer_tokens"),
+        "Question": "prompt, answers, tags",
+        "Ruler": (
+            "*, haystack, keys, values, n_keys, n_values, n_queries, length, text, start, adjectives, nouns, "
+            "templates, answer_tokens"
+        ),
+        "TEXT_TASKS": "",
+        "TextTask": "",
+        "register_text_task": "cls",
         "Batch": "inputs, labels, tags",
         "FindBlock": "*, n_letters, n_question, answer, n_blocks",
         "IGNORE": "",

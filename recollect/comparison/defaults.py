@@ -74,7 +74,7 @@ DEFAULTS: dict[str, Defaults] = {
     "babilong": dataclasses.replace(
         _WRITTEN, task_options={"instruction": False, "examples": False, "answer_format": False, "answer_tokens": 20}
     ),
-    "kinship": _WRITTEN,
+    "kinship": dataclasses.replace(_WRITTEN, task_options={"instruction": False, "k_max": 3}),
     "find-block": Defaults(
         task_options={"n_blocks": 6, "n_letters": 5, "n_question": 2},
         mixer_options=_find_block_kernels,

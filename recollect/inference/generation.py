@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from recollect.inference.text_model import load_text_model
-from recollect.models import RecollectCache, load_memory
+from recollect.models import RecollectCache, RecollectForCausalLM, load_memory
 
 
 def continue_text(
@@ -46,6 +46,8 @@ def continue_text(
     else:
         if not prompt:
             raise ValueError("with a memory the prompt must not be empty: a memory does not keep the last token it has read")
+        if not isinstance(model, RecollectForCausalLM):
+            raise ValueError(f"{folder} holds a retrofitted model; it goes on from no memory")
         # The states know their own place; `generate` would ask for the tokens of a cache that has a length.
         options["past_key_values"] = RecollectCache(load_memory(model, memory).states)
     tokens = torch.from_numpy(ids)[None]

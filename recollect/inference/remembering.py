@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from recollect.inference.text_model import load_text_model
-from recollect.models import load_memory, remember, save_memory
+from recollect.models import RecollectForCausalLM, load_memory, remember, save_memory
 
 BLOCK = 1 << 16
 
@@ -59,6 +59,8 @@ def remember_files(
         if not text.is_file() or not text.stat().st_size:
             raise ValueError(f"{text} is {'empty; leave it out' if text.is_file() else 'no file'}")
     model, tokenizer = load_text_model(folder, imports)
+    if not isinstance(model, RecollectForCausalLM):
+        raise ValueError(f"{folder} holds a retrofitted model; memories of models built by recollect can be kept, not its")
     cache = None if load is None else load_memory(model, load)
     n_bytes = 0
 

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
+from transformers import PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from recollect.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, tokenizer_file
-from recollect.models import RecollectForCausalLM
+from recollect.models import RecollectForCausalLM, load_retrofitted
 from recollect.models.configuration import model_folder
 from recollect.user_modules import import_user_modules
 
@@ -23,7 +24,7 @@ class TextModel(NamedTuple):
 
 
 def load_text_model(folder: Path, imports: Sequence[str] = ()) -> TextModel:
-    """A model that `recollect compare text` or `recollect train` has left: of bytes, unless a tokenizer.json lies beside it.
+    """A model that `recollect compare text`, `train` or `retrofit` has left: of bytes, unless a tokenizer.json lies beside it.
 
     Args:
         folder: of `save_pretrained`, or a run's folder.
@@ -40,7 +41,7 @@ def load_text_model(folder: Path, imports: Sequence[str] = ()) -> TextModel:
     folder = place
     transformers_logging.disable_progress_bar()
     try:
-        model = RecollectForCausalLM.from_pretrained(folder).eval()
+        model = _load(folder)
     except SafetensorError as error:
         raise ValueError(f"{folder}: model.safetensors is damaged: {error}") from error
     except ValueError as error:
@@ -57,3 +58,10 @@ def load_text_model(folder: Path, imports: Sequence[str] = ()) -> TextModel:
             "put the tokenizer.json that it was trained with into the folder"
         )
     return TextModel(model, tokenizer)
+
+
+def _load(folder: Path) -> Any:
+    """One of our models, or one that `recollect retrofit` has made."""
+    if PreTrainedConfig.get_config_dict(folder)[0].get("model_type", "").startswith("recollect_"):
+        return load_retrofitted(folder).eval()
+    return RecollectForCausalLM.from_pretrained(folder).eval()

@@ -55,6 +55,9 @@ class MirasConfig(MixerConfig):
         eta_base: largest inner step size; None: `default_eta_base`.
         channel_gates: eta and alpha (and delta) for every channel instead of every head; None: where the rule allows it.
         gate_rank: middle width of the gates' low-rank maps; None: 32 up to D = 1024, else 64.
+    Raises:
+        ValueError: a number out of its range; what `spec` refuses; choices that are a mixer of their own (slots, softmax attention,
+            several steps per token); channel-wise gates with a rule that takes one number per head.
     """
 
     memory: Choice = "mlp"
@@ -76,6 +79,8 @@ class MirasConfig(MixerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_width("conv_width", self.conv_width)
+        if self.head_dim is not None and self.head_dim < 1:
+            raise ValueError(f"head_dim is at least 1, or None; got {self.head_dim}")
         if self.head_dim is None and self.dim % self.n_heads:
             raise ValueError(f"n_heads must divide dim: dim={self.dim}, n_heads={self.n_heads}")
         size = self.head_size
@@ -283,7 +288,15 @@ class Miras(RecurrentMixer):
         return torch.cat((rotary(x[..., :size], positions, theta=theta), x[..., size:]), dim=-1)
 
     def gates(self, x: Tensor) -> dict[str, Tensor]:
-        """What x [B, T, D] tells the memory, by name, each [B, T, H] or [B, T, H, K], in fp32 (fp64 for fp64)."""
+        """What a token tells the memory, by name, in fp32 (fp64 for fp64).
+
+        Args:
+            x: [B, T, D].
+        Returns:
+            each [B, T, H], or [B, T, H, K] with `channel_gates`:
+            "eta" in (0, step_share * eta_base); "log_alpha" in (-exp(-1/2), 0), unless the retention has none or derives it;
+            the bias' own, above 1e-3; the rule's own in (0, 1), always [B, T, H].
+        """
 
         def heads(u: Tensor, channels: bool) -> Tensor:
             (u,) = exact(u)
@@ -299,6 +312,7 @@ class Miras(RecurrentMixer):
         return found
 
     def memory_parameters(self) -> Parameters | None:
+        """What is learned of the memory; None if it starts from zeros."""
         return Parameters(tuple(self.fast), tuple(self.slow)) if len(self.fast) else None
 
 
@@ -310,6 +324,11 @@ def default_eta_base(spec: MirasSpec) -> float:
     off a channel is, or pull at the farthest ones most, take less: with more the gradient through a long text grows without bound.
     LOG.md has the figures of both. A matrix has no norm that would hold it: a chunk's steps together must stay below 2, even if all
     its keys are one.
+
+    Args:
+        spec: any; memory, bias, retention and rule count, and of a matrix or vector the chunk size.
+    Returns:
+        in (0, 1]; measured for keys and queries of norm one.
     """
     if spec.memory.name in ("matrix", "vector"):
         return min(1.0, 2.0 / spec.chunk_size)

@@ -3,6 +3,7 @@
 from recollect.tasks.babilong import BabiLong
 from recollect.tasks.base import IGNORE, TASKS, Batch, Task, build_task, register_task, stream_seed
 from recollect.tasks.find_block import FindBlock
+from recollect.tasks.kinship import Kinship
 from recollect.tasks.needle import Needles, Ruler
 from recollect.tasks.recall import Recall
 from recollect.tasks.text import TEXT_TASKS, Question, TextTask, register_text_task
@@ -14,6 +15,7 @@ __all__ = [
     "BabiLong",
     "Batch",
     "FindBlock",
+    "Kinship",
     "Needles",
     "Question",
     "Recall",

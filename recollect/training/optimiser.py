@@ -11,6 +11,9 @@ from torch.distributed.tensor import DTensor
 
 from recollect.training.config import TrainingConfig
 
+# What mixers call the layers whose output opens, forgets or sets a step.
+GATES = frozenset({"gate", "alpha", "beta", "gamma", "eta", "own", "rule_gates", "dt"})
+
 
 class Optimisers:
     """One or several torch optimisers that share a schedule; each group's `scale` multiplies its learning rate."""
@@ -91,6 +94,12 @@ def make_optimisers(model: nn.Module, config: TrainingConfig) -> Optimisers:
 
 
 def _matrices(model: nn.Module) -> set[int]:
-    """The weights of linear layers that are no embedding's."""
+    """The weights of linear layers that are no embedding's and make no gates."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    return {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear) and m.weight.ndim == 2} - embeddings
+    found = set()
+    for name, module in model.named_modules():
+        _, is_mixer, inside = name.rpartition("mixer.")
+        makes_gates = is_mixer and not GATES.isdisjoint(inside.split("."))
+        if isinstance(module, nn.Linear) and module.weight.ndim == 2 and not makes_gates:
+            found.add(id(module.weight))
+    return found - embeddings

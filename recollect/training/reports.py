@@ -84,8 +84,12 @@ class Reports:
         numbers = {key: float(value) for key, value in event.items() if isinstance(value, int | float) and key != "step"}
         if event["event"] in ("step", "evaluation"):
             prefix = "train" if event["event"] == "step" else "validation"
-            for sink in self.sinks:
-                sink.write(event["step"], {f"{prefix}/{key}": value for key, value in numbers.items()})
+            for sink in tuple(self.sinks):
+                try:
+                    sink.write(event["step"], {f"{prefix}/{key}": value for key, value in numbers.items()})
+                except Exception as error:  # of whatever kind: a logger's trouble must not end the run
+                    self.sinks = [other for other in self.sinks if other is not sink]
+                    self.say(f"{type(sink).__name__} has failed and is left out from here on: {error}")
         line = describe(event, self.config.steps)
         if self.bar and event["event"] == "step":
             self.bar.update(event["step"], line)

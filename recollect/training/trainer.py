@@ -17,6 +17,8 @@ import dataclasses
 import fnmatch
 import gc
 import math
+import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -45,10 +47,11 @@ from recollect.training.recipe.check import batch_rows, check, n_steps
 from recollect.training.recipe.load import dump_run, load_run, normal
 from recollect.training.recipe.model_config import start_model
 from recollect.training.recipe.settings import RunSettings
-from recollect.training.reports import Reports
+from recollect.training.reports import JOURNAL, Reports
 from recollect.training.world import World, joined, totals, wait
 
 CHECKPOINTS, MODEL, RUN = "checkpoints", "model", "run.yaml"
+OWN = (CHECKPOINTS, "tokens", "tensorboard")  # what a run that was cut short before its first checkpoint may leave
 FREE = ("out", "eval_every", "eval_rows", "saving", "logging")  # may differ when a run goes on: they change no weight
 
 
@@ -104,14 +107,24 @@ class Part(NamedTuple):
 class RowData:
     """The loop's view of `Rows`: micro-batches of this process, the next batch being read while the last one is learned from."""
 
-    def __init__(self, rows: Rows, *, n_rows: int, micro_batch: int, part: Part | None = None) -> None:
-        self.rows, self.n_rows, self.micro_batch, self.part = rows, n_rows, micro_batch, part or Part()
+    def __init__(
+        self,
+        rows: Rows,
+        *,
+        n_rows: int,
+        micro_batch: int,
+        part: Part | None = None,
+        note: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self.rows, self.n_rows, self.micro_batch, self.part, self.note = rows, n_rows, micro_batch, part or Part(), note
+        self.n_read = [0] * len(rows.names)  # whole times, of every source
         self.reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rows")
         self.position = rows.state()
         self.coming: Future[tuple[TokenBatch, dict[str, Any]]] | None = None
 
     def pieces(self, step: int) -> Sequence[Piece]:
         batch, self.position = self._read() if self.coming is None else self.coming.result()
+        self._tell_rounds()
         self.coming = self.reader.submit(self._read)
         ids = [None] * len(batch.inputs) if batch.document_ids is None else batch.document_ids.split(self.micro_batch)
         parts = zip(batch.inputs.split(self.micro_batch), batch.labels.split(self.micro_batch), ids, strict=False)
@@ -123,6 +136,16 @@ class RowData:
     def restore(self, state: Mapping[str, Any]) -> None:
         self.rows.restore(state)
         self.position, self.coming = self.rows.state(), None
+        self.n_read = [int(epochs) for epochs in self.rows.epochs]
+
+    def _tell_rounds(self) -> None:
+        """A source that ends begins anew: whoever has less text than tokens to train on should know."""
+        now = [int(epochs) for epochs in self.rows.epochs]
+        for name, before, after in zip(self.rows.names, self.n_read, now, strict=True):
+            if after > before:
+                times = "once" if after == 1 else f"{after} times"
+                self.note(f"source {name!r} has been read to its end {times} and begins anew, in another order")
+        self.n_read = now
 
     def _read(self) -> tuple[TokenBatch, dict[str, Any]]:
         batch = self.part.of(self.rows.next(self.n_rows))
@@ -136,6 +159,12 @@ class _Training:
         self.run, self.out, self.world, self.say, self.live = run, out, world, say, live
         share = run.engine.tensor_parallel * run.engine.sequence_parallel  # processes that read the same rows
         self.part = Part(world.rank % run.engine.sequence_parallel, run.engine.sequence_parallel)
+        if world.size % share:
+            there = "is 1" if world.size == 1 else f"are {world.size}"
+            raise ValueError(
+                f"engine.tensor_parallel={run.engine.tensor_parallel} and engine.sequence_parallel={run.engine.sequence_parallel} "
+                f"need a multiple of {share} processes; there {there}: start them with torchrun"
+            )
         self.readers = World(world.rank // share, world.size // share, world.device)
         self.n_rows = batch_rows(run)
         if self.n_rows % self.readers.size:
@@ -156,7 +185,7 @@ class _Training:
         run, world = self.run, self.world
         model = self._model()
         module = self._distribute(model)
-        data = RowData(self._rows(), n_rows=self.n_rows, micro_batch=self.micro_batch, part=self.part)
+        data = RowData(self._rows(), n_rows=self.n_rows, micro_batch=self.micro_batch, part=self.part, note=self.say)
         validation = self._validation(module)
         carry = self._carry(model)
         self._announce(model)
@@ -201,7 +230,7 @@ class _Training:
         """The same weights on every process."""
         run = self.run
         torch.manual_seed(stream_seed("train", run.seed))
-        model = start_model(run, self.tokenizer.vocab_size)
+        model = start_model(run, self.tokenizer)
         growing = growing_mixers(model) if run.data.carry and isinstance(model, RecollectForCausalLM) else []
         if growing:
             raise ValueError(f"data.carry needs memories of constant size; those of {', '.join(growing)} grow with every token")
@@ -211,6 +240,11 @@ class _Training:
 
     def _distribute(self, model: PreTrainedModel) -> nn.Module:
         engine = self.run.engine
+        has_compiler = any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++"))
+        if engine.compile and self.world.device.type == "cpu" and not has_compiler:
+            raise ValueError(
+                "engine.compile needs a C++ compiler on a CPU (g++ or clang++); install one, or set engine.compile=false"
+            )
         return distribute(
             model,
             self.world,
@@ -357,8 +391,11 @@ def _own(out: Path, world: World) -> Iterator[None]:
 
 
 def _store(run: RunSettings, out: Path) -> None:
-    """Write the resolved run; refuse a folder that holds another one."""
+    """Write the resolved run; refuse a folder that holds another one. One that has come to nothing yet gives way."""
     path = out / RUN
+    if path.is_file() and not ((out / MODEL).exists() or any((out / CHECKPOINTS).glob("*"))):
+        path.unlink()
+        (out / JOURNAL).unlink(missing_ok=True)
     if path.is_file():
         old = load_run(path)
         different = [f"{name}: {str(a)[:60]} -> {str(b)[:60]}" for name, a, b in changes(identity(old), identity(run))]
@@ -367,7 +404,7 @@ def _store(run: RunSettings, out: Path) -> None:
                 f"{out} holds another run ({'; '.join(different[:4])}); give another out=, or continue its weights with "
                 f"model.start_from={out}"
             )
-    elif strangers := sorted(p.name for p in out.iterdir() if not p.name.startswith(".")):
+    elif strangers := sorted(p.name for p in out.iterdir() if not p.name.startswith(".") and p.name not in OWN):
         raise ValueError(f"{out} holds other files ({', '.join(strangers[:3])}) and no run; give a new or empty folder")
     replace_file(path, dump_run(run).encode())
 

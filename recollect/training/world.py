@@ -36,10 +36,13 @@ def joined(device: str = "auto") -> Iterator[World]:
     Args:
         device: "auto" (the GPU of this process where there is one), "cpu", "cuda", or a device for one process alone.
     Raises:
-        ValueError: "cuda" where there is none.
+        ValueError: "cuda" or "cuda:N" where there is none.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("engine.device is cuda, but torch finds no GPU here; set engine.device=cpu")
+    if device.startswith("cuda"):
+        n_found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if n_found <= int(device.partition(":")[2] or 0):
+            found = f"{n_found} GPU{'s' * (n_found != 1)}" if n_found else "no GPU"
+            raise ValueError(f"engine.device is {device}, but torch finds {found} here; set engine.device=cpu")
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     if not dist.is_torchelastic_launched():
         yield alone(kind)

@@ -457,26 +457,7 @@ def test_progress_counts_generation_over_all_groups(task: Tasks, monkeypatch: py
 
 def test_likelihoods_equal_the_harnesss_own_model() -> None:
     """Of a Hugging Face model, by our `LanguageModel` and by the harness's: tokens must be cut and cropped alike."""
-    words = [
-        "the",
-        "cat",
-        "sat",
-        "on",
-        "a",
-        "mat,",
-        "and",
-        "then",
-        "the",
-        "dog",
-        "ran",
-        "off",
-        "with",
-        "it",
-        "to",
-        "the",
-        "old",
-        "barn",
-    ]
+    line = "the cat sat on a mat, and then the dog ran off with it to the old barn"
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()

@@ -34,6 +34,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "ruler": {"only": ("niah_single_1", "niah_multikey_1"), "lengths": (1024, 1500), "n": 3},
     "needles": {"needles": (1, 3), "lengths": (1024,), "depths": (0, 100), "n": 2},
     "babilong": {"qa": (1, 5), "lengths": (0,), "n": 3},
+    "clutrr": {"k": (2, 4), "n": 3},
 }
 
 

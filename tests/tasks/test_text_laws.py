@@ -7,6 +7,7 @@ import random
 import pytest
 
 from recollect.tasks.babilong import BabiLong
+from recollect.tasks.kinship import Kinship
 from recollect.tasks.needle import RULER, Needles, Ruler
 from recollect.tasks.text import TEXT_TASKS, TextTask
 
@@ -16,6 +17,7 @@ TASKS: dict[str, TextTask] = {
     "needles spread": Needles(n_needles=6, length=2048, placing="spread", n_digits=3),
     **{f"babilong qa{qa}": BabiLong(qa=qa) for qa in range(1, 6)},
     "babilong long": BabiLong(qa=2, length=6000),
+    **{f"kinship {noise}": Kinship(noise=noise) for noise in ("clean", "supporting", "irrelevant", "disconnected")},
 }
 
 

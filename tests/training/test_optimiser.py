@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 
+from recollect.models import RecollectConfig, RecollectForCausalLM
 from recollect.training.optimiser import make_optimisers, parameter_groups
 from tests.training.tiny import CONFIG, tiny_model
 
@@ -33,6 +34,18 @@ def test_every_parameter_is_optimised_once(name: str) -> None:
     model, config = tiny_model(), dataclasses.replace(CONFIG, optimiser=name)
     optimised = [id(p) for p in make_optimisers(model, config).parameters()]
     assert sorted(optimised) == sorted({id(p) for p in model.parameters()})
+
+
+@pytest.mark.parametrize("mixer", ["yaad", "gated_delta_net", "mamba", "gla", "mta"])
+def test_gates_are_not_decayed(mixer: str) -> None:
+    """Decay would pull what is kept, and how far memories step, towards the middle of their ranges; projections are decayed."""
+    model = RecollectForCausalLM(RecollectConfig(hidden_size=16, num_attention_heads=2, layers=[mixer]))
+    decayed, _ = parameter_groups(model, 0.1)
+    names = {id(p): name for name, p in model.named_parameters()}
+    inside = {names[id(p)].partition("mixer.")[2] for p in decayed["params"]} - {""}
+    assert inside
+    gates = {"gate", "alpha", "beta", "gamma", "eta", "own", "rule_gates", "dt"}
+    assert not [name for name in inside if gates & set(name.split("."))]
 
 
 def test_decay_all_decays_everything() -> None:

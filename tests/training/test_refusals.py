@@ -11,9 +11,13 @@ from typing import Any
 
 import pytest
 
+from recollect.data.settings import SourceSettings
 from recollect.data.tokenizer import train_tokenizer
+from recollect.training import trainer
 from recollect.training.folder import Busy, locked
 from recollect.training.loop import NonFiniteLoss
+from recollect.training.recipe.load import load_run
+from recollect.training.recipe.settings import ModelSettings
 from recollect.training.trainer import CHECKPOINTS, run_training
 from tests.training.runs import (
     checkpoints,
@@ -49,6 +53,59 @@ def test_checkpoints_of_an_unknown_configuration_are_not_started_over(tmp_path: 
     with pytest.raises(ValueError, match="another configuration"):
         run_training(run, say=lambda line: None)
     assert checkpoints(run) == ["step-00000002", "step-00000003"]
+
+
+def test_a_first_start_that_failed_does_not_cost_the_folder(tmp_path: Path) -> None:
+    """A typo in a path must not turn the folder into another run's, which holds nothing."""
+    wrong = tiny_run(tmp_path, data={"sources": [SourceSettings(paths=[str(tmp_path / "nofile.txt")])]})
+    with pytest.raises(ValueError, match="no such file"):
+        run_training(wrong, say=lambda line: None)
+    finish(tiny_run(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("engine", "message"),
+    [
+        ({"tensor_parallel": 2, "strategy": "fsdp"}, "need a multiple of 2 processes; there is 1"),
+        ({"sequence_parallel": 2, "strategy": "ddp"}, "need a multiple of 2 processes; there is 1"),
+        ({"device": "cuda:3"}, "engine.device is cuda:3, but torch finds"),
+    ],
+)
+def test_processes_and_devices_that_are_not_there_are_refused(tmp_path: Path, engine: dict[str, Any], message: str) -> None:
+    """Prevents a division by zero, and torch's own assertion, in place of a sentence."""
+    with pytest.raises(ValueError, match=message):
+        run_training(tiny_run(tmp_path, engine=engine), say=lambda line: None)
+
+
+def test_compilation_without_a_compiler_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prevents forty lines of the compiler's traceback at the first step."""
+    monkeypatch.setattr(trainer.shutil, "which", lambda name: None)
+    with pytest.raises(ValueError, match=r"engine.compile needs a C\+\+ compiler"):
+        run_training(tiny_run(tmp_path, engine={"compile": True}), say=lambda line: None)
+
+
+def test_a_run_file_that_holds_itself_is_refused(tmp_path: Path) -> None:
+    """Prevents a recursion without end: YAML's aliases allow a list inside itself."""
+    (tmp_path / "r.yaml").write_text("model: &a {options: *a}\n")
+    with pytest.raises(ValueError, match="an alias stands inside what it stands for"):
+        load_run(tmp_path / "r.yaml")
+
+
+def test_another_tokenizer_of_as_many_tokens_is_refused(tmp_path: Path) -> None:
+    """A model's ids mean nothing to another tokenizer; their number alone tells nothing."""
+    write_text(tmp_path / "text.jsonl")
+    write_text(tmp_path / "other.jsonl", seed=1, n_documents=90)
+    files = [
+        train_tokenizer(tmp_path / f"{name}.jsonl", vocab_size=280, out=tmp_path / f"{name}.json") for name in ("text", "other")
+    ]
+    if files[0].read_text() == files[1].read_text():
+        files[1].write_text(files[0].read_text().replace('"add_prefix_space":false', '"add_prefix_space":true'))
+    first = tiny_run(tmp_path, out="first", data={"tokenizer": str(files[0])})
+    run_training(first, say=lambda line: None)
+    second = tiny_run(tmp_path, out="second", data={"tokenizer": str(files[1])})
+    second = dataclasses.replace(second, model=ModelSettings(start_from=first.out))
+    with pytest.raises(ValueError, match="was trained with the tokenizer beside it"):
+        run_training(second, say=lambda line: None)
 
 
 def test_a_folder_of_other_things_is_refused(tmp_path: Path) -> None:

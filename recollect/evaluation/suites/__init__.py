@@ -3,11 +3,12 @@
 from recollect.evaluation.suites.base import SUITES, Item, Metric, Result, Suite, build_suite, register_suite
 from recollect.evaluation.suites.choices import Commonsense, Lambada
 from recollect.evaluation.suites.perplexity import Perplexity
-from recollect.evaluation.suites.questions import BabiLongSuite, NeedlesSuite, Questions, RulerSuite
+from recollect.evaluation.suites.questions import BabiLongSuite, ClutrrSuite, NeedlesSuite, Questions, RulerSuite
 
 __all__ = [
     "SUITES",
     "BabiLongSuite",
+    "ClutrrSuite",
     "Commonsense",
     "Item",
     "Lambada",

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from recollect.evaluation.language_model import LanguageModel
 from recollect.evaluation.suites.base import Item, Metric, Result, Suite, register_suite, share
 from recollect.tasks.babilong import BabiLong
+from recollect.tasks.kinship import Kinship
 from recollect.tasks.needle import RULER, Needles, Ruler
 from recollect.tasks.text import Question, TextTask
 
@@ -226,6 +227,47 @@ class BabiLongSuite(Questions):
                 )
 
 
+@register_suite
+@dataclass(frozen=True, kw_only=True)
+class ClutrrSuite(Questions):
+    """CLUTRR: the relation of two people from a story about their family, by the number of relations to be composed.
+
+    Attributes:
+        k: numbers of relations, 2 to 10.
+        n: questions per k.
+        seed: of the generator.
+        files: a CLUTRR file or a folder of them (JSON lines); default: stories of our own.
+        noise, shuffle, instruction, templates: see `recollect.tasks.kinship.Kinship`.
+    """
+
+    name: ClassVar[str] = "clutrr"
+    dimensions: ClassVar[tuple[str, ...]] = ("k",)
+    k: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8, 9, 10)
+    n: int = 100
+    seed: int = 0
+    files: str | None = None
+    noise: str = "clean"
+    shuffle: bool = True
+    instruction: bool = True
+    templates: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_n(self.n, self.k, least=2)
+
+    def tasks(self) -> Iterator[tuple[dict[str, Any], TextTask]]:
+        for k in self.k:
+            task = Kinship(
+                k_min=k,
+                k_max=k,
+                files=self.files,
+                noise=self.noise,
+                shuffle=self.shuffle,
+                instruction=self.instruction,
+                templates=self.templates,
+            )
+            yield {"k": k}, task
+
+
 def _result(group: dict[str, Any], task: TextTask, question: Question, said: str) -> Result:
     shown = {"prompt": _ends(question.prompt), "said": said, "right": " | ".join(question.answers)}
     return Result(group, {"score": task.score(said, question)}, shown)
@@ -233,7 +275,7 @@ def _result(group: dict[str, Any], task: TextTask, question: Question, said: str
 
 def _check_n(n: int, lengths: Sequence[int], *, least: int = 1) -> None:
     if n < 1 or not lengths or min(lengths) < least:
-        raise ValueError(f"n is at least 1 and lengths are at least {least} token; got n={n}, lengths={tuple(lengths)}")
+        raise ValueError(f"n is at least 1, and sizes are at least {least}; got n={n}, sizes {tuple(lengths)}")
 
 
 def _ends(text: str) -> str:

@@ -10,6 +10,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -88,13 +89,14 @@ def new_parameters(model: nn.Module) -> list[str]:
     return names
 
 
-def load_retrofitted(path: str | os.PathLike[str]) -> PreTrainedModel:
+def load_retrofitted(path: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """Load a retrofitted checkpoint, and refuse one that does not hold exactly the model's parameters.
 
     `AutoModelForCausalLM.from_pretrained(path)` gives the same model, but starts missing parameters afresh with no more than a warning.
 
     Args:
         path: a folder written by `save_pretrained`, or a hub name.
+        dtype: of the weights; None: as saved.
     Raises:
         ValueError: the checkpoint is of a model that is not retrofitted, or parameters are missing, left over or of other shapes.
     """
@@ -103,7 +105,7 @@ def load_retrofitted(path: str | os.PathLike[str]) -> PreTrainedModel:
         raise ValueError(
             f"{path} holds a {config.model_type!r} model that is not retrofitted; load it with AutoModelForCausalLM"
         )
-    loaded: Any = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, dtype="auto" if dtype is None else dtype)
     model, found = loaded
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if found[what]:

@@ -77,8 +77,12 @@ class Memory(NamedTuple):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> Parameters:
-        """Fresh parameters: normal matrices of standard deviation `std` (None: the structure's own), norms at the identity.
+        """Fresh parameters: normal matrices and norms at the identity.
 
+        Args:
+            n_heads, key_dim, value_dim: H, K, V.
+            std: standard deviation of the matrices, >= 0; None: the structure's own, initial_std I^(-1/2).
+            generator, dtype, device: as `torch.randn` takes them.
         Raises:
             ValueError: K and V differ and the structure needs them equal.
         """
@@ -175,6 +179,8 @@ def gated_mlp(expansion: int = 4, activation: str = "silu", *, residual: bool = 
 
     Args:
         expansion, activation, residual, norm: as in `mlp`.
+    Raises:
+        ValueError: an argument out of range.
     Source: Atlas++, arXiv 2505.23735; LaCT, arXiv 2505.23884.
     """
     if expansion < 1:
@@ -211,7 +217,14 @@ def gated_mlp(expansion: int = 4, activation: str = "silu", *, residual: bool = 
 
 
 def slots(n_slots: int = 64) -> Memory:
-    """Two linear memories over `n_slots` slots with a softmax between them: Gated Slot Attention, arXiv 2409.07146."""
+    """Two linear memories over slots with a softmax between them: the memory of Gated Slot Attention.
+
+    Args:
+        n_slots: at least 1; each forgets by an alpha of its own.
+    Raises:
+        ValueError: n_slots < 1.
+    Source: arXiv 2409.07146.
+    """
     if n_slots < 1:
         raise ValueError(f"n_slots is at least 1; got {n_slots}")
     return Memory("slots", lambda k, v: [], (), _no_read, _no_pullback, kind="slots", n_slots=n_slots)
@@ -223,7 +236,12 @@ def growing() -> Memory:
 
 
 def dense(weights: Sequence[Tensor], *, diagonal: bool = False) -> Apply:
-    """`apply` for matrices [B, H, O, I] that are the same at every token."""
+    """`apply` for matrices that are the same at every token.
+
+    Args:
+        weights: each [B, H, O, I].
+        diagonal: the one "matrix" is a row that multiplies element by element (`vector`).
+    """
     if diagonal:
         return lambda m, x: x * weights[m]
     return lambda m, x: x @ weights[m].mT

@@ -332,7 +332,13 @@ def elastic_net_ftrl(gamma: float = 1e-3) -> Retention:
 
 
 def soft_threshold(z: Tensor, gamma: Tensor | float) -> Tensor:
-    """sign(z) max(0, |z| - gamma), element by element."""
+    """sign(z) max(0, |z| - gamma), element by element.
+
+    Args:
+        z: any shape.
+        gamma: >= 0, broadcastable to z.
+    Source: arXiv 2504.13173, Eq. 22-23, S_gamma.
+    """
     if isinstance(gamma, Tensor):
         return z - torch.clamp(z, -gamma, gamma)
     return z - z.clamp(-gamma, gamma)
@@ -403,7 +409,14 @@ def lq(q: float = 4.0, mode: str = "safe", *, radius: float | None = None) -> Re
 
 
 def q_norm(z: Tensor, q: float) -> Tensor:
-    """The l_q norm over the last two axes, [..., 1, 1]; no overflow or underflow of the powers, gradient 0 at z = 0."""
+    """The l_q norm of each matrix; no overflow or underflow of the powers, gradient 0 at z = 0.
+
+    Args:
+        z: [..., O, I].
+        q: exponent, > 1 (finite).
+    Returns:
+        [..., 1, 1].
+    """
     largest = torch.linalg.vector_norm(z.detach(), torch.inf, dim=(-2, -1), keepdim=True).clamp(min=torch.finfo(z.dtype).tiny)
     unit = z / largest
     powers = unit.square().square() if q == 4 else unit.abs().pow(q)  # Moneta's, a third of the time

@@ -86,6 +86,7 @@ def scan(
     Raises:
         ValueError: shapes that do not fit, gates that the spec does not have, parameters left out that the memory needs.
         RuntimeError: a backend that cannot run this spec here.
+    Source: Behrouz et al. 2025, arXiv 2504.13173, section 3 and Eq. 28. It prints no read: after the write is TTT's, arXiv 2407.04620.
     """
     if backend is not None and backend not in backends():
         raise ValueError(f"unknown backend {backend!r}; known: {', '.join(sorted(backends()))}")

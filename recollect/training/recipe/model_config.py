@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from recollect.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_file
 from recollect.models import SIZES, RecollectConfig, RecollectForCausalLM, load_retrofitted, size
 from recollect.models.configuration import model_folder
 from recollect.training.recipe.settings import ModelSettings, RunSettings
@@ -76,20 +78,21 @@ def saved_model(folder: Path) -> Path:
     return place
 
 
-def start_model(run: RunSettings, vocab_size: int) -> PreTrainedModel:
-    """The model that `run` trains, with its weights: drawn from torch's generator, or those of `model.start_from`.
+def start_model(run: RunSettings, tokenizer: Tokenizer) -> PreTrainedModel:
+    """The model that `run` trains, with its weights in fp32: drawn from torch's generator, or those of `model.start_from`.
 
     `model.start_from` may also hold a retrofitted model (`recollect retrofit`), or a stock causal model that can be one: those are
     trained as they are.
 
     Raises:
-        ValueError: as `model_config`; or settings of our models for a model that is none.
+        ValueError: as `model_config`; settings of our models for a model that is none; or another tokenizer than the saved model's.
     """
     if run.model.start_from is None:
-        return RecollectForCausalLM(model_config(run, vocab_size))
+        return RecollectForCausalLM(model_config(run, tokenizer.vocab_size))
     place = saved_model(Path(run.model.start_from))
+    _check_tokenizer(place, tokenizer)
     try:
-        return _loaded(run, place, vocab_size)
+        return _loaded(run, place, tokenizer.vocab_size)
     except SafetensorError as error:
         raise ValueError(f"model.start_from: the weights in {place} are damaged: {error}") from error
 
@@ -98,13 +101,33 @@ def _loaded(run: RunSettings, place: Path, vocab_size: int) -> PreTrainedModel:
     """The saved model of any kind that can be trained."""
     kind = _kind(place)
     if kind == RecollectConfig.model_type:
-        return RecollectForCausalLM.from_pretrained(place, config=model_config(run, vocab_size))
+        return RecollectForCausalLM.from_pretrained(place, config=model_config(run, vocab_size), dtype=torch.float32)
     if run.model.options or run.data.carry:
         raise ValueError(f"model.options and data.carry are for models of this package; {place} holds a {kind!r}")
-    model = load_retrofitted(place) if kind.startswith("recollect_") else AutoModelForCausalLM.from_pretrained(place)
+    # Half-precision files would be trained in half precision, where small steps leave a weight of 1 as it is.
+    if kind.startswith("recollect_"):
+        model = load_retrofitted(place, dtype=torch.float32)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
     if model.config.vocab_size < vocab_size:
         raise ValueError(f"model.start_from: {place} has {model.config.vocab_size} tokens, the tokenizer {vocab_size}")
     return model
+
+
+def _check_tokenizer(place: Path, tokenizer: Tokenizer) -> None:
+    """A model's ids mean nothing to another tokenizer, whatever their number."""
+    own = tokenizer_file(place)
+    if own is None:
+        return
+    try:
+        known = load_tokenizer(own)
+    except ValueError:  # of a kind that we cannot read: the number of tokens is all that can be compared
+        return
+    if known.fingerprint != tokenizer.fingerprint:
+        raise ValueError(
+            f"model.start_from: the model in {place} was trained with the tokenizer beside it, data.tokenizer is another; "
+            f"set data.tokenizer={own}"
+        )
 
 
 def _kind(place: Path) -> str:

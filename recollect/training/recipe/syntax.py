@@ -38,7 +38,9 @@ def parse_yaml(text: str) -> Any:
         ValueError: it is not YAML, or a key is given twice; with the line.
     """
     try:
-        return yaml.load(text, Loader=_Loader)
+        value = yaml.load(text, Loader=_Loader)
+        _check_ends(value, ())
+        return value
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
@@ -47,6 +49,15 @@ def parse_yaml(text: str) -> Any:
         raise ValueError(f"{where}{error.problem or error.context}{hint}") from error
     except (yaml.YAMLError, ValueError) as error:  # a date like 2024-13-01 is a bare ValueError
         raise ValueError(f"not YAML: {error}") from error
+
+
+def _check_ends(value: Any, above: tuple[int, ...]) -> None:
+    """Refuse a value that holds itself, which aliases make possible."""
+    if isinstance(value, dict | list):
+        if id(value) in above:
+            raise ValueError("an alias stands inside what it stands for")
+        for part in value.values() if isinstance(value, dict) else value:
+            _check_ends(part, (*above, id(value)))
 
 
 def write_yaml(value: Any) -> str:
