@@ -202,7 +202,8 @@ class LanguageModel:
         room = None if self.max_length is None else self.max_length - max_new_tokens
         rows = []
         for prompt in prompts:
-            row = (self.coder.prefix or [self.coder.start]) + self.encode(prompt)
+            ids = self.encode(prompt)
+            row = (self.coder.prefix or ([] if ids else [self.coder.start])) + ids
             rows.append(row if room is None else row[-room:])
         said = [""] * len(rows)
         options: dict[str, Any] = (
@@ -298,15 +299,14 @@ class LanguageModel:
     def _windows(
         self, lead: list[int], parts: Iterable[NDArray[Any]], length: int, overlap: int
     ) -> Iterator[tuple[NDArray[np.float64], NDArray[np.bool_]]]:
-        # As elsewhere, a window's first target is predicted from the one token before it, which was the last target of the window
-        # before; `overlap` adds more context than that.
+        # As in lm-evaluation-harness: a window's first target is predicted from the one token before it, which was the last target of
+        # the window before (`overlap` adds more than that); the last window, if it is short, is filled up with what came before.
         context = list(lead)
         for block in _blocks(parts, length - overlap):
-            context = context[-max(1, overlap + 1) :]
-            context = context[-(length + 1 - len(block)) :]
-            row = context + block.tolist()
+            room = length + 1 - len(block)
+            row = context[-(overlap + 1 if len(block) == length - overlap else room) :] + block.tolist()
             yield self._score([row], [len(block)])[0]
-            context = row
+            context = (context + block.tolist())[-length:]
 
 
 def _blocks(parts: Iterable[NDArray[Any]], size: int) -> Iterator[NDArray[np.int64]]:

@@ -106,7 +106,7 @@ def test_windows_are_those_of_a_plain_loop(overlap: int) -> None:
     row, expected, at = [256, *ids], [], 1
     while at < len(row):
         size = min(32 - overlap, len(row) - at)
-        begin = max(0, at - overlap - 1, at + size - 1 - 32)
+        begin = max(0, at - overlap - 1 if size == 32 - overlap else at + size - 1 - 32)
         expected += log_probs(lm, row[begin : at + size])[-size:].tolist()
         at += size
     np.testing.assert_allclose(found, expected, rtol=1e-9)
