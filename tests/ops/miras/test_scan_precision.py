@@ -14,6 +14,8 @@ from torch import Tensor
 
 from recollect import state as states
 from recollect.ops.miras import MirasSpec, Parameters, presets, scan
+from recollect.ops.miras.biases import l2
+from recollect.ops.miras.retentions import elastic_net, elastic_net_ftrl, logit
 from tests.laws import assert_near
 from tests.ops.miras.cases import DEEP_CASES, MATRIX_CASES, Case, Draw
 from tests.ops.miras.equality import error
@@ -131,6 +133,35 @@ def test_memora_linear_read_is_near_the_exact_one(eta: float, bound: float) -> N
 def test_memora_linear_read_under_strong_decay() -> None:
     """States how far it degrades: below 0.2 with alpha down to 0.9 (a frozen read: 0.4)."""
     assert read_error(presets.memora(chunk_size=16), alpha=0.9, eta=0.03, std=0.5) < 0.2
+
+
+STATED: dict[
+    str, tuple[MirasSpec, dict[float, tuple[float, float]]]
+] = {  # docs/math.md: eta -> bound at chunk 16 and at chunk 64
+    "kl": (presets.memora(), {0.1: (0.12, 0.2), 0.4: (0.27, 0.6), 0.8: (0.45, 0.9)}),
+    "safe": (presets.moneta(mode="safe"), {0.01: (0.002, 0.003), 0.03: (0.02, 0.11)}),
+    "paper": (presets.moneta(mode="paper"), {0.01: (0.006, 0.03), 0.03: (0.03, 0.2)}),
+    "ftrl": (presets.moneta(mode="ftrl"), {0.01: (0.35, 0.6), 0.03: (0.5, 0.75)}),
+    "logit": (dataclasses.replace(presets.yaad(), bias=l2(), retention=logit()), {0.1: (0.03, 0.15), 0.4: (0.15, 0.5)}),
+    "elastic_net_ftrl": (
+        dataclasses.replace(presets.yaad(), bias=l2(), retention=elastic_net_ftrl()),
+        {0.01: (0.005, 0.005), 0.05: (0.003, 0.003)},
+    ),
+    "elastic_net": (
+        dataclasses.replace(presets.yaad(), bias=l2(), retention=elastic_net()),
+        {0.01: (0.2, 0.2), 0.05: (0.1, 0.1)},
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "eta"), [(name, eta) for name, (_, bounds) in STATED.items() for eta in bounds])
+def test_linear_reads_keep_the_stated_bounds(name: str, eta: float) -> None:
+    """Prevents a table in the docs that nobody has computed, and a frame that has become worse than it says."""
+    spec, bounds = STATED[name]
+    for chunk_size, bound in zip((16, 64), bounds[eta], strict=True):
+        std = 0.5 if name == "kl" else None
+        found = read_error(dataclasses.replace(spec, chunk_size=chunk_size), alpha=0.998, eta=eta, std=std)
+        assert found < bound, (chunk_size, found)
 
 
 @pytest.mark.parametrize(("mode", "alpha", "bound"), [("safe", 1.0, 0.02), ("safe", 0.98, 0.02), ("paper", 0.99, 0.05)])
