@@ -65,7 +65,7 @@ def inspect(
                 pool=pool,
                 progress=lambda done, total: bar.update(task, completed=done, total=total),
             )
-        out.write_text(html(found, model=str(model), text=str(text), command=command), encoding="utf-8")
+        out.write_text(html(found, model=model.resolve().name, text=text.name, command=command), encoding="utf-8")
     except KeyboardInterrupt:
         print("recollect: interrupted; no page was written", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None

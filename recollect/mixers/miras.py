@@ -201,9 +201,9 @@ class Miras(RecurrentMixer):
     y = W_o (norm(memory read) * silu(W_g x)).
     The memory before the first token is learned (of a plain matrix memory it is zero).
 
-    Titans, TTT, OmegaNet and Atlas have their own memories in this layer, so that a comparison of names compares memories. Their papers'
-    layers differ in: no positions (Titans: `rope_theta=None`); all channels rotated, a learned 1 / i factor on the step of the i-th token
-    of a chunk, steps of 1 / K and 0.1 / K, no convolutions in the Transformer form (TTT: `rope_fraction=1`, `eta_base`, `conv_width=None`);
+    Titans, TTT, OmegaNet and Atlas have their own memories in this layer, so that comparing names compares memories. Their papers'
+    layers have: no positions (Titans: `rope_theta=None`); all channels rotated, a learned factor on the step of a chunk's i-th token
+    that starts at 1 / i, steps divided by K, in the Transformer form no convolutions (TTT: `rope_fraction=1`, `conv_width=None`);
     polynomial features of keys and queries (OmegaNet, Atlas), which are not here.
 
     Source: Behrouz et al. 2025, arXiv 2504.13173, sections 5.3-5.4. The paper leaves the gates' ranges and initial values, the axes
