@@ -33,7 +33,7 @@ class Sink(Protocol):
 class Reports:
     """Takes the loop's events on the first process, does nothing on the others.
 
-    Each "step" event gets: bits_per_byte (of the loss, with the mean bytes of a token of the validation text; without one, not),
+    Each "step" event gets: bits_per_byte (of the loss, with the mean bytes of a token of the validation text, or of the first batch),
     tokens_per_second (of all processes, since the last event), mfu (share of the machine's measured matrix-
     product rate that 6 operations per parameter and token make; attention and memories not counted), memory_gb (of this process),
     eta_seconds.
@@ -47,7 +47,7 @@ class Reports:
         *,
         n_parameters: int,
         config: TrainingConfig,
-        bytes_per_token: float | None,
+        bytes_per_token: float,
         say: Callable[[str], None],
         live: bool = False,
     ) -> None:
@@ -112,7 +112,7 @@ class Reports:
         left = self.config.steps - event["step"]
         return {
             **event,
-            **({} if self.bytes_per_token is None else {"bits_per_byte": event["loss"] / math.log(2) / self.bytes_per_token}),
+            **({"bits_per_byte": event["loss"] / math.log(2) / self.bytes_per_token} if self.bytes_per_token else {}),
             "tokens_per_second": speed,
             "mfu": 6 * self.n_parameters * speed / self.rate if self.rate else 0.0,
             "memory_gb": memory_bytes(self.world.device) / 1e9,

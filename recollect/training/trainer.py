@@ -138,6 +138,12 @@ class RowData:
         self.position, self.coming = self.rows.state(), None
         self.n_read = [int(epochs) for epochs in self.rows.epochs]
 
+    def bytes_per_token(self, tokenizer: Tokenizer) -> float:
+        """Mean over the batch that comes next, which is read ahead for it."""
+        self.coming = self.coming or self.reader.submit(self._read)
+        n_tokens, n_bytes = _size(self.coming.result()[0], tokenizer)
+        return n_bytes / max(1, n_tokens)
+
     def _tell_rounds(self) -> None:
         """A source that ends begins anew: whoever has less text than tokens to train on should know."""
         now = [int(epochs) for epochs in self.rows.epochs]
@@ -196,7 +202,7 @@ class _Training:
             world,
             n_parameters=model.num_parameters(),
             config=self.config,
-            bytes_per_token=validation.bytes_per_token if validation else None,
+            bytes_per_token=validation.bytes_per_token if validation else data.bytes_per_token(self.tokenizer),
             say=self.say,
             live=self.live,
         ) as reports:

@@ -69,16 +69,18 @@ def check_parameters(spec: MirasSpec, inputs: Inputs, parameters: Parameters | N
     return cast
 
 
-def check_state(spec: MirasSpec, inputs: Inputs, state: MirasState) -> None:
-    """A state that another spec, batch or precision has left would be read beyond its end, or silently as something else."""
+def check_state(spec: MirasSpec, inputs: Inputs, state: MirasState) -> MirasState:
+    """The state in the precision of the computation. One that another spec or batch has left would be read beyond its end, or
+    silently as something else; one of higher precision would lose it."""
     n_rows, n_heads = inputs.k.shape[0], inputs.k.shape[2]
     for part in _tensors(state):
-        if part.is_floating_point() and part.dtype != inputs.q.dtype:
+        if torch.promote_types(part.dtype, inputs.q.dtype) != inputs.q.dtype:
             raise ValueError(f"the state is {part.dtype} but the scan computes in {inputs.q.dtype}: cast one of them")
         if part.shape[0] != n_rows:
             raise ValueError(f"the state has {part.shape[0]} batch rows, q has {n_rows}")
+    state = tree_map(lambda part: part.to(inputs.q.dtype) if part.is_floating_point() else part, state)
     if spec.memory.kind != "parametric" or spec.rule.kind != "gradient":
-        return
+        return state
     shapes = [(n_rows, n_heads, *shape) for shape in spec.memory.shapes(inputs.k.shape[-1], inputs.v.shape[-1])]
     stale, moving = spec.stale, spec.rule.momentum
     kept = None
@@ -97,6 +99,7 @@ def check_state(spec: MirasSpec, inputs: Inputs, state: MirasState) -> None:
     width = spec.rule.window - 1
     if (state.tail is not None) != bool(width) or (state.tail is not None and state.tail.k.shape[1] != width):
         raise ValueError(f"state.tail holds the last {width} tokens for rule {spec.rule.name!r}; this state has another window")
+    return state
 
 
 def _words(shapes: Any) -> str:

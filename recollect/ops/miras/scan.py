@@ -96,7 +96,7 @@ def scan(
     exact = torch.promote_types(q.dtype, torch.float32)
     inputs, write = _inputs(spec, q.to(exact), k.to(exact), v.to(exact), gates)
     if state is not None:
-        check_state(spec, inputs, state)
+        state = check_state(spec, inputs, state)
     learned = parameters is not None
     closed = spec.memory.kind != "parametric" or spec.rule.kind != "gradient" or write is not None or spec.rule.implicit
     if closed and backend not in (None, "chunked", "sequential"):
