@@ -16,8 +16,10 @@ from recollect.data.settings import SourceSettings
 from recollect.data.tokenizer import load_tokenizer, train_tokenizer
 from recollect.data.validation import validation_rows
 from recollect.models import RecollectForCausalLM
+from recollect.training.journal import read_lines
 from recollect.training.parallel import Scored
 from recollect.training.recipe.settings import RunSettings
+from recollect.training.trainer import run_training
 from tests.training.runs import (
     assert_exact_resumption,
     checkpoints,
@@ -205,3 +207,16 @@ def test_bits_per_byte_of_a_tokenizer_counts_bytes(tmp_path: Path) -> None:
     last = [event for event in journal(run) if event["event"] == "evaluation"][-1]
     assert last["bits_per_byte"] < 0.8 * last["loss"] / math.log(2)
     assert (Path(run.out) / "model" / "tokenizer.json").read_bytes() == (tmp_path / "tokenizer.json").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("layers", ["attention", "mta", "yaad"])
+def test_a_compiled_run_has_the_losses_of_the_other(tmp_path: Path, layers: str) -> None:
+    """Sixteen recipes set `engine.compile`: a graph that drops a state or a mask would train another model."""
+    curves = []
+    for compiled in (False, True):
+        run = tiny_run(tmp_path, out=f"run-{compiled}", layers=layers, steps=3, eval_every=0, engine={"compile": compiled})
+        run_training(run, say=lambda line: None)
+        curves.append([event["loss"] for event in read_lines(Path(run.out) / "progress.jsonl") if event["event"] == "step"])
+    assert curves[1] == pytest.approx(curves[0], rel=1e-5)
