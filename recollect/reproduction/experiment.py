@@ -66,7 +66,32 @@ class Asking:
     context: int | None = None
 
 
-Stage = Training | Asking
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Continuing:
+    """Train a stock Llama on the user's text, then go on with it twice: as it is, and retrofitted. Bits per byte of held-out text.
+
+    Attributes:
+        column: head of the column.
+        mixer, layers: of the retrofit.
+        width, n_layers, heads, intermediate: of the Llama (byte-level).
+        steps: of the first training; more_steps: of each continuation.
+        lr, more_lr: their learning rates.
+    """
+
+    column: str
+    mixer: str = "mta"
+    layers: str = "every-4th"
+    width: int = 128
+    n_layers: int = 4
+    heads: int = 4
+    intermediate: int = 344
+    steps: int = 300
+    more_steps: int = 100
+    lr: float = 2e-3
+    more_lr: float = 5e-4
+
+
+Stage = Training | Asking | Continuing
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,5 +121,9 @@ class Experiment:
 
     def needs_text(self, scale: Scale) -> bool:
         """Whether a stage reads the user's text."""
-        parts = [*(stage.request if isinstance(stage, Training) else stage.options for stage in self.stages(scale))]
-        return any(TEXT in part.get("data", ()) for part in parts)
+        for stage in self.stages(scale):
+            if isinstance(stage, Continuing):
+                return True
+            if TEXT in (stage.request if isinstance(stage, Training) else stage.options).get("data", ()):
+                return True
+        return False

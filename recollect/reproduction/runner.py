@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +15,8 @@ from recollect.evaluation.loading import load_language_model
 from recollect.evaluation.report.summary import lines
 from recollect.evaluation.runner import evaluate
 from recollect.evaluation.suites import build_suite
-from recollect.reproduction.experiment import TEXT, Asking, Experiment, Scale, Training
+from recollect.reproduction.continuing import continue_both
+from recollect.reproduction.experiment import TEXT, Asking, Continuing, Experiment, Scale, Training
 from recollect.training.checkpoint import replace_file
 
 Say = Callable[[str], None]
@@ -76,7 +76,7 @@ def run(
     trained: dict[str, list[tuple[str, Run]]] = {}
     seconds, parameters = 0.0, []
     for number, stage in enumerate(experiment.stages(scale)):
-        folder = out / f"{number}-{_file_name(stage.column if isinstance(stage, Training) else stage.suite)}"
+        folder = out / f"{number}-{_file_name(stage.suite if isinstance(stage, Asking) else stage.column)}"
         if isinstance(stage, Training):
             fields = {**stage.request, **(overrides or {}), "seeds": seeds, "device": device}
             request = Request(**{key: _with_text(value, text) if key == "data" else value for key, value in fields.items()})
@@ -87,11 +87,24 @@ def run(
             columns.append(_trained(stage.column, found.metric, runs))
             seconds += sum(each.last.seconds for _, each in runs if each.last)
             parameters += [each.last.parameters for _, each in runs if each.last]
+        elif isinstance(stage, Continuing):
+            folder.mkdir(parents=True, exist_ok=True)
+            cells, took, sizes = continue_both(stage, folder, seeds=seeds, text=text, say=_teller(console))
+            columns.append(Column(stage.column, "", cells, higher_is_better=False))
+            seconds, parameters = seconds + took, parameters + sizes
         else:
             columns += _asked(stage, trained[stage.of], folder, text, console)
     measured = Measured(columns, seconds, (min(parameters), max(parameters)))
     replace_file(out / "measured.json", json.dumps([column._asdict() for column in columns], indent=2).encode())
     return measured
+
+
+def _teller(console: Console | None) -> Say:
+    def tell(line: str) -> None:
+        if console:
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    return tell
 
 
 def _trained(head: str, metric: str, runs: Sequence[tuple[str, Run]]) -> Column:
@@ -150,8 +163,3 @@ def write_paper(experiment: Experiment, out: Path) -> Path:
     replace_file(path, ("\n".join(lines_of) + "\n").encode())
     path.chmod(0o755)
     return path
-
-
-def settings(experiment: Experiment, scale: Scale) -> list[dict[str, Any]]:
-    """The stages as plain data, for who wants to see or change them."""
-    return [dataclasses.asdict(stage) for stage in experiment.stages(scale)]

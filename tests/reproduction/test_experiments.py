@@ -14,9 +14,11 @@ from recollect.comparison import Request
 from recollect.comparison.plan import make_plan
 from recollect.evaluation.suites import build_suite
 from recollect.reproduction import EXPERIMENTS, find, miras, mta, report
-from recollect.reproduction.experiment import TEXT, Asking, Experiment, Scale, Training
+from recollect.reproduction.continuing import SAME, continue_both
+from recollect.reproduction.experiment import TEXT, Asking, Continuing, Experiment, Scale, Training
 from recollect.reproduction.report import cell
 from recollect.reproduction.runner import run, write_paper
+from recollect.training.recipe.check import check
 from recollect.training.recipe.load import load_run
 
 NAMES = (mta.NAMES, miras.NAMES)  # of all that their experiments train
@@ -44,7 +46,7 @@ def test_every_stage_can_be_planned(name: str, scale: Scale, text: str) -> None:
             plan = make_plan(Request(**fields), command="")
             assert set(stage.names) <= {mixer["label"] for mixer in plan.mixers} or stage.names in NAMES
             trained.add(stage.column)
-        else:
+        elif isinstance(stage, Asking):
             assert stage.of in trained
             build_suite(stage.suite, **{**stage.options, **({"data": (text,)} if "data" in stage.options else {})})
     assert experiment.size[scale]
@@ -72,7 +74,7 @@ def test_every_command_of_the_published_scale_is_understood(name: str, tmp_path:
     for command in _commands(name):
         assert command[0] == "recollect"
         if command[1] == "train":
-            load_run(command[2], command[3:])
+            check(load_run(command[2], command[3:]))
             continue
         known = {flag for parameter in click.commands[command[1]].params for flag in parameter.opts}  # type: ignore[attr-defined]
         assert {word for word in command if word.startswith("-") and not word[1:2].isdigit()} <= known
@@ -113,6 +115,18 @@ def test_an_experiment_runs_to_its_page_and_is_not_run_again(tmp_path: Path, tex
     assert "10.91" in page
     assert "Mamba" in (tmp_path / "out" / "table.md").read_text()
     assert measured.parameters[0] <= measured.parameters[1]
+
+
+def test_a_retrofit_is_trained_on_beside_the_model_as_it_is(tmp_path: Path, text: str) -> None:
+    """Prevents continuations that start from different models, and a stage that trains again what it has trained."""
+    stage = Continuing(column="bits/byte", width=16, n_layers=2, heads=2, intermediate=16, steps=2, more_steps=2, layers="all")
+    said: list[str] = []
+    for _ in range(2):
+        cells, seconds, parameters = continue_both(stage, tmp_path, seeds=1, text=[text], say=said.append)
+        assert {name: len(values) for name, values in cells.items()} == {SAME: 1, "Transformer -> mta": 1}
+        assert parameters[1] > parameters[0]
+        assert seconds > 0
+    assert sum("finished" in line for line in said) == 3
 
 
 def test_text_is_asked_for_and_paper_is_not_run(tmp_path: Path) -> None:
