@@ -202,8 +202,8 @@ class LanguageModel:
         room = None if self.max_length is None else self.max_length - max_new_tokens
         rows = []
         for prompt in prompts:
-            ids = self.encode(prompt)
-            row = (self.coder.prefix or ([] if ids else [self.coder.start])) + ids
+            text = self.encode(prompt)
+            row = (self.coder.prefix or ([] if text else [self.coder.start])) + text
             rows.append(row if room is None else row[-room:])
         said = [""] * len(rows)
         options: dict[str, Any] = (

@@ -12,10 +12,11 @@ from typing import Any
 
 from recollect.evaluation.report import table
 from recollect.evaluation.report.summary import Line, show
-from recollect.evaluation.suites.base import Result, Suite
+from recollect.evaluation.suites.base import Metric, Result, Suite
 
 EXAMPLES = 12
 LONGEST = 6000  # characters of a text that is shown
+FOLDED = 300  # characters of a text that is not folded
 
 
 def html(
@@ -34,7 +35,7 @@ def html(
         title=escape(f"{suite.name}: {plan.get('path', '')}"),
         css=asset("page.css"),
         eyebrow=escape(suite.name),
-        headline=escape(f"{plan.get('path', 'the model')}: {name} {show(metric, last.cells[0])} on {suite.name}"),
+        headline=escape(f"{suite.name}: {metric.name} {_said(metric, last)} for {plan.get('path', 'the model')}"),
         meta=f"<code>{escape(command)}</code>" if command else "",
         table=_table(suite, found),
         notes="".join(f"<li>{escape(note)}</li>" for note in notes),
@@ -73,10 +74,22 @@ def _spread(results: Sequence[Result]) -> list[Result]:
 def _example(result: Result) -> str:
     group = ", ".join(f"{key} {value}" for key, value in result.group.items())
     values = ", ".join(f"{key} {value:.4g}" for key, value in result.values.items())
-    texts = "".join(
-        f"<dt>{escape(name)}</dt><dd><pre>{escape(_shortened(text))}</pre></dd>" for name, text in result.shown.items()
-    )
+    texts = "".join(f"<dt>{escape(name)}</dt><dd>{_text(text)}</dd>" for name, text in result.shown.items())
     return f"<article class='row'><p class='note'>{escape(group)} · {escape(values)}</p><dl>{texts}</dl></article>"
+
+
+def _said(metric: Metric, line: Line) -> str:
+    """The headline metric with its unit: "12.0 % (8.1 to 17.3)"."""
+    value, bracket, rest = show(metric, line.cells[0]).partition(" (")
+    return f"{value} {metric.unit}".strip() + bracket + rest
+
+
+def _text(text: str) -> str:
+    """A text; a long one folded behind its end, which is where the question stands."""
+    whole = f"<pre>{escape(_shortened(text))}</pre>"
+    if len(text) <= FOLDED:
+        return whole
+    return f"<details><summary>... {escape(text[-FOLDED:].strip())}</summary>{whole}</details>"
 
 
 def _shortened(text: str) -> str:
