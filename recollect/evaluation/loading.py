@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from recollect.data.tokenizer import Tokenizer
-from recollect.evaluation.language_model import BATCH_TOKENS, LanguageModel
-from recollect.inference.text_model import load_text_model
+from recollect.data.tokenizer import ByteTokenizer, Tokenizer, tokenizer_file
+from recollect.evaluation.language_model import BATCH_TOKENS, LanguageModel, TextCoder
+from recollect.inference.text_model import load_saved, load_text_model
 from recollect.models.configuration import model_folder
 from recollect.user_modules import import_user_modules
 
@@ -31,6 +31,23 @@ class OwnCoder:
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(ids)
+
+
+class NoText:
+    """Of a model that was trained on symbols that are no text (recall, find-block): it can be asked in these alone."""
+
+    name = "symbols"
+    prefix: ClassVar[list[int]] = []
+    start = 0
+
+    def __init__(self, why: str) -> None:
+        self.why = why
+
+    def encode(self, text: str) -> list[int]:
+        raise ValueError(f"{self.why}: it cannot read text; ask it the task that it was trained on")
+
+    def decode(self, ids: Sequence[int]) -> str:
+        raise ValueError(f"{self.why}: it cannot write text; ask it the task that it was trained on")
 
 
 class HuggingFaceCoder:
@@ -84,10 +101,14 @@ def load_language_model(
     transformers_logging.set_verbosity_error()  # it warns of contexts that the caller has chosen
     folder = model_folder(Path(path))
     if folder is not None and _is_recollect(folder):
-        model, tokenizer = load_text_model(folder)
+        place, model = load_saved(folder)
+        if tokenizer_file(place) or model.config.vocab_size == ByteTokenizer.vocab_size:
+            own: TextCoder = OwnCoder(load_text_model(folder).tokenizer)
+        else:
+            own = NoText(f"{path} has {model.config.vocab_size} symbols and no tokenizer beside it")
         if dtype != "auto":
             model = model.to(getattr(torch, dtype))
-        return LanguageModel(model.to(device), OwnCoder(tokenizer), max_length=max_length, batch_tokens=batch_tokens)
+        return LanguageModel(model.to(device), own, max_length=max_length, batch_tokens=batch_tokens)
     source = str(folder or path)
     try:
         other: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)

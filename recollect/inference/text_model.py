@@ -32,21 +32,7 @@ def load_text_model(folder: Path, imports: Sequence[str] = ()) -> TextModel:
     Raises:
         ValueError: no model there, a damaged or unknown one, or one that has another number of symbols than the tokenizer.
     """
-    import_user_modules(imports)
-    place = model_folder(folder)
-    if place is None:
-        raise ValueError(
-            f"{folder} holds no model; give OUT of a finished `recollect train`, or OUT/runs/LABEL-seedK of a compare"
-        )
-    folder = place
-    transformers_logging.disable_progress_bar()
-    try:
-        model = _load(folder)
-    except SafetensorError as error:
-        raise ValueError(f"{folder}: model.safetensors is damaged: {error}") from error
-    except ValueError as error:
-        hint = "; if it is a mixer of your own, name its file with --import" if "unknown mixer" in str(error) else ""
-        raise ValueError(f"{folder}: {error}{hint}") from error
+    folder, model = load_saved(folder, imports)
     own = tokenizer_file(folder)
     tokenizer = load_tokenizer(own) if own else ByteTokenizer()
     n_symbols = model.config.vocab_size
@@ -58,6 +44,28 @@ def load_text_model(folder: Path, imports: Sequence[str] = ()) -> TextModel:
             "put the tokenizer.json that it was trained with into the folder"
         )
     return TextModel(model, tokenizer)
+
+
+def load_saved(folder: Path, imports: Sequence[str] = ()) -> tuple[Path, Any]:
+    """Where a saved model of this package lies, and the model in evaluation mode.
+
+    Raises:
+        ValueError: no model there, a damaged or unknown one.
+    """
+    import_user_modules(imports)
+    place = model_folder(folder)
+    if place is None:
+        raise ValueError(
+            f"{folder} holds no model; give OUT of a finished `recollect train`, or OUT/runs/LABEL-seedK of a compare"
+        )
+    transformers_logging.disable_progress_bar()
+    try:
+        return place, _load(place)
+    except SafetensorError as error:
+        raise ValueError(f"{place}: model.safetensors is damaged: {error}") from error
+    except ValueError as error:
+        hint = "; if it is a mixer of your own, name its file with --import" if "unknown mixer" in str(error) else ""
+        raise ValueError(f"{place}: {error}{hint}") from error
 
 
 def _load(folder: Path) -> Any:

@@ -4,21 +4,25 @@ from recollect.evaluation.suites.base import SUITES, Item, Metric, Result, Suite
 from recollect.evaluation.suites.choices import Commonsense, Lambada
 from recollect.evaluation.suites.perplexity import Perplexity
 from recollect.evaluation.suites.questions import BabiLongSuite, ClutrrSuite, NeedlesSuite, Questions, RulerSuite
+from recollect.evaluation.suites.symbols import FindBlockSuite, RecallSuite, Symbols
 
 __all__ = [
     "SUITES",
     "BabiLongSuite",
     "ClutrrSuite",
     "Commonsense",
+    "FindBlockSuite",
     "Item",
     "Lambada",
     "Metric",
     "NeedlesSuite",
     "Perplexity",
     "Questions",
+    "RecallSuite",
     "Result",
     "RulerSuite",
     "Suite",
+    "Symbols",
     "build_suite",
     "register_suite",
 ]

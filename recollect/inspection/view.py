@@ -1,0 +1,151 @@
+"""A text as a model reads it: everything that the page shows, as plain data."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from recollect.data.tokenizer import Tokenizer
+from recollect.inspection.kernels import Kernel, kernels
+from recollect.inspection.maps import Attended, attend, row_blocks
+from recollect.inspection.memory import Remembered, remember
+from recollect.inspection.reading import Layer, read, token_texts
+from recollect.inspection.strips import Strip, strip
+
+TOKENS = 1024  # read of a text unless more are asked for
+WIDEST_MAP = 256  # cells
+PART = 1 << 16  # characters encoded at a time
+MAP_CELLS = 5_000_000  # of all maps together: 2 bytes each, a third more in base64
+
+
+class LayerView(NamedTuple):
+    """One mixer. strips: values per token and head; `attended` or `remembered.reads` say where reads come from; missing:
+    sentences on what it cannot show."""
+
+    label: str
+    n_heads: int
+    strips: list[Strip]
+    attended: Attended | None
+    remembered: Remembered | None
+    kernels: list[Kernel]
+    missing: list[str]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inspection:
+    """tokens: what each adds to the text; bits: -log2 of each one's probability [T], nan for the first; pool: of the maps; notes:
+    sentences for the reader."""
+
+    tokens: list[str]
+    bits: Tensor
+    layers: list[LayerView]
+    pool: str
+    notes: list[str]
+
+
+def inspect_text(
+    model: Any,
+    tokenizer: Tokenizer,
+    text: str,
+    *,
+    n_tokens: int | None = None,
+    layers: Sequence[int] | None = None,
+    pool: str = "max",
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Inspection:
+    """Look into a model while it reads a text.
+
+    Args:
+        model: a `RecollectForCausalLM`; put into evaluation mode.
+        tokenizer: its own.
+        text: not empty; read after a document start.
+        n_tokens: tokens to read, document start included, at least 2; None: TOKENS, or the model's context if that is shorter.
+        layers: 0-based depths; None: all.
+        pool: "max" or "mean", see `maps.attend`.
+        progress: called with the layers done and their number.
+    Raises:
+        ValueError: an empty text, an argument out of range, a layer that the model does not have.
+    """
+    model.eval()
+    context = int(model.config.max_position_embeddings)
+    if n_tokens is not None and n_tokens < 2:
+        raise ValueError(f"tokens is at least 2, the document start and one of the text; got {n_tokens}")
+    wanted = min(TOKENS, context) if n_tokens is None else n_tokens
+    ids, is_whole = _encoded(tokenizer, text, wanted)
+    found, bits = read(model, ids, layers)
+    notes = _notes(len(ids), is_whole, n_tokens is None, context)
+    side = _side(found, len(ids))
+    views = []
+    for n, layer in enumerate(found):
+        views.append(look(layer, side=side, pool=pool))
+        progress(n + 1, len(found))
+    return Inspection(tokens=token_texts(tokenizer, ids), bits=bits, layers=views, pool=pool, notes=notes)
+
+
+def look(layer: Layer, *, side: int, pool: str) -> LayerView:
+    """One layer: its maps if it attends, else its memory."""
+    label = f"{layer.depth}: {layer.name}" + (f" ({layer.part})" if layer.part else "")
+    strips: list[Strip] = []
+    missing: list[str] = []
+    remembered = None
+    try:
+        attended = attend(layer.mixer, layer.x, side=side, pool=pool)
+    except ValueError as error:
+        attended, missing = None, [str(error)]
+    if attended is None:
+        remembered = remember(layer.mixer, layer.x)
+        strips, missing = remembered.strips, missing + remembered.missing
+    elif attended.entropy is not None and attended.first is not None:
+        strips = [
+            strip(
+                "entropy",
+                "Entropy of the attention",
+                "Of the softmax, in bits: 0 looks at one token alone.",
+                attended.entropy.T,
+            ),
+            strip("first", "Weight on the first token", "What the softmax gives to the document start.", attended.first.T),
+        ]
+    heads = [len(one.values) for one in strips] + ([len(attended.keys)] if attended is not None else [])
+    return LayerView(label, max(heads, default=0), strips, attended, remembered, kernels(layer.mixer), missing)
+
+
+def _side(layers: Sequence[Layer], length: int) -> int:
+    """Cells that a map may be wide, so that all of them together stay below MAP_CELLS."""
+    n_maps = 0
+    with torch.no_grad():
+        for layer in layers:
+            for rows in row_blocks(layer.mixer, layer.x[:, :1], 1):
+                n_maps += sum(len(stage) for stage in rows.stages.values())
+    if not n_maps:
+        return WIDEST_MAP
+    return max(16, min(WIDEST_MAP, length, int(math.sqrt(2 * MAP_CELLS / n_maps))))
+
+
+def _encoded(tokenizer: Tokenizer, text: str, wanted: int) -> tuple[Tensor, bool]:
+    """The first tokens of a text after a document start, int64 [T], and whether that is all of it."""
+    found, parts = [np.array([tokenizer.start], np.int64)], (text[i : i + PART] for i in range(0, len(text), PART))
+    for part in tokenizer.encode_stream(parts):
+        found.append(part.astype(np.int64))
+        if sum(map(len, found)) > wanted:
+            break
+    ids = np.concatenate(found)
+    if len(ids) < 2:
+        raise ValueError("the text is empty; give one of at least one token")
+    return torch.from_numpy(ids[:wanted]), len(ids) <= wanted
+
+
+def _notes(n_read: int, is_whole: bool, by_default: bool, context: int) -> list[str]:
+    notes = []
+    if not is_whole:
+        notes.append(
+            f"The first {n_read:,} tokens of the text, document start included{'; --tokens reads more' if by_default else ''}."
+        )
+    if n_read > context:
+        notes.append(f"The model was made for {context:,} tokens; what it does beyond them may mean little.")
+    return notes
