@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from recollect.data.tokenizer import ByteTokenizer
 from recollect.evaluation import report
 from recollect.evaluation.language_model import LanguageModel, Likelihood
-from recollect.evaluation.loading import OwnCoder
+from recollect.evaluation.loading import OwnCoder, load_language_model
 from recollect.evaluation.report.summary import lines
 from recollect.evaluation.runner import evaluate
 from recollect.evaluation.suites import SUITES, Item, Result, Suite, build_suite
@@ -35,6 +36,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "needles": {"needles": (1, 3), "lengths": (1024,), "depths": (0, 100), "n": 2},
     "babilong": {"qa": (1, 5), "lengths": (0,), "n": 3},
     "clutrr": {"k": (2, 4), "n": 3},
+    "recall": {"slices": ("16x2", "32x4"), "n": 3},
+    "find-block": {"blocks": (2, 3), "n": 3},
 }
 
 
@@ -48,8 +51,11 @@ def suite_of(name: str, folder: Path) -> Suite:
     return build_suite(name, **options)
 
 
-def tiny(*, context: int | None = None) -> LanguageModel:
-    config = RecollectConfig(hidden_size=16, num_attention_heads=2, layers=["gated_delta_net"], mlp=False)
+SYMBOLS = {"recall": 128, "find-block": 32}  # suites of models that read no text: their vocabularies
+
+
+def tiny(*, context: int | None = None, symbols: int = 257) -> LanguageModel:
+    config = RecollectConfig(vocab_size=symbols, hidden_size=16, num_attention_heads=2, layers=["gated_delta_net"], mlp=False)
     return LanguageModel(RecollectForCausalLM(config), OwnCoder(ByteTokenizer()), max_length=context)
 
 
@@ -87,7 +93,8 @@ def knowing(suite: Suite) -> Knowing:
 def test_every_suite_runs_and_reports(name: str, tmp_path: Path) -> None:
     """Prevents a suite that no model can be asked, or whose results cannot be shown."""
     suite = suite_of(name, tmp_path)
-    done = evaluate(tiny(), suite, tmp_path / "out", about={"path": "tiny"})
+    model = tiny(symbols=SYMBOLS.get(name, 257))
+    done = evaluate(model, suite, tmp_path / "out", about={"path": "tiny"})
     report.write(tmp_path / "out", suite, done.results, command="recollect evaluate tiny <b>")
     page = (tmp_path / "out" / "report.html").read_text()
     assert "recollect evaluate tiny &lt;b&gt;" in page
@@ -95,10 +102,41 @@ def test_every_suite_runs_and_reports(name: str, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "figure.png").stat().st_size > 1000
     assert suite.metrics[0].name in (tmp_path / "out" / "table.txt").read_text()
     assert (tmp_path / "out" / "table.md").read_text().startswith("| ")
-    assert done.n_asked == len(suite.items(tiny()))
+    assert done.n_asked == len(suite.items(model))
 
 
-@pytest.mark.parametrize("name", sorted(SUITES.keys() - {"perplexity"}))
+@pytest.mark.parametrize("name", SYMBOLS)
+def test_symbols_are_scored_as_their_task_does(name: str, tmp_path: Path) -> None:
+    """Prevents labels of another example, a shifted prediction, and a model of other symbols from being asked."""
+    suite, model = suite_of(name, tmp_path), tiny(symbols=SYMBOLS[name])
+    done = evaluate(model, suite, tmp_path / "out", about={})
+    expected = []
+    for item in suite.items(model):
+        _, task, inputs, labels = item.ask
+        with torch.no_grad():
+            said = model.model(input_ids=inputs[None]).logits.argmax(-1)
+        expected.append(float(task.correct(said, labels[None])[0]))
+    assert [result.values["score"] for result in done.results] == expected
+    assert all(result.group["state_bytes"] > 0 for result in done.results)
+    with pytest.raises(ValueError, match="the model has 257 symbols"):
+        suite.items(tiny())
+
+
+def test_a_model_of_symbols_is_told_from_one_of_text(tmp_path: Path) -> None:
+    """Prevents text from being asked of a model that was trained on recall, and that model from being refused altogether."""
+    tiny(symbols=128).model.save_pretrained(tmp_path)
+    model = load_language_model(str(tmp_path))
+    assert evaluate(model, suite_of("recall", tmp_path), tmp_path / "out", about={}).n_asked == 6
+    with pytest.raises(ValueError, match="has 128 symbols and no tokenizer beside it"):
+        suite_of("babilong", tmp_path).answer(model, [Item("x", ({}, *_a_question()))])
+
+
+def _a_question() -> tuple[Any, Any]:
+    (item,) = build_suite("babilong", qa="1", lengths="0", n=1).items(tiny())
+    return item.ask[1], item.ask[2]
+
+
+@pytest.mark.parametrize("name", sorted(SUITES.keys() - {"perplexity", *SYMBOLS}))
 def test_a_model_that_knows_scores_everything(name: str, tmp_path: Path) -> None:
     """Prevents answers that are marked against another question, and metrics that no model can satisfy."""
     suite = suite_of(name, tmp_path)
