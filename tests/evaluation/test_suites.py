@@ -118,8 +118,9 @@ def test_symbols_are_scored_as_their_task_does(name: str, tmp_path: Path) -> Non
         expected.append(float(task.correct(said, labels[None])[0]))
     assert [result.values["score"] for result in done.results] == expected
     assert all(result.group["state_bytes"] > 0 for result in done.results)
-    with pytest.raises(ValueError, match="the model has 257 symbols"):
-        suite.items(tiny())
+    if name == "find-block":  # recall takes the model's own vocabulary
+        with pytest.raises(ValueError, match="the model has 257 symbols"):
+            suite.items(tiny())
 
 
 def test_a_model_of_symbols_is_told_from_one_of_text(tmp_path: Path) -> None:
