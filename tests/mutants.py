@@ -237,7 +237,7 @@ MUTANTS = [
     ),
     by_law(
         "state saved without a part of it",
-        Edit("recollect.state", "load", "tensors[next(ordered)].to(", "torch.zeros_like(tensors[next(ordered)]).to("),
+        Edit("recollect.state", "filled", "lambda _: next(given)", "lambda _: torch.zeros_like(next(given))"),
         "law_state_round_trip",
         "attention",
     ),
