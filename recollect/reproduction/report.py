@@ -62,9 +62,10 @@ def cell(values: Sequence[float | None], unit: str) -> str:
 def notes(experiment: Experiment, scale: Scale, measured: Measured) -> list[str]:
     """What a reader must know before comparing."""
     low, high = measured.parameters
+    changed = ", ".join(f"{name} {value}" for name, value in measured.overrides.items())
     size = f"{low:,}" if low == high else f"{low:,} to {high:,}"
     return [
-        f"Measured here: {experiment.size[scale]}",
+        f"Measured here: {experiment.size[scale]}{f' Changed for this run: {changed}.' if changed else ''}",
         f"The models have {size} parameters; {measured.seconds / 60:.0f} minutes of training in all.",
         "In brackets: every seed. Published numbers are of other sizes and data: compare orders, not values.",
     ]
@@ -95,7 +96,7 @@ def _shown(experiment: Experiment, scale: Scale, measured: Measured) -> Group:
 
 def _table(heads: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> Table:
     table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("model")
+    table.add_column("model", no_wrap=True)
     for head in heads:
         table.add_column(head, justify="right")
     for name, cells in rows:

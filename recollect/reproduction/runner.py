@@ -36,11 +36,13 @@ class Column(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """What a run of an experiment has measured; `seconds` of training in all; parameters of the models, smallest and largest."""
+    """What a run of an experiment has measured; `seconds` of training in all; parameters of the models, smallest and largest;
+    settings that were given in place of the experiment's own."""
 
     columns: list[Column]
     seconds: float
     parameters: tuple[int, int]
+    overrides: Mapping[str, Any]
 
 
 def run(
@@ -94,7 +96,7 @@ def run(
             seconds, parameters = seconds + took, parameters + sizes
         else:
             columns += _asked(stage, trained[stage.of], folder, text, console)
-    measured = Measured(columns, seconds, (min(parameters), max(parameters)))
+    measured = Measured(columns, seconds, (min(parameters), max(parameters)), dict(overrides or {}))
     replace_file(out / "measured.json", json.dumps([column._asdict() for column in columns], indent=2).encode())
     return measured
 

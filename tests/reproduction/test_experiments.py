@@ -113,6 +113,7 @@ def test_an_experiment_runs_to_its_page_and_is_not_run_again(tmp_path: Path, tex
     page = (tmp_path / "out" / "report.html").read_text()
     assert "a &lt;toy&gt;" in page
     assert "10.91" in page
+    assert "Changed for this run: budget 2steps" in page
     assert "Mamba" in (tmp_path / "out" / "table.md").read_text()
     assert measured.parameters[0] <= measured.parameters[1]
 
