@@ -100,6 +100,10 @@ def compare(
         int | None,
         typer.Option(help="Runs at a time; changes no result.", show_default="one per core; on a GPU 1", rich_help_panel=_RUN),
     ] = None,
+    precision: Annotated[
+        str,
+        typer.Option(help="fp32, or bf16: products of training in bf16, weights and evaluation in fp32.", rich_help_panel=_RUN),
+    ] = "fp32",
     threads: Annotated[int, typer.Option(help="Threads of one run.", rich_help_panel=_RUN)] = 1,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...", rich_help_panel=_RUN)] = "auto",
 ) -> None:
@@ -148,6 +152,7 @@ def compare(
             eval_every=eval_every,
             n_eval=n_eval,
             n_eval_curve=n_eval_curve,
+            precision=precision,
             threads=threads,
             device=device,
         )

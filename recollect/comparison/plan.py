@@ -27,7 +27,8 @@ from recollect.training.config import TrainingConfig
 from recollect.training.folder import changes
 from recollect.user_modules import import_user_modules
 
-VERSION = 2
+VERSION = 3
+PRECISIONS = ("fp32", "bf16")
 EQUAL = ("data", "time")
 MIN_EVAL_EVERY = 10
 
@@ -52,6 +53,7 @@ class Request:
         batch_size, seq_len, lr, schedule, warmup, end_lr, weight_decay, clip: the recipe.
         eval_every: steps between evaluations.
         n_eval, n_eval_curve: held-out examples of the last and of the earlier evaluations.
+        precision: "fp32", or "bf16": products of training in bf16, weights, optimiser and evaluation in fp32.
         threads: threads of one run (it changes the order of sums, so it is part of the plan).
         device: "auto", "cpu", "cuda", "cuda:1", ...
     """
@@ -84,6 +86,7 @@ class Request:
     eval_every: int | None = None
     n_eval: int | None = None
     n_eval_curve: int | None = None
+    precision: str = "fp32"
     threads: int = 1
     device: str = "auto"
 
@@ -113,6 +116,7 @@ class Plan:
     n_evaluations: int
     n_eval: int
     n_eval_curve: int
+    precision: str
     threads: int
     device: str
     config_hash: str = ""
@@ -179,6 +183,8 @@ def make_plan(request: Request, *, command: str = "") -> Plan:
     steps, _ = parse_budget(budget)
     if request.equal == "time" and steps is not None:
         raise ValueError(f"--equal time needs a time budget such as 5m; got the budget {budget!r}")
+    if request.precision not in PRECISIONS:
+        raise ValueError(f"--precision is {' or '.join(PRECISIONS)}; got {request.precision!r}")
     if request.task != "text" and (request.data or request.eval_data):
         raise ValueError(f"--data belongs to the task 'text'; {request.task!r} makes its own data")
     if request.task == "text" and not request.data:
@@ -227,6 +233,7 @@ def make_plan(request: Request, *, command: str = "") -> Plan:
         n_evaluations=defaults.n_evaluations,
         n_eval=_or(request.n_eval, defaults.n_eval),
         n_eval_curve=min(_or(request.n_eval_curve, defaults.n_eval_curve), _or(request.n_eval, defaults.n_eval)),
+        precision=request.precision,
         threads=request.threads,
         device=resolve_device(request.device),
         command=command,

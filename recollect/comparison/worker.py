@@ -83,7 +83,7 @@ def _run(folder: Path, journal: Journal, checkpoint_seconds: float, stop: thread
     evaluator = Evaluator(plan, workload, state_bytes(model, example))
     batch_size = plan.training["batch_size"]
     progress = train(
-        model,
+        Scored(model, precision=plan.precision),
         plan.training_of(label),
         data=Drawn(lambda step: workload.train_batch(batch_size, run_seed=seed, step=step)),
         evaluate=evaluator,
@@ -146,7 +146,7 @@ def time_steps(folder: Path, *, seconds: float) -> dict[str, float]:
     begun = time.perf_counter()
     batch_size = plan.training["batch_size"]
     config = plan.training_of(label, steps=1000)
-    scored, optimisers = Scored(model), make_optimisers(model, config)
+    scored, optimisers = Scored(model, precision=plan.precision), make_optimisers(model, config)
     data = Drawn(lambda step: workload.train_batch(batch_size, run_seed=seed, step=step))
     model.train()
     durations: list[float] = []

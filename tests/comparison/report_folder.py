@@ -45,7 +45,7 @@ def make_folder(
         "mta": 0.012 if error else 2.1,
     }
     plan = {
-        "version": 2,
+        "version": 3,
         "task": task,
         "task_options": {"n_blocks": 8, "n_letters": 5, "n_question": 2},
         "metric": metric,

@@ -36,6 +36,7 @@ def test_a_file_that_is_no_plan_is_refused(text: str) -> None:
         {"mixers": ["attention"]},
         {"mixers": ["attention", "mta:c_q=3"]},
         {"threads": 2},
+        {"precision": "bf16"},
         {"dropout": 0.0},
         {"eval_every": 4},
         {"n_eval": 20},

@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from recollect.comparison.folder import run_folder
 from recollect.comparison.plan import make_plan
@@ -102,6 +104,22 @@ def test_a_full_disk_is_a_failure_of_its_own(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr("recollect.training.loop.save_checkpoint", full)
     assert run(folder) == DISK_FULL
     assert journal_of(folder)[-1]["reason"].startswith("the disk is full")
+
+
+def test_half_precision_is_that_of_the_products(tmp_path: Path) -> None:
+    """The weights that are kept stay in fp32, the first evaluation is that of fp32, and training is another one, close by."""
+    ends = {}
+    for precision in ("fp32", "bf16"):
+        folder = stored_run(tmp_path / precision, make_plan(small(precision=precision)))
+        assert run(folder) == DONE
+        weights = load_file(folder / "model" / "model.safetensors")
+        assert {weight.dtype for weight in weights.values()} == {torch.float32}
+        ends[precision] = results_of(folder)
+    assert ends["fp32"][0] == ends["bf16"][0]
+    assert ends["fp32"][-1] != ends["bf16"][-1]
+    assert ends["bf16"][-1][1] == pytest.approx(ends["fp32"][-1][1], rel=0.05)
+    with pytest.raises(ValueError, match="--precision is fp32 or bf16"):
+        make_plan(small(precision="fp8"))
 
 
 def test_changed_data_are_noticed(tmp_path: Path) -> None:
