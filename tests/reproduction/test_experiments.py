@@ -35,6 +35,17 @@ def text(tmp_path: Path) -> str:
 @pytest.mark.parametrize(("name", "scale"), STAGES)
 def test_every_stage_can_be_planned(name: str, scale: Scale, text: str) -> None:
     """Prevents an experiment that fails hours later on an option that no mixer, task or suite has."""
+    _plan(name, scale, text, {"width": 32, "layers": 2, "parameters": None})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "scale"), STAGES)
+def test_every_stage_can_be_planned_at_its_size(name: str, scale: Scale, text: str) -> None:
+    """Prevents a number of parameters that some mixer exceeds without SwiGLUs, and heads that do not divide."""
+    _plan(name, scale, text, {})
+
+
+def _plan(name: str, scale: Scale, text: str, smaller: dict[str, Any]) -> None:
     experiment = EXPERIMENTS[name]
     trained = set()
     for stage in experiment.stages(scale):
@@ -43,7 +54,7 @@ def test_every_stage_can_be_planned(name: str, scale: Scale, text: str) -> None:
                 key: [text if item == TEXT else item for item in value] if key == "data" else value
                 for key, value in stage.request.items()
             }
-            plan = make_plan(Request(**fields), command="")
+            plan = make_plan(Request(**{**fields, **smaller}), command="")
             assert set(stage.names) <= {mixer["label"] for mixer in plan.mixers} or stage.names in NAMES
             trained.add(stage.column)
         elif isinstance(stage, Asking):
