@@ -101,10 +101,9 @@ def _run(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     from recollect.evaluation import report
-    from recollect.evaluation.runner import default_folder, evaluate
+    from recollect.evaluation.runner import evaluate
     from recollect.training.folder import Busy
 
-    folder = out or default_folder(model, suite, about)
     columns = [TextColumn(suite.name), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()]
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task(suite.name, total=None)
@@ -112,16 +111,16 @@ def _run(
             done = evaluate(
                 model,
                 suite,
-                folder,
+                out,
                 about=about,
                 limit=limit,
                 progress=lambda done, total: bar.update(task, completed=done, total=total),
             )
         except Busy as error:
             raise ValueError(str(error)) from error
-    table = report.write(folder, suite, done.results, command=command)
+    table = report.write(done.out, suite, done.results, command=command)
     kept = f", {done.n_kept:,} answered earlier" if done.n_kept else ""
-    return table, folder / "report.html", f"{done.n_asked:,} asked in {done.seconds:.1f} s{kept}"
+    return table, done.out / "report.html", f"{done.n_asked:,} asked in {done.seconds:.1f} s{kept}"
 
 
 def _harness(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 from recollect.comparison.plan import Plan, differences
 from recollect.training.checkpoint import replace_file
 from recollect.training.folder import LOCK, is_disk_full
-from recollect.training.journal import Event, append_line, clean, read_lines
+from recollect.training.journal import Event, append_line, clean, drop_partial_line, read_lines
 
 DISK_FULL_TEXT = "the disk is full; free some space and run the same command again"
 PLAN, RESULTS = "comparison.json", "results.jsonl"
@@ -69,7 +68,7 @@ class Results:
 
     def __init__(self, out: Path, plan: Plan) -> None:
         self.path, self.plan = out / RESULTS, plan
-        self._drop_partial_line()
+        drop_partial_line(self.path)
         self.known = {(row.get("mixer"), row.get("seed"), row.get("step")) for row in read_lines(self.path)}
 
     def add(self, label: str, seed: int, event: Event) -> None:
@@ -96,14 +95,6 @@ class Results:
             "config_hash": self.plan.config_hash,
             **{key: value for key, value in event.items() if key != "event"},
         }
-
-    def _drop_partial_line(self) -> None:
-        if not self.path.is_file():
-            return
-        data = self.path.read_bytes()
-        whole = data.rfind(b"\n") + 1
-        if whole < len(data):
-            os.truncate(self.path, whole)
 
 
 def is_done(out: Path, label: str, seed: int) -> bool:

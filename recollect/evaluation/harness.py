@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from recollect.evaluation.language_model import Likelihood
+from recollect.evaluation.language_model import Likelihood, cut
 from recollect.training.checkpoint import replace_file
 
 try:
@@ -104,7 +104,7 @@ class HarnessModel(LM):
 
             def ask(some: Sequence[Instance], stop: _Stop = stop) -> list[str]:
                 texts = self.model.generate([each.args[0] for each in some], stop.max_new_tokens, stop.until)
-                return [stop.cut(text) for text in texts]
+                return [cut(text, stop.until) for text in texts]
 
             answers = self._in_parts(
                 "generate_until", [requests[i] for i in members], ask, n_before=n_done, n_total=len(requests)
@@ -273,10 +273,6 @@ class _Stop(NamedTuple):
 
     max_new_tokens: int
     until: tuple[str, ...]
-
-    def cut(self, text: str) -> str:
-        """A text up to the first of `until`."""
-        return text[: min([text.index(end) for end in self.until if end in text], default=len(text))]
 
 
 def _stop(request: Instance) -> _Stop:

@@ -230,7 +230,7 @@ class LanguageModel:
                     **options,
                 )
             for b, i in enumerate(chosen):
-                said[i] = _cut(self.coder.decode(_document(out[b, longest:].tolist(), self.coder.start)), until)
+                said[i] = cut(self.coder.decode(_document(out[b, longest:].tolist(), self.coder.start)), until)
         return said
 
     def _split(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
@@ -368,7 +368,7 @@ def _document(ids: list[int], start: int) -> list[int]:
     return ids[: ids.index(start)] if start in ids else ids
 
 
-def _cut(said: str, until: Sequence[str]) -> str:
+def cut(said: str, until: Sequence[str]) -> str:
     """A text up to the first of `until`."""
     ends = [said.index(text) for text in until if text and text in said]
     return said[: min(ends)] if ends else said

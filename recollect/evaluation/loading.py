@@ -12,7 +12,7 @@ from transformers.utils import logging as transformers_logging
 
 from recollect.data.tokenizer import ByteTokenizer, Tokenizer, tokenizer_file
 from recollect.evaluation.language_model import BATCH_TOKENS, LanguageModel, TextCoder
-from recollect.inference.text_model import load_saved, load_text_model
+from recollect.inference.text_model import load_saved, tokenizer_of
 from recollect.models.configuration import model_folder
 from recollect.user_modules import import_user_modules
 
@@ -103,7 +103,7 @@ def load_language_model(
     if folder is not None and _is_recollect(folder):
         place, model = load_saved(folder)
         if tokenizer_file(place) or model.config.vocab_size == ByteTokenizer.vocab_size:
-            own: TextCoder = OwnCoder(load_text_model(folder).tokenizer)
+            own: TextCoder = OwnCoder(tokenizer_of(place, model.config.vocab_size))
         else:
             own = NoText(f"{path} has {model.config.vocab_size} symbols and no tokenizer beside it")
         if dtype != "auto":

@@ -13,7 +13,7 @@ from recollect.evaluation.language_model import LanguageModel
 from recollect.evaluation.suites.base import Item, Result, Suite
 from recollect.training.checkpoint import replace_file
 from recollect.training.folder import changes, locked
-from recollect.training.journal import append_line, read_lines
+from recollect.training.journal import append_line, drop_partial_line, read_lines
 
 PLAN, ROWS = "evaluation.json", "rows.jsonl"
 
@@ -21,9 +21,11 @@ PLAN, ROWS = "evaluation.json", "rows.jsonl"
 class Evaluation(NamedTuple):
     """What is known after a run.
 
-    results: of all items, in the suite's order; n_asked: items asked now; n_kept: items answered earlier; seconds: of this run.
+    out: its folder; results: of all items, in the suite's order; n_asked: items asked now; n_kept: items answered earlier; seconds: of
+    this run.
     """
 
+    out: Path
     results: list[Result]
     n_asked: int
     n_kept: int
@@ -33,7 +35,7 @@ class Evaluation(NamedTuple):
 def evaluate(
     model: LanguageModel,
     suite: Suite,
-    out: Path,
+    out: Path | None,
     *,
     about: dict[str, Any],
     at_once: int = 32,
@@ -46,6 +48,7 @@ def evaluate(
         model: in evaluation mode.
         suite: what to ask.
         out: folder for evaluation.json (what was evaluated) and rows.jsonl (one line per item); a run that was interrupted goes on.
+            None: evaluations/SUITE-HASH, which the same evaluation finds again.
         about: what else identifies the run, such as the model's path; it is written down and shown.
         at_once: items between two writes.
         limit: ask the first n items only; a later run without it goes on.
@@ -57,14 +60,16 @@ def evaluate(
     """
     if at_once < 1 or (limit is not None and limit < 1):
         raise ValueError(f"at_once and limit are at least 1; got {at_once} and {limit}")
-    plan = describe(model, suite, about)
+    plan = _describe(model, suite, about)
+    out = out or Path("evaluations") / f"{suite.name}-{state.fingerprint(plan)[:8]}"
     out.mkdir(parents=True, exist_ok=True)
     with locked(out):
         _claim(out, plan)
         items = suite.items(model)[:limit]
         if not items:
             raise ValueError(f"suite {suite.name!r} has nothing to ask")
-        known = {row["id"]: row for row in _whole_rows(out)}
+        drop_partial_line(out / ROWS)
+        known = {row["id"]: row for row in read_lines(out / ROWS)}
         begun = time.monotonic()
         todo = [item for item in items if item.id not in known]
         progress(len(items) - len(todo), len(items))
@@ -74,10 +79,10 @@ def evaluate(
                 known[item.id] = _keep(out, item, results)
             progress(len(items) - len(todo) + first + len(batch), len(items))
         results = [Result(**result) for item in items for result in known[item.id]["results"]]
-    return Evaluation(results, len(todo), len(items) - len(todo), time.monotonic() - begun)
+    return Evaluation(out, results, len(todo), len(items) - len(todo), time.monotonic() - begun)
 
 
-def describe(model: LanguageModel, suite: Suite, about: dict[str, Any]) -> dict[str, Any]:
+def _describe(model: LanguageModel, suite: Suite, about: dict[str, Any]) -> dict[str, Any]:
     """Everything that the results depend on, as it is in evaluation.json."""
     plan = {
         "suite": suite.name,
@@ -89,25 +94,10 @@ def describe(model: LanguageModel, suite: Suite, about: dict[str, Any]) -> dict[
     return dict(json.loads(json.dumps(plan, default=str)))  # as it will be read again
 
 
-def default_folder(model: LanguageModel, suite: Suite, about: dict[str, Any]) -> Path:
-    """The same evaluation finds its own folder again."""
-    return Path("evaluations") / f"{suite.name}-{state.fingerprint(describe(model, suite, about))[:8]}"
-
-
 def _keep(out: Path, item: Item, results: Sequence[Result]) -> dict[str, Any]:
     row = {"id": item.id, "results": [result._asdict() for result in results]}
     append_line(out / ROWS, json.dumps(row, ensure_ascii=False), durable=False)
     return row
-
-
-def _whole_rows(out: Path) -> list[dict[str, Any]]:
-    """The rows that are there; a line that a crash has cut off is removed."""
-    path = out / ROWS
-    if path.is_file():
-        data = path.read_bytes()
-        if not data.endswith(b"\n"):
-            replace_file(path, data[: data.rfind(b"\n") + 1])
-    return read_lines(path)
 
 
 def _claim(out: Path, plan: dict[str, Any]) -> None:

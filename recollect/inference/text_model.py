@@ -33,9 +33,17 @@ def load_text_model(folder: Path, imports: Sequence[str] = ()) -> TextModel:
         ValueError: no model there, a damaged or unknown one, or one that has another number of symbols than the tokenizer.
     """
     folder, model = load_saved(folder, imports)
+    return TextModel(model, tokenizer_of(folder, model.config.vocab_size))
+
+
+def tokenizer_of(folder: Path, n_symbols: int) -> Tokenizer:
+    """The tokenizer of a saved model of `n_symbols`: its tokenizer.json, else bytes.
+
+    Raises:
+        ValueError: another number of symbols than the tokenizer has.
+    """
     own = tokenizer_file(folder)
     tokenizer = load_tokenizer(own) if own else ByteTokenizer()
-    n_symbols = model.config.vocab_size
     if own and n_symbols < tokenizer.vocab_size:
         raise ValueError(f"{folder}: the model has {n_symbols} symbols, its tokenizer.json {tokenizer.vocab_size}")
     if not own and n_symbols != tokenizer.vocab_size:
@@ -43,7 +51,7 @@ def load_text_model(folder: Path, imports: Sequence[str] = ()) -> TextModel:
             f"{folder} is no byte-level model: it has {n_symbols} symbols, not {tokenizer.vocab_size}; "
             "put the tokenizer.json that it was trained with into the folder"
         )
-    return TextModel(model, tokenizer)
+    return tokenizer
 
 
 def load_saved(folder: Path, imports: Sequence[str] = ()) -> tuple[Path, Any]:

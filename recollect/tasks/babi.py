@@ -15,6 +15,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+from recollect.tasks.files import numbered_lines
+
 ROOMS = ("bathroom", "bedroom", "garden", "hallway", "kitchen", "office")
 ITEMS = ("apple", "football", "milk")
 WALKERS = ("Daniel", "John", "Mary", "Sandra")
@@ -229,9 +231,7 @@ def read_stories(qa: int, path: str) -> tuple[Story, ...]:
 @lru_cache(maxsize=8)
 def _read_stories(qa: int, path: str, _modified: int, _size: int) -> tuple[Story, ...]:
     stories = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
+    for number, line in numbered_lines(Path(path).read_text(encoding="utf-8")):
         try:
             row = json.loads(line)
             story = Story(tuple(row["facts"]), row["question"].strip(), row["answer"], tuple(row.get("support", ())))

@@ -17,8 +17,8 @@ import numpy as np
 from recollect.tasks.babi import LABELS, Story, answer, choices, events, last_question, read_stories
 from recollect.tasks.babi_simulation import tell
 from recollect.tasks.babilong_prompts import PARTS, default_parts
+from recollect.tasks.files import read_text
 from recollect.tasks.haystack import grammar_sentences, insert, split_sentences
-from recollect.tasks.needle_words import read_text
 from recollect.tasks.templates import replace_templates
 from recollect.tasks.text import Measure, Question, TextTask, n_bytes, register_text_task
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from recollect.tasks.family import KIND_OF, RELATIONS
+from recollect.tasks.files import numbered_lines
 
 # In the order of the task numbers, from 1.
 NOISES = ("clean", "supporting", "irrelevant", "disconnected")
@@ -45,14 +46,12 @@ def read_rows(path: str) -> tuple[Row, ...]:
 
 @lru_cache(maxsize=32)
 def _read_file(path: Path, _modified: int) -> tuple[Row, ...]:
+    rows = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read as a UTF-8 text file: {error}") from error
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for number, line in numbered_lines(text):
         try:
             rows.append(_row(json.loads(line)))
         except (ValueError, KeyError, TypeError, AttributeError, SyntaxError) as error:

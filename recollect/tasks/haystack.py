@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from recollect.tasks.needle_words import ADJECTIVES, NOUNS, read_text, say
+from recollect.tasks.files import read_text
+from recollect.tasks.needle_words import ADJECTIVES, NOUNS, say
 from recollect.tasks.text import Measure, Question
 
 # 40 equally spaced percentages, both ends included, rounded.

@@ -6,10 +6,11 @@ import re
 import uuid
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from pathlib import Path
 from string import Formatter
 
 import numpy as np
+
+from recollect.tasks.files import read_text
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -88,18 +89,6 @@ def read_words(option: str, path: str | None, default: tuple[str, ...]) -> tuple
         if re.search(r"[.,{}]", word):
             raise ValueError(f"{option}={path!r} has the line {word!r}; a word holds no full stop, comma or brace")
     return words
-
-
-def read_text(option: str, path: str) -> str:
-    """The text of a UTF-8 file.
-
-    Raises:
-        ValueError: it cannot be read; names the option, the file and the reason.
-    """
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{option}={path!r} cannot be read as a UTF-8 text file: {error}") from error
 
 
 def draw(rng: np.random.Generator, kind: str, adjectives: tuple[str, ...], nouns: tuple[str, ...]) -> str:

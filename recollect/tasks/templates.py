@@ -6,7 +6,7 @@ import json
 from collections.abc import Collection, Mapping
 from string import Formatter
 
-from recollect.tasks.needle_words import read_text
+from recollect.tasks.files import read_text
 
 
 def replace_templates(

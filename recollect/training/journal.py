@@ -78,6 +78,16 @@ def append_line(path: Path, line: str, *, durable: bool) -> None:
             raise
 
 
+def drop_partial_line(path: Path) -> None:
+    """Remove the end of a file that a crash has left without a line end; no file, nothing to do."""
+    if not path.is_file():
+        return
+    data = path.read_bytes()
+    whole = data.rfind(b"\n") + 1
+    if whole < len(data):
+        os.truncate(path, whole)
+
+
 def read_lines(path: Path) -> list[Event]:
     """Every whole line of a JSON-lines file; [] if there is no file."""
     try:

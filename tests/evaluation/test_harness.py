@@ -13,18 +13,13 @@ import lm_eval
 import numpy as np
 import pytest
 import yaml
-from lm_eval.api.instance import Instance
-from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from recollect.evaluation import harness
 from recollect.evaluation.choices import accuracies, few_shot, to_choices
 from recollect.evaluation.harness import HarnessModel, run_harness
 from recollect.evaluation.lambada import lambada_score, last_word
-from recollect.evaluation.language_model import LanguageModel, Likelihood
-from recollect.evaluation.loading import HuggingFaceCoder
+from recollect.evaluation.language_model import Likelihood
 from tests.test_package import modules_after
 
 THEIRS = Path(lm_eval.__file__).parent / "tasks"
@@ -453,31 +448,6 @@ def test_progress_counts_generation_over_all_groups(task: Tasks, monkeypatch: py
     seen: list[tuple[int, int]] = []
     run_harness(Bigram(), paths, progress=lambda done, total: seen.append((done, total)))
     assert seen == [(2, 6), (3, 6), (5, 6), (6, 6)]
-
-
-def test_likelihoods_equal_the_harnesss_own_model() -> None:
-    """Of a Hugging Face model, by our `LanguageModel` and by the harness's: tokens must be cut and cropped alike."""
-    line = "the cat sat on a mat, and then the dog ran off with it to the old barn"
-    raw = Tokenizer(models.BPE())
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    raw.train_from_iterator([line], trainers.BpeTrainer(special_tokens=["<end>"], initial_alphabet=alphabet))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<end>")
-    sizes = {"n_positions": 16, "n_embd": 16, "n_layer": 2, "n_head": 2, "initializer_range": 0.5}
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=0, **sizes)).eval()
-    ours = HarnessModel(LanguageModel(model, HuggingFaceCoder(tokenizer, where="here")))
-    theirs = HFLM(pretrained=model, tokenizer=tokenizer, max_length=16, batch_size=1)
-
-    pairs = [("the cat", " sat"), ("", "the dog"), ("the  ", "mat"), (" ".join([line] * 3), " old barn"), ("a:\n", "é")]
-    requests = [Instance("loglikelihood", {}, pair, 0, ("t", 0, 1)) for pair in pairs]
-    for (log_prob, greedy), (expected, is_greedy) in zip(
-        ours.loglikelihood(requests), theirs.loglikelihood(requests, disable_tqdm=True), strict=True
-    ):
-        assert log_prob == pytest.approx(expected, rel=1e-5)
-        assert greedy == is_greedy
-    pages = [Instance("loglikelihood_rolling", {}, (text,), 0, ("t", 0, 1)) for text in ("the cat sat", "a mat")]
-    found = ours.loglikelihood_rolling(pages)
-    assert found == pytest.approx(theirs.loglikelihood_rolling(pages, disable_tqdm=True), rel=1e-5)
 
 
 def test_no_chat_template_is_pretended() -> None:

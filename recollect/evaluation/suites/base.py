@@ -5,8 +5,10 @@ from __future__ import annotations
 import abc
 import dataclasses
 import difflib
+import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar, get_type_hints
 
 from recollect.evaluation.language_model import LanguageModel
@@ -120,6 +122,21 @@ class Suite(abc.ABC):
     def fingerprint(self) -> dict[str, Any]:
         """What the results depend on besides the model: the options. Suites that read files add what is in them."""
         return dataclasses.asdict(self)  # type: ignore[call-overload]
+
+
+def digests(paths: Iterable[str | Path]) -> list[list[str]]:
+    """[path, start of the sha256 of what is in it] of files that a suite reads: for its fingerprint.
+
+    Raises:
+        ValueError: a file cannot be read.
+    """
+    found = []
+    for path in paths:
+        try:
+            found.append([str(path), hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]])
+        except OSError as error:
+            raise ValueError(f"cannot read {path}: {error.strerror or error}") from error
+    return found
 
 
 SUITES: dict[str, type[Suite]] = {}

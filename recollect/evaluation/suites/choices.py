@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,8 @@ from typing import Any, ClassVar
 from recollect.evaluation.choices import DATASETS, few_shot, pick, to_choices
 from recollect.evaluation.lambada import last_word
 from recollect.evaluation.language_model import LanguageModel
-from recollect.evaluation.suites.base import Item, Metric, Result, Suite, per_token, register_suite, share
+from recollect.evaluation.suites.base import Item, Metric, Result, Suite, digests, per_token, register_suite, share
+from recollect.tasks.files import numbered_lines
 
 
 @register_suite
@@ -70,7 +70,7 @@ class Commonsense(Suite):
         return results
 
     def fingerprint(self) -> dict[str, Any]:
-        return asdict(self) | {"data": _digests(self.data)}
+        return asdict(self) | {"data": digests(self.data)}
 
 
 @register_suite
@@ -113,7 +113,7 @@ class Lambada(Suite):
         ]
 
     def fingerprint(self) -> dict[str, Any]:
-        return {"data": _digests(self.data)}
+        return {"data": digests(self.data)}
 
 
 def read_rows(path: Path) -> list[Mapping[str, Any]]:
@@ -123,13 +123,11 @@ def read_rows(path: Path) -> list[Mapping[str, Any]]:
         ValueError: no such file, or a line that is no JSON object (with its number).
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read {path}: {error}") from error
     rows: list[Mapping[str, Any]] = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for number, line in numbered_lines(text):
         try:
             row = json.loads(line)
         except ValueError as error:
@@ -148,13 +146,3 @@ def _dataset_of(path: Path) -> str:
         if path.name.startswith(name):
             return known[name]
     raise ValueError(f"which data set is {path}? Name it: --option dataset=... ({', '.join(DATASETS)})")
-
-
-def _digests(paths: Sequence[str]) -> list[list[str]]:
-    found = []
-    for path in paths:
-        try:
-            found.append([path, hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]])
-        except OSError as error:
-            raise ValueError(f"cannot read {path}: {error.strerror or error}") from error
-    return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import numpy as np
 
 from recollect.data.files import ALL_SUFFIXES, find_files, read_documents
 from recollect.evaluation.language_model import LanguageModel
-from recollect.evaluation.suites.base import Item, Metric, Result, Suite, per_byte, per_token, register_suite
+from recollect.evaluation.suites.base import Item, Metric, Result, Suite, digests, per_byte, per_token, register_suite
 
 
 @register_suite
@@ -67,8 +66,7 @@ class Perplexity(Suite):
         return [self._read(model, *item.ask) for item in items]
 
     def fingerprint(self) -> dict[str, Any]:
-        files = [(str(file), hashlib.sha256(file.read_bytes()).hexdigest()[:16]) for _, file in self._files()]
-        return {"data": files} | {
+        return {"data": digests(file for _, file in self._files())} | {
             name: getattr(self, name) for name in ("field", "overlap", "positions", "documents", "tokens")
         }
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import abc
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from recollect.evaluation.language_model import LanguageModel
-from recollect.evaluation.suites.base import Item, Metric, Result, Suite, register_suite, share
+from recollect.evaluation.suites.base import Item, Metric, Result, Suite, digests, register_suite, share
 from recollect.tasks.babilong import BabiLong
 from recollect.tasks.kinship import Kinship
 from recollect.tasks.needle import RULER, Needles, Ruler
@@ -76,7 +75,7 @@ class Questions(Suite):
         found: dict[str, Any] = asdict(self)  # type: ignore[call-overload]  # every suite is a dataclass
         for key, value in found.items():
             if isinstance(value, str) and Path(value).is_file():
-                found[key] = [value, hashlib.sha256(Path(value).read_bytes()).hexdigest()[:16]]
+                (found[key],) = digests([value])
         return found
 
 
