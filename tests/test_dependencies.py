@@ -31,7 +31,7 @@ ALLOWED: dict[str, set[str]] = {
     # The loss that is reported is the one that is trained on.
     "evaluation": {"data", "inference", "models", "state", "tasks", "training", "user_modules"},
     "comparison": {"data", "evaluation", "kernels", "mixers", "models", "state", "tasks", "training", "user_modules"},
-    "reproduction": {"comparison", "evaluation", "models", "training"},
+    "reproduction": {"comparison", "evaluation", "inference", "inspection", "models", "training"},
     "inspection": {"data", "evaluation", "inference", "mixers", "models", "ops", "state", "user_modules"},
     "cli": {
         "comparison",

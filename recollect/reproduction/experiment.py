@@ -1,6 +1,7 @@
 """What an experiment of a paper is here: which models are trained and asked what at which scale, and what was published.
 
-stages   a comparison trains the models and gives one column; questions ask the models of an earlier comparison
+stages   a comparison trains the models and gives one column; questions ask the models of an earlier comparison; their kernels are
+         looked at; a retrofit is trained on
 scales   "tiny" ends in minutes on two cores, "small" in hours; "paper" is the list of commands for a cluster
 """
 
@@ -67,6 +68,20 @@ class Asking:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Looking:
+    """Name the pattern of every learned kernel of the models of an earlier stage: a row per pattern, a column per kind of kernel, and
+    a picture per model.
+
+    Attributes:
+        of: column of the `Training` whose models are looked at.
+        head: what the columns begin with.
+    """
+
+    of: str
+    head: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Continuing:
     """Train a stock Llama on the user's text, then go on with it twice: as it is, and retrofitted. Bits per byte of held-out text.
 
@@ -91,7 +106,7 @@ class Continuing:
     more_lr: float = 5e-4
 
 
-Stage = Training | Asking | Continuing
+Stage = Training | Asking | Looking | Continuing
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,6 +139,8 @@ class Experiment:
         for stage in self.stages(scale):
             if isinstance(stage, Continuing):
                 return True
-            if TEXT in (stage.request if isinstance(stage, Training) else stage.options).get("data", ()):
+            if isinstance(stage, Training) and TEXT in stage.request.get("data", ()):
+                return True
+            if isinstance(stage, Asking) and TEXT in stage.options.get("data", ()):
                 return True
         return False

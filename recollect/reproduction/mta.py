@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from recollect.reproduction.experiment import TEXT, Asking, Continuing, Experiment, Published, Stage, Training
+from recollect.reproduction.experiment import TEXT, Asking, Continuing, Experiment, Looking, Published, Stage, Training
 
 FOUR = ("attention", "diff", "talking_heads", "mta")
 NAMES = {"attention": "Transformer", "diff": "DIFF", "talking_heads": "Talking Heads", "mta": "MTA"}
@@ -311,6 +311,50 @@ LAYERS = Experiment(
     size=_TEXT_SIZE,
 )
 
+KERNELS = Experiment(
+    name="mta-kernels",
+    about="What the learned kernels look like, by pattern (section 4.5, Figures 9 to 14)",
+    published=(
+        Published(
+            title="Section 4.5 and Figures 9 to 14: kernels of six layers; 880 M parameters",
+            columns=("kernels", "head mixing"),
+            rows={
+                "identity": ("many, or nearly", "scaled, between pairs of heads"),
+                "diagonal": ("found to light up the right needle", None),
+                "priming": ("shown", None),
+                "edge": ("shown", None),
+                "contrast": (None, "one map less another"),
+            },
+            note="The paper names patterns by eye and counts none; the rule that names them here is in recollect.inspection.kernels.",
+        ),
+    ),
+    tiny=(
+        Training(
+            column="find-block error",
+            request={"task": "find-block", "mixers": ["mta"], "task_options": {"n_blocks": 6}, "budget": "1000steps"},
+            names=NAMES,
+        ),
+        Looking(of="find-block error", head="find-block"),
+        Training(column="bits/byte", request={**_TINY_TEXT, "mixers": ["mta"]}, names=NAMES),
+        Looking(of="bits/byte", head="text"),
+    ),
+    small=(
+        Training(
+            column="find-block error",
+            request={"task": "find-block", "mixers": ["mta"], "task_options": {"n_blocks": 8}, "budget": "3000steps"},
+            names=NAMES,
+        ),
+        Looking(of="find-block error", head="find-block"),
+        Training(column="bits/byte", request={**_SMALL_TEXT, "mixers": ["mta"]}, names=NAMES),
+        Looking(of="bits/byte", head="text"),
+    ),
+    paper=(
+        "recollect train mta-880m out=runs/mta-880m",
+        "recollect inspect runs/mta-880m --text haystack.txt --tokens 2048 --out mta-880m.html",
+    ),
+    size=_TEXT_SIZE,
+)
+
 RETROFIT = Experiment(
     name="mta-retrofit",
     about="A trained Transformer goes on as it is, and with Multi-Token Attention (appendix I, Table 10)",
@@ -335,4 +379,4 @@ RETROFIT = Experiment(
     },
 )
 
-EXPERIMENTS = (TOY, LANGUAGE, LONG_CONTEXT, NEEDLES, BABILONG, LAMBADA, RETROFIT, LAYERS, *ABLATIONS)
+EXPERIMENTS = (TOY, LANGUAGE, LONG_CONTEXT, NEEDLES, BABILONG, LAMBADA, KERNELS, RETROFIT, LAYERS, *ABLATIONS)

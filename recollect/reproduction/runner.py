@@ -15,8 +15,9 @@ from recollect.evaluation.loading import load_language_model
 from recollect.evaluation.report.summary import lines
 from recollect.evaluation.runner import evaluate
 from recollect.evaluation.suites import build_suite
+from recollect.reproduction import patterns
 from recollect.reproduction.continuing import continue_both
-from recollect.reproduction.experiment import TEXT, Asking, Continuing, Experiment, Scale, Training
+from recollect.reproduction.experiment import TEXT, Asking, Continuing, Experiment, Looking, Scale, Stage, Training
 from recollect.training.checkpoint import replace_file
 
 Say = Callable[[str], None]
@@ -37,12 +38,13 @@ class Column(NamedTuple):
 
 class Measured(NamedTuple):
     """What a run of an experiment has measured; `seconds` of training in all; parameters of the models, smallest and largest;
-    settings that were given in place of the experiment's own."""
+    settings that were given in place of the experiment's own; PNGs that it drew."""
 
     columns: list[Column]
     seconds: float
     parameters: tuple[int, int]
     overrides: Mapping[str, Any]
+    pictures: Sequence[Path] = ()
 
 
 def run(
@@ -77,8 +79,9 @@ def run(
     columns: list[Column] = []
     trained: dict[str, list[tuple[str, Run]]] = {}
     seconds, parameters = 0.0, []
+    pictures: list[Path] = []
     for number, stage in enumerate(experiment.stages(scale)):
-        folder = out / f"{number}-{_file_name(stage.suite if isinstance(stage, Asking) else stage.column)}"
+        folder = out / f"{number}-{_file_name(_title(stage))}"
         if isinstance(stage, Training):
             fields = {**stage.request, **(overrides or {}), "seeds": seeds, "device": device}
             request = Request(**{key: _with_text(value, text) if key == "data" else value for key, value in fields.items()})
@@ -94,9 +97,13 @@ def run(
             cells, took, sizes = continue_both(stage, folder, seeds=seeds, text=text, say=_teller(console))
             columns.append(Column(stage.column, "", cells, higher_is_better=False))
             seconds, parameters = seconds + took, parameters + sizes
+        elif isinstance(stage, Looking):
+            counted, drawn = _looked(stage, trained[stage.of], folder)
+            columns += counted
+            pictures += drawn
         else:
             columns += _asked(stage, trained[stage.of], folder, text, console)
-    measured = Measured(columns, seconds, (min(parameters), max(parameters)), dict(overrides or {}))
+    measured = Measured(columns, seconds, (min(parameters), max(parameters)), dict(overrides or {}), pictures)
     replace_file(out / "measured.json", json.dumps([column._asdict() for column in columns], indent=2).encode())
     return measured
 
@@ -137,6 +144,32 @@ def _asked(
             head = f"{stage.by} {line.group[stage.by]}" if stage.by else f"{stage.suite} {metric.name}"
             found.setdefault(head, {}).setdefault(name, []).append(line.cells[0].value)
     return [Column(head, metric.unit, cells, metric.higher_is_better) for head, cells in found.items()]
+
+
+def _looked(stage: Looking, runs: Sequence[tuple[str, Run]], folder: Path) -> tuple[list[Column], list[Path]]:
+    """A column per kind of kernel, a row per pattern; a picture per model that has key-query kernels."""
+    folder.mkdir(parents=True, exist_ok=True)
+    columns: dict[str, Column] = {}
+    pictures = []
+    names = list(dict.fromkeys(name for name, _ in runs))
+    for name in names:
+        seeds = [each for other, each in runs if other == name]
+        models = [patterns.learned(each.folder) if each.status == "finished" else [] for each in seeds]
+        for kind, found in patterns.shares(models).items():
+            column = columns.setdefault(kind, Column(f"{stage.head}: {patterns.KINDS[kind]}", "%", {}, higher_is_better=True))
+            column.cells.update({f"{name}: {row}" if len(names) > 1 else row: cells for row, cells in found.items()})
+        for each, model in zip(seeds, models, strict=True):
+            if any(one.kernel.kind.startswith("kq") for one in model):
+                path = folder / f"{_file_name(name)}-seed{each.seed}.png"
+                replace_file(path, patterns.picture(model, f"{stage.head}: {name}, seed {each.seed}"))
+                pictures.append(path)
+    return list(columns.values()), pictures
+
+
+def _title(stage: Stage) -> str:
+    if isinstance(stage, Asking):
+        return stage.suite
+    return f"kernels-{stage.head}" if isinstance(stage, Looking) else stage.column
 
 
 def _with_text(value: Any, text: Sequence[str]) -> Any:

@@ -15,7 +15,7 @@ from recollect.comparison.plan import make_plan
 from recollect.evaluation.suites import build_suite
 from recollect.reproduction import EXPERIMENTS, find, miras, mta, report
 from recollect.reproduction.continuing import SAME, continue_both
-from recollect.reproduction.experiment import TEXT, Asking, Continuing, Experiment, Scale, Training
+from recollect.reproduction.experiment import TEXT, Asking, Continuing, Experiment, Looking, Scale, Training
 from recollect.reproduction.report import cell
 from recollect.reproduction.runner import run, write_paper
 from recollect.training.recipe.check import check
@@ -57,6 +57,8 @@ def _plan(name: str, scale: Scale, text: str, smaller: dict[str, Any]) -> None:
             plan = make_plan(Request(**{**fields, **smaller}), command="")
             assert set(stage.names) <= {mixer["label"] for mixer in plan.mixers} or stage.names in NAMES
             trained.add(stage.column)
+        elif isinstance(stage, Looking):
+            assert stage.of in trained
         elif isinstance(stage, Asking):
             assert stage.of in trained
             build_suite(stage.suite, **{**stage.options, **({"data": (text,)} if "data" in stage.options else {})})
