@@ -1,4 +1,4 @@
-"""Test bootstrap: quiet threads, seeds, and `slow` tests only on request."""
+"""Test bootstrap: quiet threads, no network, seeds, and `slow` tests only on request."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 
 # Before torch is imported: spinning OpenMP threads on a busy machine slow small tensors down by orders of magnitude.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# A name that is no folder is looked up on the Hugging Face hub: no test may wait for a network.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
 import pytest

@@ -67,7 +67,6 @@ def test_wrong_input_is_told_in_a_sentence(
 ) -> None:
     """Prevents tracebacks, and folders of evaluations that never began."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     status, said = invoke("evaluate", *(model if word == "MODEL" else word for word in words))
     assert status == 2
     assert message in said, said

@@ -11,12 +11,15 @@ import typer
 
 from recollect.cli.shared import INTERRUPTED, app, one_thread, refuse
 
-_MODEL = "OUT of a `recollect train`, OUT/runs/LABEL-seedK of a `recollect compare text`, or a model's folder."
+_MODEL = (
+    "OUT of a `recollect train`, OUT/runs/LABEL-seedK of a `recollect compare text`, the folder of any causal model of transformers "
+    "(retrofitted or not), or its name on the Hugging Face hub."
+)
 
 
 @app.command()
 def inspect(
-    model: Annotated[Path, typer.Argument(help=_MODEL)],
+    model: Annotated[str, typer.Argument(help=_MODEL)],
     text: Annotated[Path, typer.Option(help="UTF-8 file that the model reads from its beginning.")],
     out: Annotated[Path, typer.Option(help="The page.")] = Path("inspection.html"),
     tokens: Annotated[
@@ -49,23 +52,23 @@ def inspect(
         if pool not in ("max", "mean"):
             raise ValueError(f"--pool is max or mean; got {pool!r}")
         words = _read(text)
-        from recollect.inference.text_model import load_text_model
+        from recollect.evaluation.loading import load_language_model
         from recollect.inspection import html, inspect_text
 
-        loaded = load_text_model(model, imports or [])
+        loaded = load_language_model(model, imports=imports or [], device=device)
         console = Console(stderr=True)
         with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
             task = bar.add_task("looking", total=None)
             found = inspect_text(
-                loaded.model.to(device),
-                loaded.tokenizer,
+                loaded.model,
+                loaded.coder,
                 words,
                 n_tokens=tokens,
                 layers=layer or None,
                 pool=pool,
                 progress=lambda done, total: bar.update(task, completed=done, total=total),
             )
-        out.write_text(html(found, model=model.resolve().name, text=text.name, command=command), encoding="utf-8")
+        out.write_text(html(found, model=Path(model).resolve().name, text=text.name, command=command), encoding="utf-8")
     except KeyboardInterrupt:
         print("recollect: interrupted; no page was written", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None

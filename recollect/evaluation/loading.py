@@ -100,15 +100,17 @@ def load_language_model(
     import_user_modules(imports)
     transformers_logging.set_verbosity_error()  # it warns of contexts that the caller has chosen
     folder = model_folder(Path(path))
-    if folder is not None and _is_recollect(folder):
+    if folder is not None and _is_ours(folder):
         place, model = load_saved(folder)
-        if tokenizer_file(place) or model.config.vocab_size == ByteTokenizer.vocab_size:
-            own: TextCoder = OwnCoder(tokenizer_of(place, model.config.vocab_size))
-        else:
-            own = NoText(f"{path} has {model.config.vocab_size} symbols and no tokenizer beside it")
+        own = _coder(place, model.config.vocab_size, path)
         if dtype != "auto":
             model = model.to(getattr(torch, dtype))
         return LanguageModel(model.to(device), own, max_length=max_length, batch_tokens=batch_tokens)
+    if folder is None and (Path(path).exists() or path.startswith((".", "/", "~")) or path.count("/") > 1):
+        raise ValueError(
+            f"{path} holds no model; give OUT of a `recollect train`, OUT/runs/LABEL-seedK of a compare, a model's folder, or a name "
+            "on the Hugging Face hub"
+        )
     source = str(folder or path)
     try:
         other: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
@@ -119,8 +121,18 @@ def load_language_model(
     return LanguageModel(other.to(device), coder, max_length=max_length, batch_tokens=batch_tokens)
 
 
-def _is_recollect(folder: Path) -> bool:
+def _is_ours(folder: Path) -> bool:
+    """Whether a model was built or retrofitted by recollect."""
     try:
-        return AutoConfig.from_pretrained(str(folder)).model_type == "recollect"
+        return str(AutoConfig.from_pretrained(str(folder)).model_type).startswith("recollect")
     except (OSError, ValueError):
         return True  # the loader of our own models says what is wrong, in its own words
+
+
+def _coder(place: Path, n_symbols: int, path: str) -> TextCoder:
+    """The tokenizer of one of our models: what transformers saved beside a retrofitted one, a tokenizer.json alone, or bytes."""
+    if (place / "tokenizer_config.json").is_file():
+        return HuggingFaceCoder(AutoTokenizer.from_pretrained(str(place)), where=path)
+    if tokenizer_file(place) or n_symbols == ByteTokenizer.vocab_size:
+        return OwnCoder(tokenizer_of(place, n_symbols))
+    return NoText(f"{path} has {n_symbols} symbols and no tokenizer beside it")

@@ -30,9 +30,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from recollect.inspection.stock import Caught
 from recollect.mixers import Mixer
 from recollect.mixers.multi_token import MultiTokenAttention
-from recollect.ops.multi_token import key_padding
+from recollect.ops.multi_token import Mixing, key_padding
 
 ZERO = 1e-6
 IDENTITY = 0.9
@@ -60,12 +61,16 @@ class Kernel(NamedTuple):
     first: int = 0
 
 
-def kernels(mixer: Mixer) -> list[Kernel]:
+def kernels(mixer: Mixer | Caught) -> list[Kernel]:
     """Every kernel and matrix of a layer of Multi-Token Attention or Talking Heads; [] of other mixers."""
-    if not isinstance(mixer, MultiTokenAttention):
-        return []
+    if isinstance(mixer, MultiTokenAttention):
+        return _kernels(mixer.mixing, mixer.config.pad_key)
+    return _kernels(mixer.mixing, mixer.pad_key) if isinstance(mixer, Caught) and mixer.mixing is not None else []
+
+
+def _kernels(mixing: Mixing, pad_key: str) -> list[Kernel]:
     found = []
-    for kind, tensor in mixer.mixing._asdict().items():
+    for kind, tensor in mixing._asdict().items():
         if tensor is None:
             continue
         values = tensor.detach().float().cpu()
@@ -76,7 +81,7 @@ def kernels(mixer: Mixer) -> list[Kernel]:
                 title = "all heads" if len(values) == 1 else f"heads {heads[0]} to {heads[-1]}"
                 found.append(Kernel(kind, title, heads, matrix, head_pattern(matrix), first=group * size))
             continue
-        origin = key_padding(mixer.config.pad_key, values.shape[-1])[0]
+        origin = key_padding(pad_key, values.shape[-1])[0]
         if values.dim() == 3:
             found += [Kernel(kind, f"head {h}", (h,), one, pattern(one, origin), origin) for h, one in enumerate(values)]
             continue

@@ -1,7 +1,8 @@
 """Attention maps of a text, stage by stage and head by head, pooled while they are made: no [T, T] tensor is ever whole.
 
-Rows come in blocks, each the ops' own materialised steps (`scores`, `convolve`, softmax, `mix_heads`) on some query rows and the keys
-up to them, with the rows that a convolution reads above carried along as a decoder carries them.
+A mixer makes its queries and keys from its input; those of a Hugging Face model's attention were caught (`stock.Caught`). Rows come in
+blocks, each the ops' own materialised steps (`scores`, `convolve`, softmax, `mix_heads`) on some query rows and the keys up to them,
+with the rows that a convolution reads above carried along as a decoder carries them.
 
 Axis legend: T time, R query rows of a block, S keys up to the block's last row, H heads, n cells of a pooled map's side.
 """
@@ -17,12 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from recollect.inspection.stock import Caught
 from recollect.mixers import Mixer
 from recollect.mixers.attention import Attention, Projections, extend_cache
 from recollect.mixers.differential import Differential, DifferentialV2
 from recollect.mixers.multi_token import MultiTokenAttention
 from recollect.ops.attention import visible
-from recollect.ops.multi_token import Rows, convolve, mix_heads, scores
+from recollect.ops.multi_token import Mixing, Rows, convolve, mix_heads, scores
 
 POOLS = ("max", "mean")
 WHOLE_MAP_TOKENS = 2048  # of a mixer that gives its maps as a whole only
@@ -73,17 +75,18 @@ class Attended(NamedTuple):
     first: Tensor | None
 
 
-def attend(mixer: Mixer, x: Tensor, *, side: int, pool: str = "max") -> Attended | None:
+def attend(mixer: Mixer | Caught, x: Tensor, *, side: int, pool: str = "max") -> Attended | None:
     """The maps of one layer.
 
     Args:
         mixer: any; None comes back if it has no maps.
-        x: its input, [1, T, D].
+        x: its input, [1, T, D]; of something caught, its queries.
         side: cells that a map may be wide; longer texts are pooled in square cells of ceil(T / side) tokens.
         pool: what a cell shows of the visible entries in it. "max": the largest logit, or the weight farthest from zero;
             "mean": their mean.
     Raises:
-        ValueError: an unknown pool, a mixer whose maps exist only as a whole and a text too long for them.
+        ValueError: an unknown pool, a mixer whose maps exist only as a whole and a text too long for them, attention of a kind that
+            cannot be shown.
     """
     if pool not in POOLS:
         raise ValueError(f"pool is one of {', '.join(POOLS)}; got {pool!r}")
@@ -115,13 +118,13 @@ def attend(mixer: Mixer, x: Tensor, *, side: int, pool: str = "max") -> Attended
 
 
 @singledispatch
-def row_blocks(mixer: Mixer, x: Tensor, block: int) -> Iterator[RowBlock]:
+def row_blocks(mixer: Mixer | Caught, x: Tensor, block: int) -> Iterator[RowBlock]:
     """The stages of a mixer's maps in blocks of rows, each a multiple of `block` rows but the last; nothing if it has no maps.
 
     This is the form for mixers that are not known here: their own `maps`, as a whole.
     """
     length = x.shape[1]
-    if type(mixer).maps is Mixer.maps:
+    if not isinstance(mixer, Mixer) or type(mixer).maps is Mixer.maps:
         return
     if length > WHOLE_MAP_TOKENS:
         raise ValueError(f"maps of this mixer exist only as a whole: at most {WHOLE_MAP_TOKENS:,} tokens, here {length:,}")
@@ -133,20 +136,41 @@ def row_blocks(mixer: Mixer, x: Tensor, block: int) -> Iterator[RowBlock]:
 @row_blocks.register
 def _(mixer: Attention, x: Tensor, block: int) -> Iterator[RowBlock]:
     q, k = _rotated(mixer.project, x, mixer.config.rope_theta)
-    for top, last in _spans(x.shape[1], q.shape[2], block):
-        seen = visible(last - top, last, window=mixer.config.window, device=x.device)
-        logits = scores(q[:, top:last], k[:, :last], q.shape[-1] ** -0.5)
-        yield RowBlock(top, {"logits": logits[0], "softmax": _softmax(logits, seen)[0]}, seen)
+    yield from _plain(q, k, q.shape[-1] ** -0.5, mixer.config.window, block)
 
 
 @row_blocks.register
 def _(mixer: MultiTokenAttention, x: Tensor, block: int) -> Iterator[RowBlock]:
     q, k = _rotated(mixer.project, x, mixer.config.rope_theta)
+    yield from _multi_token(q, k, q.shape[-1] ** -0.5, mixer.mixing, mixer.config.pad_key, block)
+
+
+@row_blocks.register
+def _(mixer: Caught, x: Tensor, block: int) -> Iterator[RowBlock]:
+    if mixer.refused:
+        raise ValueError(f"the maps of attention with {', '.join(mixer.refused)} cannot be shown")
+    q, k = mixer.q[:, : x.shape[1]], mixer.k[:, : x.shape[1]]
+    if mixer.mixing is None:
+        yield from _plain(q, k, mixer.scale, mixer.window, block)
+    else:
+        yield from _multi_token(q, k, mixer.scale, mixer.mixing, mixer.pad_key, block)
+
+
+def _plain(q: Tensor, k: Tensor, scale: float, window: int | None, block: int) -> Iterator[RowBlock]:
+    """Softmax attention. q [1, T, H, K] and k [1, T, Hkv, K] after rotation."""
+    for top, last in _spans(q.shape[1], q.shape[2], block):
+        seen = visible(last - top, last, window=window, device=q.device)
+        logits = scores(q[:, top:last], k[:, :last], scale)
+        yield RowBlock(top, {"logits": logits[0], "softmax": _softmax(logits, seen)[0]}, seen)
+
+
+def _multi_token(q: Tensor, k: Tensor, scale: float, mixing: Mixing, pad_key: str, block: int) -> Iterator[RowBlock]:
+    """Multi-Token Attention. q [1, T, H, K] and k [1, T, Hkv, K] after rotation."""
     exact = torch.promote_types(q.dtype, torch.float32)
-    mixing, pad_key, rows = mixer.mixing, mixer.config.pad_key, Rows()
-    for top, last in _spans(x.shape[1], q.shape[2], block):
-        seen = visible(last - top, last, device=x.device)
-        values = scores(q[:, top:last], k[:, :last], q.shape[-1] ** -0.5).to(exact).masked_fill(~seen, 0)
+    rows = Rows()
+    for top, last in _spans(q.shape[1], q.shape[2], block):
+        seen = visible(last - top, last, device=q.device)
+        values = scores(q[:, top:last], k[:, :last], scale).to(exact).masked_fill(~seen, 0)
         stages, raw, after = {"logits": values}, None, None
         if mixing.kq_pre is not None:
             above = _above(rows.raw, values, mixing.kq_pre)

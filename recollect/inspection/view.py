@@ -7,20 +7,21 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from recollect.data.tokenizer import Tokenizer
+from recollect.evaluation.language_model import TextCoder
 from recollect.inspection.kernels import Kernel, kernels
 from recollect.inspection.maps import Attended, attend, row_blocks
 from recollect.inspection.memory import Remembered, remember
 from recollect.inspection.reading import Layer, read, token_texts
 from recollect.inspection.strips import Strip, strip
+from recollect.mixers import Mixer
 
 TOKENS = 1024  # read of a text unless more are asked for
 WIDEST_MAP = 256  # cells
-PART = 1 << 16  # characters encoded at a time
+CHARACTERS = 16  # of a text that are encoded per token wanted, at first
+EDGE = 32  # tokens that a cut through the text may change
 MAP_CELLS = 5_000_000  # of all maps together: 2 bytes each, a third more in base64
 
 
@@ -51,7 +52,7 @@ class Inspection:
 
 def inspect_text(
     model: Any,
-    tokenizer: Tokenizer,
+    coder: TextCoder,
     text: str,
     *,
     n_tokens: int | None = None,
@@ -62,10 +63,10 @@ def inspect_text(
     """Look into a model while it reads a text.
 
     Args:
-        model: a `RecollectForCausalLM`; put into evaluation mode.
-        tokenizer: its own.
-        text: not empty; read after a document start.
-        n_tokens: tokens to read, document start included, at least 2; None: TOKENS, or the model's context if that is shorter.
+        model: a `RecollectForCausalLM`, or a causal model of transformers, retrofitted or not; put into evaluation mode.
+        coder: its tokenizer.
+        text: not empty; read after what every text of this tokenizer begins with.
+        n_tokens: tokens to read, that beginning included, at least 2; None: TOKENS, or the model's context if that is shorter.
         layers: 0-based depths; None: all.
         pool: "max" or "mean", see `maps.attend`.
         progress: called with the layers done and their number.
@@ -73,19 +74,23 @@ def inspect_text(
         ValueError: an empty text, an argument out of range, a layer that the model does not have.
     """
     model.eval()
-    context = int(model.config.max_position_embeddings)
+    context = int(getattr(model.config, "max_position_embeddings", None) or TOKENS)
     if n_tokens is not None and n_tokens < 2:
-        raise ValueError(f"tokens is at least 2, the document start and one of the text; got {n_tokens}")
+        raise ValueError(f"tokens is at least 2, one to read and one to predict; got {n_tokens}")
     wanted = min(TOKENS, context) if n_tokens is None else n_tokens
-    ids, is_whole = _encoded(tokenizer, text, wanted)
+    ids, is_whole = _encoded(coder, text, wanted)
     found, bits = read(model, ids, layers)
     notes = _notes(len(ids), is_whole, n_tokens is None, context)
+    if not found:
+        notes.append(
+            "None of this model's layers can be looked into: its attention does not call transformers' attention functions."
+        )
     side = _side(found, len(ids))
     views = []
     for n, layer in enumerate(found):
         views.append(look(layer, side=side, pool=pool))
         progress(n + 1, len(found))
-    return Inspection(tokens=token_texts(tokenizer, ids), bits=bits, layers=views, pool=pool, notes=notes)
+    return Inspection(tokens=token_texts(coder, ids), bits=bits, layers=views, pool=pool, notes=notes)
 
 
 def look(layer: Layer, *, side: int, pool: str) -> LayerView:
@@ -98,10 +103,10 @@ def look(layer: Layer, *, side: int, pool: str) -> LayerView:
         attended = attend(layer.mixer, layer.x, side=side, pool=pool)
     except ValueError as error:
         attended, missing = None, [str(error)]
-    if attended is None:
+    if attended is None and isinstance(layer.mixer, Mixer):
         remembered = remember(layer.mixer, layer.x)
         strips, missing = remembered.strips, missing + remembered.missing
-    elif attended.entropy is not None and attended.first is not None:
+    elif attended is not None and attended.entropy is not None and attended.first is not None:
         strips = [
             strip(
                 "entropy",
@@ -127,17 +132,21 @@ def _side(layers: Sequence[Layer], length: int) -> int:
     return max(16, min(WIDEST_MAP, length, int(math.sqrt(2 * MAP_CELLS / n_maps))))
 
 
-def _encoded(tokenizer: Tokenizer, text: str, wanted: int) -> tuple[Tensor, bool]:
-    """The first tokens of a text after a document start, int64 [T], and whether that is all of it."""
-    found, parts = [np.array([tokenizer.start], np.int64)], (text[i : i + PART] for i in range(0, len(text), PART))
-    for part in tokenizer.encode_stream(parts):
-        found.append(part.astype(np.int64))
-        if sum(map(len, found)) > wanted:
+def _encoded(coder: TextCoder, text: str, wanted: int) -> tuple[Tensor, bool]:
+    """The first tokens of a text after its prefix, int64 [T], and whether that is all of it."""
+    n_characters = CHARACTERS * wanted
+    while True:
+        ids = coder.prefix + coder.encode(text[:n_characters])
+        if len(ids) >= wanted + EDGE or n_characters >= len(text):
             break
-    ids = np.concatenate(found)
+        n_characters *= 2
     if len(ids) < 2:
-        raise ValueError("the text is empty; give one of at least one token")
-    return torch.from_numpy(ids[:wanted]), len(ids) <= wanted
+        raise ValueError(
+            "the text is empty; give one of at least one token"
+            if len(ids) == len(coder.prefix)
+            else "the text has one token only"
+        )
+    return torch.tensor(ids[:wanted]), len(ids) <= wanted
 
 
 def _notes(n_read: int, is_whole: bool, by_default: bool, context: int) -> list[str]:

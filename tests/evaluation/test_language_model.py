@@ -188,7 +188,7 @@ def test_what_cannot_be_evaluated_is_refused(tmp_path: Path) -> None:
         lm.log_likelihoods([("a", "b")])
     with pytest.raises(ValueError, match="logits are not finite"):
         lm.generate(["a"], 2)
-    with pytest.raises(ValueError, match="no causal language model"):
+    with pytest.raises(ValueError, match="nothing holds no model"):
         load_language_model(str(tmp_path / "nothing"))
     with pytest.raises(ValueError, match="at least 2 tokens"):
         own("attention", context=1)

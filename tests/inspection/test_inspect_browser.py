@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from recollect.data.tokenizer import ByteTokenizer
+from recollect.evaluation.loading import OwnCoder
 from recollect.inspection import html, inspect_text
 from tests.inspection.small import TEXT, model_of
 
@@ -41,7 +42,7 @@ def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model with attention, kernels, a deep memory, a linear one and one without heads, on a text of many kinds of characters."""
     model = model_of("mta", "titans", "gated_delta_net", "mamba", "attention", context=LENGTH)
     out = tmp_path_factory.mktemp("inspect") / "page.html"
-    found = inspect_text(model, ByteTokenizer(), TEXT, n_tokens=LENGTH)
+    found = inspect_text(model, OwnCoder(ByteTokenizer()), TEXT, n_tokens=LENGTH)
     assert len(found.tokens) == LENGTH
     out.write_text(html(found, model="a model", text="a text", command="recollect inspect"), encoding="utf-8")
     return out

@@ -53,7 +53,7 @@ def test_it_writes_a_page_of_the_layers_asked_for(folder: Path, tmp_path: Path) 
         ("model", "empty.txt", [], "empty.txt is empty; give a file with text in it"),
         ("model", "latin.txt", [], "latin.txt is not UTF-8: unexpected end of data at offset 3"),
         ("none", "text.txt", [], "none holds no model"),
-        ("task", "text.txt", [], "is no byte-level model: it has 50 symbols"),
+        ("task", "text.txt", [], "has 50 symbols and no tokenizer beside it: it cannot read text"),
         ("model", "text.txt", ["--layer", "7"], "layers of this model are 0 to 1; got 7"),
         ("model", "text.txt", ["--tokens", "1"], "tokens is at least 2"),
         ("model", "text.txt", ["--pool", "sum"], "--pool is max or mean; got 'sum'"),

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from recollect.data.tokenizer import ByteTokenizer, load_tokenizer, train_tokenizer
+from recollect.evaluation.loading import OwnCoder
 from recollect.inspection import html, inspect_text
 from recollect.inspection.page import packed
 from recollect.inspection.reading import token_texts
@@ -31,7 +32,7 @@ def unpacked(item: dict[str, Any]) -> np.ndarray:
 
 
 def page_of(model, text: str = TEXT, **options: Any) -> dict[str, Any]:
-    return data_of(html(inspect_text(model, ByteTokenizer(), text, **options), model="a model", text="a text"))
+    return data_of(html(inspect_text(model, OwnCoder(ByteTokenizer()), text, **options), model="a model", text="a text"))
 
 
 def test_bits_equal_the_models_cross_entropy() -> None:
@@ -109,7 +110,10 @@ def test_a_text_cannot_end_the_script() -> None:
     """Prevents a text with tags in it from becoming part of the page."""
     evil = "</script><script>alert(1)</script><!-- & <b>" * 3
     page = html(
-        inspect_text(model_of("attention"), ByteTokenizer(), evil), model="<i>m</i>", text="<u>t</u>", command="a <b> c"
+        inspect_text(model_of("attention"), OwnCoder(ByteTokenizer()), evil),
+        model="<i>m</i>",
+        text="<u>t</u>",
+        command="a <b> c",
     )
     assert "alert(1)</" not in page
     assert "<i>m" not in page
@@ -121,8 +125,8 @@ def test_byte_tokens_show_whole_characters() -> None:
     """Prevents replacement characters where a letter takes several bytes, and text that is lost or doubled."""
     text = "aÆ\u2013日b"
     ids = torch.from_numpy(ByteTokenizer().encode_batch([text])[0].astype("int64"))
-    assert token_texts(ByteTokenizer(), ids) == ["a", "Æ", "", "\u2013", "", "", "日", "", "", "b"]
-    assert token_texts(ByteTokenizer(), ids[:2]) == ["a", "�"]
+    assert token_texts(OwnCoder(ByteTokenizer()), ids) == ["a", "Æ", "", "\u2013", "", "", "日", "", "", "b"]
+    assert token_texts(OwnCoder(ByteTokenizer()), ids[:2]) == ["a", "�"]
 
 
 def test_tokens_of_a_trained_tokenizer_join_to_the_text(tmp_path) -> None:
@@ -130,7 +134,7 @@ def test_tokens_of_a_trained_tokenizer_join_to_the_text(tmp_path) -> None:
     (tmp_path / "a.txt").write_text(TEXT)
     tokenizer = load_tokenizer(train_tokenizer(tmp_path / "a.txt", vocab_size=300, out=tmp_path))
     ids = torch.from_numpy(np.concatenate([[tokenizer.start], tokenizer.encode_batch([TEXT[:400]])[0]]).astype("int64"))
-    assert "".join(token_texts(tokenizer, ids)) == TEXT[:400]
+    assert "".join(token_texts(OwnCoder(tokenizer), ids)) == TEXT[:400]
 
 
 @pytest.mark.parametrize(
@@ -146,12 +150,12 @@ def test_tokens_of_a_trained_tokenizer_join_to_the_text(tmp_path) -> None:
 def test_wrong_arguments_are_refused(options: dict[str, Any], message: str) -> None:
     """Prevents an empty page, or one of other layers than those asked for."""
     with pytest.raises(ValueError, match=message):
-        inspect_text(model_of("attention", "delta_net"), ByteTokenizer(), **{"text": TEXT, **options})
+        inspect_text(model_of("attention", "delta_net"), OwnCoder(ByteTokenizer()), **{"text": TEXT, **options})
 
 
 def test_notes_say_what_was_cut_and_stretched() -> None:
     """Prevents the reader from taking the beginning for the whole, or an extrapolation for what the model was trained on."""
     model = model_of("attention", context=64)
-    assert inspect_text(model, ByteTokenizer(), "short").notes == []
-    assert "first 64 tokens" in inspect_text(model, ByteTokenizer(), TEXT).notes[0]
-    assert "made for 64 tokens" in inspect_text(model, ByteTokenizer(), TEXT, n_tokens=80).notes[1]
+    assert inspect_text(model, OwnCoder(ByteTokenizer()), "short").notes == []
+    assert "first 64 tokens" in inspect_text(model, OwnCoder(ByteTokenizer()), TEXT).notes[0]
+    assert "made for 64 tokens" in inspect_text(model, OwnCoder(ByteTokenizer()), TEXT, n_tokens=80).notes[1]
