@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import difflib
 
-from recollect.reproduction import miras, mta
+from recollect.reproduction import miras, mta, recall
 from recollect.reproduction.experiment import SCALES, Experiment, Published, Scale
 
-EXPERIMENTS: dict[str, Experiment] = {each.name: each for each in (*mta.EXPERIMENTS, *miras.EXPERIMENTS)}
+EXPERIMENTS: dict[str, Experiment] = {each.name: each for each in (*mta.EXPERIMENTS, *miras.EXPERIMENTS, *recall.EXPERIMENTS)}
 
 __all__ = ["EXPERIMENTS", "SCALES", "Experiment", "Published", "Scale", "find"]
 

@@ -1,7 +1,7 @@
 """What an experiment of a paper is here: which models are trained and asked what at which scale, and what was published.
 
 stages   a comparison trains the models and gives one column; questions ask the models of an earlier comparison; their kernels are
-         looked at; a retrofit is trained on
+         looked at; accuracy is drawn against the size of their states; a retrofit is trained on
 scales   "tiny" ends in minutes on two cores, "small" in hours; "paper" is the list of commands for a cluster
 """
 
@@ -82,6 +82,17 @@ class Looking:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Plotting:
+    """Draw accuracy against bytes of state, a line per mixer over earlier stages; one column each with the bytes.
+
+    Attributes:
+        of: columns of the `Training` stages, whose metric is the error.
+    """
+
+    of: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Continuing:
     """Train a stock Llama on the user's text, then go on with it twice: as it is, and retrofitted. Bits per byte of held-out text.
 
@@ -106,7 +117,7 @@ class Continuing:
     more_lr: float = 5e-4
 
 
-Stage = Training | Asking | Looking | Continuing
+Stage = Training | Asking | Looking | Plotting | Continuing
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

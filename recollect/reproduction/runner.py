@@ -15,9 +15,9 @@ from recollect.evaluation.loading import load_language_model
 from recollect.evaluation.report.summary import lines
 from recollect.evaluation.runner import evaluate
 from recollect.evaluation.suites import build_suite
-from recollect.reproduction import patterns
+from recollect.reproduction import patterns, plot
 from recollect.reproduction.continuing import continue_both
-from recollect.reproduction.experiment import TEXT, Asking, Continuing, Experiment, Looking, Scale, Stage, Training
+from recollect.reproduction.experiment import TEXT, Asking, Continuing, Experiment, Looking, Plotting, Scale, Stage, Training
 from recollect.training.checkpoint import replace_file
 
 Say = Callable[[str], None]
@@ -97,12 +97,10 @@ def run(
             cells, took, sizes = continue_both(stage, folder, seeds=seeds, text=text, say=_teller(console))
             columns.append(Column(stage.column, "", cells, higher_is_better=False))
             seconds, parameters = seconds + took, parameters + sizes
-        elif isinstance(stage, Looking):
-            counted, drawn = _looked(stage, trained[stage.of], folder)
-            columns += counted
-            pictures += drawn
         else:
-            columns += _asked(stage, trained[stage.of], folder, text, console)
+            more, drawn = _after(stage, trained, folder, text, console)
+            columns += more
+            pictures += drawn
     measured = Measured(columns, seconds, (min(parameters), max(parameters)), dict(overrides or {}), pictures)
     replace_file(out / "measured.json", json.dumps([column._asdict() for column in columns], indent=2).encode())
     return measured
@@ -146,9 +144,24 @@ def _asked(
     return [Column(head, metric.unit, cells, metric.higher_is_better) for head, cells in found.items()]
 
 
+def _after(
+    stage: Asking | Looking | Plotting,
+    trained: Mapping[str, Sequence[tuple[str, Run]]],
+    folder: Path,
+    text: Sequence[str],
+    console: Console | None,
+) -> tuple[list[Column], list[Path]]:
+    """What a stage makes of models that are trained: columns and pictures."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(stage, Asking):
+        return _asked(stage, trained[stage.of], folder, text, console), []
+    if isinstance(stage, Looking):
+        return _looked(stage, trained[stage.of], folder)
+    return _plotted(stage, [trained[name] for name in stage.of], folder)
+
+
 def _looked(stage: Looking, runs: Sequence[tuple[str, Run]], folder: Path) -> tuple[list[Column], list[Path]]:
     """A column per kind of kernel, a row per pattern; a picture per model that has key-query kernels."""
-    folder.mkdir(parents=True, exist_ok=True)
     columns: dict[str, Column] = {}
     pictures = []
     names = list(dict.fromkeys(name for name, _ in runs))
@@ -166,9 +179,24 @@ def _looked(stage: Looking, runs: Sequence[tuple[str, Run]], folder: Path) -> tu
     return list(columns.values()), pictures
 
 
+def _plotted(stage: Plotting, trained: Sequence[Sequence[tuple[str, Run]]], folder: Path) -> tuple[list[Column], list[Path]]:
+    """Columns with the KiB of state, and the picture."""
+    columns = []
+    for of, runs in zip(stage.of, trained, strict=True):
+        cells: dict[str, list[float | None]] = {}
+        for name, each in runs:
+            cells.setdefault(name, []).append(each.last.state_bytes / 1024 if each.last else None)
+        columns.append(Column(f"{of.removesuffix(' error')} state, KiB", "", cells, higher_is_better=False))
+    path = folder / "state.png"
+    replace_file(path, plot.picture(plot.points(trained), "Accuracy against the size of the state"))
+    return columns, [path]
+
+
 def _title(stage: Stage) -> str:
     if isinstance(stage, Asking):
         return stage.suite
+    if isinstance(stage, Plotting):
+        return "states"
     return f"kernels-{stage.head}" if isinstance(stage, Looking) else stage.column
 
 

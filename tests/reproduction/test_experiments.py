@@ -13,15 +13,15 @@ from recollect.cli import app
 from recollect.comparison import Request
 from recollect.comparison.plan import make_plan
 from recollect.evaluation.suites import build_suite
-from recollect.reproduction import EXPERIMENTS, find, miras, mta, report
+from recollect.reproduction import EXPERIMENTS, find, miras, mta, recall, report
 from recollect.reproduction.continuing import SAME, continue_both
-from recollect.reproduction.experiment import TEXT, Asking, Continuing, Experiment, Looking, Scale, Training
+from recollect.reproduction.experiment import TEXT, Asking, Continuing, Experiment, Looking, Plotting, Scale, Training
 from recollect.reproduction.report import cell
 from recollect.reproduction.runner import run, write_paper
 from recollect.training.recipe.check import check
 from recollect.training.recipe.load import load_run
 
-NAMES = (mta.NAMES, miras.NAMES)  # of all that their experiments train
+NAMES = (mta.NAMES, miras.NAMES, recall.NAMES)  # of all that their experiments train
 STAGES = [(name, scale) for name in EXPERIMENTS for scale in ("tiny", "small")]
 
 
@@ -59,6 +59,8 @@ def _plan(name: str, scale: Scale, text: str, smaller: dict[str, Any]) -> None:
             trained.add(stage.column)
         elif isinstance(stage, Looking):
             assert stage.of in trained
+        elif isinstance(stage, Plotting):
+            assert set(stage.of) <= trained
         elif isinstance(stage, Asking):
             assert stage.of in trained
             build_suite(stage.suite, **{**stage.options, **({"data": (text,)} if "data" in stage.options else {})})
