@@ -179,18 +179,6 @@ def pick(choice: Choice, log_probs: Sequence[float]) -> Picked:
     return Picked(right([1] * len(options)), right([len(option) for option in options]), right(n_bytes))
 
 
-def accuracies(choices: Sequence[Choice], log_probs: Sequence[Sequence[float]]) -> Picked:
-    """Mean of `pick` over questions.
-
-    Raises:
-        ValueError: no questions, another number of log-probabilities than questions, or see `pick`.
-    """
-    if not choices or len(choices) != len(log_probs):
-        raise ValueError(f"need log-probabilities for every question, at least one; got {len(log_probs)} for {len(choices)}")
-    picks = [pick(choice, values) for choice, values in zip(choices, log_probs, strict=True)]
-    return Picked(*(math.fsum(column) / len(picks) for column in zip(*picks, strict=True)))
-
-
 class _Question(NamedTuple):
     """A row, read: the question without its wording."""
 

@@ -2,21 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
-
-
-class LambadaScore(NamedTuple):
-    """Over n passages.
-
-    accuracy: share whose last word greedy decoding writes, every token of it.
-    perplexity: of the last word, however many tokens it has: exp(-mean log-probability); inf beyond what a float holds.
-    """
-
-    accuracy: float
-    perplexity: float
-    n: int
+from collections.abc import Mapping
+from typing import Any
 
 
 def last_word(row: Mapping[str, Any]) -> tuple[str, str]:
@@ -40,21 +27,3 @@ def last_word(row: Mapping[str, Any]) -> tuple[str, str]:
     if not context:
         raise ValueError(f"a passage has at least two words; got {text!r}")
     return context, blank + word
-
-
-def lambada_score(log_probs: Sequence[float], greedy: Sequence[bool]) -> LambadaScore:
-    """Accuracy and perplexity from the last words' log-probabilities (nats, summed over a word's tokens) and greedy matches.
-
-    Raises:
-        ValueError: no passages, unequal numbers, or a log-probability that is not a number.
-    """
-    n = len(log_probs)
-    if not n or len(greedy) != n:
-        raise ValueError(f"need a log-probability and a match per passage, at least one; got {n} and {len(greedy)}")
-    if any(math.isnan(value) for value in log_probs):
-        raise ValueError("the model gave a log-probability that is not a number")
-    try:
-        perplexity = math.exp(-math.fsum(log_probs) / n)
-    except OverflowError:
-        perplexity = math.inf
-    return LambadaScore(sum(map(bool, greedy)) / n, perplexity, n)

@@ -5,7 +5,6 @@ Axis legend: B batch, T time, m scored tokens, C vocabulary.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -328,11 +327,6 @@ def _compare(logits: Tensor, targets: Tensor) -> tuple[NDArray[np.float64], NDAr
     chosen = logits.gather(1, targets[:, None]).squeeze(1)
     values = chosen - logits.logsumexp(dim=1)
     return values.double().cpu().numpy(), (logits.argmax(dim=1) == targets).cpu().numpy()
-
-
-def bits_per_byte(log_prob: float, n_bytes: int) -> float:
-    """Nats of a text as bits per byte of it; nan without bytes."""
-    return -log_prob / n_bytes / math.log(2) if n_bytes else math.nan
 
 
 def _check_finite(are: Tensor) -> None:

@@ -6,8 +6,6 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from string import Formatter
 from typing import ClassVar
@@ -64,14 +62,6 @@ def first_relation(said: str) -> str | None:
     """
     found = _SAID.search(said)
     return found[0].lower().replace(" ", "-") if found else None
-
-
-def accuracy_by_k(questions: Iterable[Question], scores: Iterable[float]) -> dict[int, float]:
-    """Mean score of the questions of each k (tag `k`), ascending: CLUTRR's way to report."""
-    by_k: dict[int, list[float]] = defaultdict(list)
-    for question, score in zip(questions, scores, strict=True):
-        by_k[question.tags["k"]].append(score)
-    return {k: sum(found) / len(found) for k, found in sorted(by_k.items())}
 
 
 @register_text_task

@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import statistics
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ from recollect.evaluation.choices import (
     Choice,
     Picked,
     Wording,
-    accuracies,
     few_shot,
     pick,
     to_choice,
@@ -27,6 +27,12 @@ from recollect.evaluation.choices import (
 )
 
 RealData = Callable[[str], Path]
+
+
+def mean_pick(choices: Sequence[Choice], log_probs: Sequence[Sequence[float]]) -> Picked:
+    """Mean of `pick` over questions."""
+    picks = [pick(choice, values) for choice, values in zip(choices, log_probs, strict=True)]
+    return Picked(*(statistics.fmean(column) for column in zip(*picks, strict=True)))
 
 
 def load(path: Path) -> list[dict[str, Any]]:
@@ -353,25 +359,15 @@ def test_log_probabilities_that_say_nothing_are_refused(log_probs: list[float]) 
         pick(choice_of("a", "b"), log_probs)
 
 
-def test_accuracies_are_means() -> None:
-    """Over questions of different numbers of options, each counts once."""
-    choices = [choice_of("a", "bbbb", gold=0), choice_of("a", "b", "c", gold=2)]
-    assert accuracies(choices, [[-1.0, -2.0], [-1.0, -2.0, -3.0]]) == Picked(0.5, 0.0, 0.0)
-    with pytest.raises(ValueError, match="every question"):
-        accuracies(choices, [[-1.0, -2.0]])
-    with pytest.raises(ValueError, match="at least one"):
-        accuracies([], [])
-
-
 def test_guessing_scores_chance_and_knowing_scores_all(real_data: RealData) -> None:
     """A model that knows nothing must not score above the share of its options, nor one that knows all below 1."""
     choices = to_choices(load(real_data("mc/arc_easy_train.jsonl")), "arc_easy")
     generator = np.random.default_rng(1)
-    guesses = accuracies(choices, [(-generator.random(len(choice.pairs))).tolist() for choice in choices])
+    guesses = mean_pick(choices, [(-generator.random(len(choice.pairs))).tolist() for choice in choices])
     chance = np.mean([1 / len(choice.pairs) for choice in choices])
     assert abs(guesses.acc - chance) < 4 * math.sqrt(chance * (1 - chance) / len(choices))
     knows = [
         [-0.01 * len(c) if i == choice.gold else -99.0 * len(c) for i, c in enumerate(choice.continuations)]
         for choice in choices
     ]
-    assert accuracies(choices, knows) == Picked(1.0, 1.0, 1.0)
+    assert mean_pick(choices, knows) == Picked(1.0, 1.0, 1.0)

@@ -16,10 +16,13 @@ import yaml
 from lm_eval.tasks import TaskManager
 
 from recollect.evaluation import harness
-from recollect.evaluation.choices import accuracies, few_shot, to_choices
+from recollect.evaluation.choices import few_shot, to_choices
 from recollect.evaluation.harness import HarnessModel, run_harness
-from recollect.evaluation.lambada import lambada_score, last_word
+from recollect.evaluation.lambada import last_word
 from recollect.evaluation.language_model import Likelihood
+from recollect.evaluation.report.summary import lines
+from recollect.evaluation.suites import build_suite
+from tests.evaluation.test_choices import mean_pick
 from tests.test_package import modules_after
 
 THEIRS = Path(lm_eval.__file__).parent / "tasks"
@@ -197,7 +200,7 @@ def test_our_pairs_and_scores_equal_the_harnesss(task: Tasks, dataset: str, n_sh
         assert arguments == list(to_choices([row], dataset, shots=shots)[0].pairs)
         assert shots in (examples if n_shots else [""])
 
-    ours = accuracies(choices, [[each.log_prob for each in Bigram().log_likelihoods(choice.pairs)] for choice in choices])
+    ours = mean_pick(choices, [[each.log_prob for each in Bigram().log_likelihoods(choice.pairs)] for choice in choices])
     theirs = results["results"][f"{dataset}_local"]
     if n_shots == 0:  # a bigram sees no examples, but the last byte before an answer is the same: equal in both cases
         assert len(model.asked) == sum(len(choice.pairs) for choice in choices)
@@ -226,14 +229,14 @@ def test_bytes_are_scored_as_the_harness_does(task: Tasks) -> None:
     )
     results = run_harness(Bigram(), [path])["results"]["words"]
     choices = to_choices(rows, "piqa", convention="oe_eval")
-    ours = accuracies(choices, [[each.log_prob for each in Bigram().log_likelihoods(choice.pairs)] for choice in choices])
+    ours = mean_pick(choices, [[each.log_prob for each in Bigram().log_likelihoods(choice.pairs)] for choice in choices])
     assert [results[f"{name},none"] for name in ("acc", "acc_norm", "acc_bytes")] == pytest.approx(list(ours), abs=1e-12)
     assert len(set(ours)) == 3
     assert results["acc_stderr,none"] > 0
 
 
 @pytest.mark.parametrize("variant", ["openai", "standard"])
-def test_lambada_equals_the_harnesss(task: Tasks, variant: str) -> None:
+def test_lambada_equals_the_harnesss(task: Tasks, variant: str, tmp_path: Path) -> None:
     """Same cut, same accuracy, same perplexity of the word."""
     model = Bigram()
     for before, byte in itertools.pairwise(b"e sun"):
@@ -244,11 +247,13 @@ def test_lambada_equals_the_harnesss(task: Tasks, variant: str) -> None:
     results = run_harness(model, [path], bootstrap_iters=0)
     assert sorted(model.asked) == sorted(map(last_word, rows))
 
-    found = model.log_likelihoods([last_word(row) for row in rows])
-    ours = lambada_score([each.log_prob for each in found], [each.greedy for each in found])
+    (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    suite = build_suite("lambada", data=(str(tmp_path / "rows.jsonl"),))
+    answers: Any = suite.answer(model, suite.items(model))  # type: ignore[arg-type]
+    (line,) = lines(suite, [result for some in answers for result in some])
     theirs = results["results"][f"lambada_{variant}_local"]
-    assert theirs["acc,none"] == ours.accuracy == 0.5
-    assert theirs["perplexity,none"] == pytest.approx(ours.perplexity, rel=1e-12)
+    assert theirs["acc,none"] == line.cells[0].value == 0.5
+    assert theirs["perplexity,none"] == pytest.approx(line.cells[1].value, rel=1e-12)
 
 
 def test_rolling_gives_word_and_byte_perplexity(task: Tasks) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from recollect.evaluation.lambada import LambadaScore, lambada_score, last_word
+from recollect.evaluation.lambada import last_word
 
 
 @pytest.mark.parametrize(
@@ -56,22 +55,3 @@ def test_every_real_passage_has_a_last_word(real_data: Callable[[str], Path]) ->
         assert context + word == row["text"]
         assert word[0] == " "
         assert not any(c.isspace() for c in word[1:])
-
-
-def test_score_by_hand() -> None:
-    """Perplexity is per word, so a word of three tokens is one factor, not three."""
-    score = lambada_score([math.log(0.5), math.log(0.125)], [True, False])
-    assert score == LambadaScore(accuracy=0.5, perplexity=pytest.approx(4.0), n=2)
-
-
-def test_a_word_of_no_probability_makes_the_perplexity_infinite() -> None:
-    """Instead of an OverflowError at the end of a long evaluation."""
-    assert lambada_score([-1e6], [False]).perplexity == math.inf
-    assert lambada_score([-math.inf, 0.0], [False, True]) == LambadaScore(0.5, math.inf, 2)
-
-
-@pytest.mark.parametrize(("log_probs", "greedy"), [([], []), ([-1.0], []), ([math.nan], [False])])
-def test_nothing_to_score_is_refused(log_probs: list[float], greedy: list[bool]) -> None:
-    """A mean over nothing, or of nan, is no result."""
-    with pytest.raises(ValueError, match="log-probability"):
-        lambada_score(log_probs, greedy)

@@ -312,3 +312,12 @@ def test_groups_are_told_apart_and_summed() -> None:
         ({"a": "y"}, 1, 1.0),
         ({}, 4, 0.5),
     ]
+
+
+def test_a_word_of_no_probability_makes_the_perplexity_infinite() -> None:
+    """Prevents an OverflowError at the end of a long evaluation."""
+    metric = SUITES["lambada"].metrics[1]
+    assert metric.compute([{"log_prob": -1e6, "n_tokens": 1.0}]) == math.inf
+    assert metric.compute([{"log_prob": math.log(0.5), "n_tokens": 1.0}, {"log_prob": math.log(0.125), "n_tokens": 1.0}]) == (
+        pytest.approx(4.0)
+    )

@@ -14,7 +14,7 @@ import pytest
 
 from recollect.tasks.clutrr import read_rows
 from recollect.tasks.family import KIND_OF, RELATIONS, RULES, Family, compose, derive, find_chain, grow_family, inverse
-from recollect.tasks.kinship import Kinship, accuracy_by_k, first_relation
+from recollect.tasks.kinship import Kinship, first_relation
 from recollect.tasks.kinship_stories import invent
 
 NOISES = ("clean", "supporting", "irrelevant", "disconnected")
@@ -262,14 +262,6 @@ def test_metric_takes_the_first_whole_relation(said: str, relation: str | None) 
     assert first_relation(said) == relation
     question = Kinship().sample(1, seed=0)[0]._replace(answers=("mother",))
     assert Kinship().score(said, question) == float(relation == "mother")
-
-
-def test_accuracy_is_per_k() -> None:
-    """Prevents one mean over all k."""
-    asked = Kinship(k_min=2, k_max=3).sample(4, seed=0)
-    scores = [1.0 if question.tags["k"] == 3 else 0.0 for question in asked]
-    scores[[question.tags["k"] for question in asked].index(2)] = 1.0
-    assert accuracy_by_k(asked, scores) == {2: 0.5, 3: 1.0}
 
 
 def test_rules_are_the_sixteen() -> None:
