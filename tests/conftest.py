@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Before torch is imported: spinning OpenMP threads on a busy machine slow small tensors down by orders of magnitude.
@@ -40,6 +41,44 @@ def real_data() -> Callable[[str], Path]:
         return root / name
 
     return find
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator:
+    """A headless browser: Debian's Chromium, or the one that playwright has downloaded. Skips without playwright or browser."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (pip install 'recollect[dev]')")
+    with playwright.sync_playwright() as driver:
+        found = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+        path = found or driver.chromium.executable_path
+        if not Path(path).is_file():
+            pytest.skip("no Chromium on this machine (apt-get install chromium, or playwright install chromium)")
+        launched = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield launched
+        launched.close()
+
+
+@pytest.fixture
+def open_page(browser) -> Iterator[Callable]:
+    """`open_page(file, width=1200, scheme="light")`: the page of a file. At the end there must have been no error, no warning, no
+    dialog, and no request but for the files themselves."""
+    pages, complaints, requests, files = [], [], [], set()
+
+    def opened(file: Path, *, width: int = 1200, scheme: str = "light"):
+        page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
+        pages.append(page)
+        files.add(file.as_uri())
+        page.on("console", lambda message: complaints.append(message.text))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("request", lambda request: requests.append(request.url.split("#")[0]))
+        page.on("dialog", lambda dialog: complaints.append(f"a dialog: {dialog.message}"))
+        page.goto(file.as_uri())
+        return page
+
+    yield opened
+    for page in pages:
+        page.close()
+    assert complaints == []
+    assert [url for url in requests if url not in files and not url.startswith("data:")] == []
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

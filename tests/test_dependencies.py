@@ -27,12 +27,13 @@ ALLOWED: dict[str, set[str]] = {
     "data": {"tasks"},  # the type of a batch
     "training": {"data", "models", "state", "tasks"},
     "user_modules": set(),
+    "pages": set(),
     "inference": {"data", "models", "user_modules"},
     # The loss that is reported is the one that is trained on.
-    "evaluation": {"data", "inference", "models", "state", "tasks", "training", "user_modules"},
-    "comparison": {"data", "evaluation", "kernels", "mixers", "models", "state", "tasks", "training", "user_modules"},
-    "reproduction": {"comparison", "evaluation", "inference", "inspection", "models", "training"},
-    "inspection": {"data", "evaluation", "inference", "mixers", "models", "ops", "state", "user_modules"},
+    "evaluation": {"data", "inference", "models", "pages", "state", "tasks", "training", "user_modules"},
+    "comparison": {"data", "evaluation", "kernels", "mixers", "models", "pages", "state", "tasks", "training", "user_modules"},
+    "reproduction": {"comparison", "evaluation", "inference", "inspection", "models", "pages", "training"},
+    "inspection": {"evaluation", "mixers", "models", "ops", "pages"},
     "cli": {
         "comparison",
         "data",
@@ -52,7 +53,15 @@ ALLOWED: dict[str, set[str]] = {
 }
 
 # Parts that must run wherever torch runs.
-LEAN = {"": set(), "ops": set(), "state": {"safetensors"}, "kernels": {"triton"}, "mixers": {"safetensors"}, "tasks": set()}
+LEAN = {
+    "": set(),
+    "ops": set(),
+    "state": {"safetensors"},
+    "kernels": {"triton"},
+    "mixers": {"safetensors"},
+    "pages": set(),
+    "tasks": set(),
+}
 MODULE_OF = {"lm-eval": "lm_eval", "pyyaml": "yaml"}
 
 

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import base64
-import json
 import math
-from html import escape
-from importlib import resources
-from string import Template
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from recollect.evaluation.report.page import asset
+from recollect import pages
 from recollect.inspection.kernels import Kernel
 from recollect.inspection.maps import LOGITS, N_TOP, TITLES, Attended
 from recollect.inspection.memory import Reads
 from recollect.inspection.strips import Strip
 from recollect.inspection.view import Inspection, LayerView
 
-SCRIPTS = ("core.js", "text.js", "maps.js", "kernels.js", "page.js")
+SCRIPTS = ("state.js", "text.js", "maps.js", "kernels.js", "bar.js")
 PATTERNS = {
     "zero": "no entry differs from zero",
     "identity": "the score of the same query and key, little else",
@@ -36,6 +32,15 @@ PATTERNS = {
 }
 
 
+TEXT = """Colours show the chosen quantity. Point at a token, or focus the text and use the arrow keys, to read all numbers of
+the chosen layer and head; click or press Enter to follow where that token reads from."""
+MAPS = """Each row is a query, each column a key that it may look at. <span id="pooling"></span> Click a row to follow where that
+query reads from; the text above is then coloured by it."""
+KERNELS = """A key-query kernel mixes the scores of neighbouring queries (rows) and keys (columns) into one; a fresh model has a
+single 1 at query 0, key 0. A head-mixing matrix mixes the maps of several heads (columns) into each head (rows). A pattern is
+named if it holds at least half of the energy (sum of squares) beside the centre, identity if nine tenths of all energy are there."""
+
+
 def html(inspection: Inspection, *, model: str, text: str, command: str = "") -> str:
     """The whole page; every text that came from a file is escaped, numbers travel as JSON and base64.
 
@@ -44,27 +49,39 @@ def html(inspection: Inspection, *, model: str, text: str, command: str = "") ->
         model, text: what the page calls them.
         command: how to make it again; shown on the page.
     """
-    words = " ".join(f"<span>{escape(word)}</span>" for word in command.split())
     known = inspection.bits[~inspection.bits.isnan()]
     mean = f", {float(known.mean()):.2f} bits per token" if len(known) else ""
-    return Template(_asset("inspect.html")).substitute(
-        title=escape(f"{model} reads {text}"),
-        css=asset("page.css") + _asset("inspect.css"),
-        js="\n".join(_asset(name) for name in SCRIPTS),
-        headline=escape(f"{model} reads {len(inspection.tokens):,} tokens of {text}{mean}"),
-        meta=f"<code>{words}</code>" if command else "",
-        notes="".join(f"<li>{escape(note)}</li>" for note in inspection.notes),
-        data=_json(data(inspection)),
+    return pages.page(
+        title=f"{model} reads {text}",
+        eyebrow="recollect inspect",
+        headline=f"{model} reads {len(inspection.tokens):,} tokens of {text}{mean}",
+        header=pages.command(command) + pages.notes(inspection.notes),
+        main=[
+            "<noscript><p class='warn'>This page draws with scripts, and they are off.</p></noscript>",
+            "<div class='bar controls' id='bar'></div>",
+            pages.section("text", "The text, token by token", pages.asset(__package__, "text.html"), lead=TEXT),
+            pages.section(
+                "maps",
+                "Attention maps, stage by stage",
+                "<div class='controls' id='map-controls'></div><div class='panels' id='map-panels'></div>",
+                lead=MAPS,
+                hidden=True,
+            ),
+            pages.section("kernels", "Kernels and head mixing", "<div id='kernel-grid'></div>", lead=KERNELS, hidden=True),
+        ],
+        css=pages.asset(__package__, "inspect.css"),
+        data=data(inspection),
+        scripts=[pages.asset(__package__, name) for name in SCRIPTS],
     )
 
 
 def data(inspection: Inspection) -> dict[str, Any]:
-    """What the scripts draw. Numbers travel with about three digits; see `packed`."""
+    """What the scripts draw. Numbers travel with about three digits; see `pages.packed`."""
     bits = "-log2 of the probability that the model gave to this token before it read it: how much the token told it."
     whole = {
         "label": "whole model",
         "heads": 1,
-        "strips": [{"key": "bits", "title": "Bits", "what": bits, "measured": None, **packed(inspection.bits[None])}],
+        "strips": [{"key": "bits", "title": "Bits", "what": bits, "measured": None, **_packed(inspection.bits[None])}],
         "reads": None,
         "maps": [],
         "kernels": [],
@@ -78,16 +95,8 @@ def data(inspection: Inspection) -> dict[str, Any]:
     }
 
 
-def packed(values: Tensor, offset: float = 0.0) -> dict[str, Any]:
-    """{"offset", "scale", "data"}: float16 in base64, little endian, nan where there is no number; values are offset + scale * data.
-
-    An offset keeps the digits of what is near it: a retention of 0.9996 is told by its distance from 1.
-    """
-    numbers = (values.detach().double() - offset).numpy()
-    finite = np.abs(numbers[np.isfinite(numbers)])
-    scale = float(finite.max()) if finite.size and finite.max() > 0 else 1.0
-    half = np.where(np.isfinite(numbers), numbers / scale, np.nan).astype("<f2")
-    return {"scale": scale, "offset": offset, "data": base64.b64encode(half.tobytes()).decode("ascii")}
+def _packed(values: Tensor, offset: float = 0.0) -> dict[str, Any]:
+    return pages.packed(values.detach().double().numpy(), offset)
 
 
 def _layer(view: LayerView) -> dict[str, Any]:
@@ -104,7 +113,7 @@ def _layer(view: LayerView) -> dict[str, Any]:
 
 def _strip(one: Strip) -> dict[str, Any]:
     offset = 1.0 if one.key == "alpha" else 0.0
-    return {"key": one.key, "title": one.title, "what": one.what, "measured": one.measured, **packed(one.values, offset)}
+    return {"key": one.key, "title": one.title, "what": one.what, "measured": one.measured, **_packed(one.values, offset)}
 
 
 def _reads(view: LayerView) -> dict[str, Any] | None:
@@ -121,12 +130,12 @@ def _reads(view: LayerView) -> dict[str, Any] | None:
             "what": f"{what}: the {N_TOP} farthest from zero; the others are not on this page.",
             "top": N_TOP,
             "keys": base64.b64encode(keys.tobytes()).decode("ascii"),
-            **packed(view.attended.weights),
+            **_packed(view.attended.weights),
         }
     reads: Reads | None = None if view.remembered is None else view.remembered.reads
     if reads is None:
         return None
-    return {"kind": "some", "what": reads.what, "queries": reads.queries, **packed(reads.values)}
+    return {"kind": "some", "what": reads.what, "queries": reads.queries, **_packed(reads.values)}
 
 
 def _maps(attended: Attended) -> list[dict[str, Any]]:
@@ -142,7 +151,7 @@ def _maps(attended: Attended) -> list[dict[str, Any]]:
                 "logits": one.stage in LOGITS,
                 "side": n,
                 "block": one.block,
-                **packed(one.values[:, rows, columns]),
+                **_packed(one.values[:, rows, columns]),
             }
         )
     return found
@@ -172,13 +181,3 @@ def _share(one: Kernel) -> str:
     if name.startswith("identity"):
         return f"{percent} of the energy"
     return f"{percent} beside the {place}" if name in ("mixed", "mixing") else f"{percent} of what is beside the {place}"
-
-
-def _asset(name: str) -> str:
-    return resources.files(__package__).joinpath("assets").joinpath(name).read_text(encoding="utf-8")
-
-
-def _json(value: object) -> str:
-    """JSON for a script element: `<` and `&` written so that no text can end it."""
-    text = json.dumps(value, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
-    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")

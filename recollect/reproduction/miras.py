@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import shlex
 from typing import Any
 
-from recollect.comparison.options import split_outside
-from recollect.reproduction.experiment import TEXT, Experiment, Published, Training
+from recollect.reproduction.experiment import Experiment, Published, Training
+from recollect.reproduction.parts import SMALL_TEXT, TINY_TEXT, curve, text_size, train_variants
 
 NAMES = {
     "attention": "Transformer++",
@@ -22,19 +21,7 @@ NAMES = {
     "moneta-h": "Moneta-H",
 }
 THREE = ("moneta", "yaad", "memora")
-_TINY_TEXT: dict[str, Any] = {"task": "text", "data": [TEXT], "budget": "150steps", "n_eval": 128}
-_SMALL_TEXT: dict[str, Any] = {
-    "task": "text",
-    "data": [TEXT],
-    "budget": "2000steps",
-    "parameters": 3_000_000,
-    "width": 192,
-    "layers": 6,
-}
-_SIZE = {
-    "tiny": "1 M parameters, bytes of your own text, 0.3 MB seen; the paper: 340 M to 1.3 B parameters, 15 to 100 billion tokens.",
-    "small": "3 M parameters, bytes of your own text, 4 MB seen; the paper: 340 M to 1.3 B parameters, 15 to 100 billion tokens.",
-}
+_SIZE = text_size("340 M to 1.3 B parameters, 15 to 100 billion tokens")
 _RECALL: dict[str, Any] = {"task": "recall", "budget": "750steps"}
 _RUNS = tuple(f"recollect train {name}-{size} out=runs/{name}-{size}" for size in ("340m", "780m", "1.3b") for name in THREE)
 
@@ -77,7 +64,7 @@ LANGUAGE = Experiment(
     tiny=(
         Training(
             column="bits/byte",
-            request={**_TINY_TEXT, "mixers": ["attention", "gated_delta_net", "mamba2", *THREE]},
+            request={**TINY_TEXT, "mixers": ["attention", "gated_delta_net", "mamba2", *THREE]},
             names=NAMES,
         ),
     ),
@@ -85,7 +72,7 @@ LANGUAGE = Experiment(
         Training(
             column="bits/byte",
             request={
-                **_SMALL_TEXT,
+                **SMALL_TEXT,
                 "mixers": [
                     "attention",
                     "retnet",
@@ -117,19 +104,16 @@ SCALING = Experiment(
     name="miras-scaling",
     about="Perplexity over training FLOPs and over the training context, 2K to 32K (Figure 3)",
     published=(
-        Published(
-            title="Figure 3: C4",
-            columns=("values",),
-            rows={
-                "Moneta, Yaad, Memora": ("below all baselines at equal FLOPs; better than Mamba2 and GSA as the context grows",)
-            },
-            note="The paper prints curves and no numbers.",
+        curve(
+            "Figure 3: C4",
+            "below all baselines at equal FLOPs; better than Mamba2 and GSA as the context grows",
+            model="Moneta, Yaad, Memora",
         ),
     ),
     tiny=tuple(
         Training(
             column=f"context {length}",
-            request={**_TINY_TEXT, "mixers": ["mamba2", *THREE], "seq_len": length, "batch_size": 2048 // length},
+            request={**TINY_TEXT, "mixers": ["mamba2", *THREE], "seq_len": length, "batch_size": 2048 // length},
             names=NAMES,
         )
         for length in (128, 512)
@@ -137,7 +121,7 @@ SCALING = Experiment(
     small=tuple(
         Training(
             column=f"context {length}",
-            request={**_SMALL_TEXT, "mixers": ["mamba2", "gsa", *THREE], "seq_len": length, "batch_size": 4096 // length},
+            request={**SMALL_TEXT, "mixers": ["mamba2", "gsa", *THREE], "seq_len": length, "batch_size": 4096 // length},
             names=NAMES,
         )
         for length in (256, 1024, 4096)
@@ -209,26 +193,11 @@ def _ablation(name: str, about: str, published: Published, variants: dict[str, s
             Training(
                 column="forgetting error", request={**forgetting, "mixers": mixers, "budget": "1500steps"}, names=variants
             ),
-            Training(column="bits/byte", request={**_SMALL_TEXT, "mixers": mixers}, names=variants),
+            Training(column="bits/byte", request={**SMALL_TEXT, "mixers": mixers}, names=variants),
         ),
-        paper=tuple(
-            shlex.join(
-                [
-                    "recollect",
-                    "train",
-                    f"{model}-340m",
-                    *(f"model.options.{option}" for option in options),
-                    f"out=runs/{name}-{i}",
-                ]
-            )
-            for i, (model, *options) in enumerate(split_outside(mixer, ":") for mixer in mixers)
-        ),
+        paper=train_variants(name, mixers, lambda mixer: [f"{mixer}-340m"]),
         size=_SIZE,
     )
-
-
-def _curve(title: str, said: str) -> Published:
-    return Published(title=title, columns=("values",), rows={"paper": (said,)}, note="The paper prints curves and no numbers.")
 
 
 _TABLE_4 = Published(
@@ -249,13 +218,13 @@ ABLATIONS = (
     _ablation(
         "miras-ablation-p",
         "The exponent p of Moneta's bias (Figure 4)",
-        _curve("Figure 4: contexts 2K to 16K", "best p = 3, worst p = 4, not monotone"),
+        curve("Figure 4: contexts 2K to 16K", "best p = 3, worst p = 4, not monotone"),
         {f"moneta:bias={{name: lp, p: {p}}}": f"p = {p}" for p in (1.5, 2.0, 2.8, 3.0, 3.2, 4.0)},
     ),
     _ablation(
         "miras-ablation-q",
         "The exponent q of Moneta's retention (Figure 4)",
-        _curve("Figure 4: contexts 2K to 16K", "q changes how perplexity grows with the context, p does not"),
+        curve("Figure 4: contexts 2K to 16K", "q changes how perplexity grows with the context, p does not"),
         {f"moneta:retention={{name: lq, q: {q}}}": f"q = {q}" for q in (2.0, 3.0, 4.0, 5.0)},
     ),
     _ablation(
@@ -307,11 +276,11 @@ PRESS = Experiment(
         ),
     ),
     tiny=(
-        Training(column="bits/byte", request={**_TINY_TEXT, "mixers": ["attention", *THREE]}, names=NAMES),
+        Training(column="bits/byte", request={**TINY_TEXT, "mixers": ["attention", *THREE]}, names=NAMES),
         Training(column="recall error", request={**_RECALL, "mixers": ["attention", *THREE]}, names=NAMES),
     ),
     small=(
-        Training(column="bits/byte", request={**_SMALL_TEXT, "mixers": ["attention", *THREE]}, names=NAMES),
+        Training(column="bits/byte", request={**SMALL_TEXT, "mixers": ["attention", *THREE]}, names=NAMES),
         Training(
             column="recall error", request={**_RECALL, "mixers": ["attention", *THREE], "budget": "1500steps"}, names=NAMES
         ),

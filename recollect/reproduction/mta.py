@@ -4,26 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from recollect.comparison.published import COLUMNS, FIND_BLOCK
 from recollect.reproduction.experiment import TEXT, Asking, Continuing, Experiment, Looking, Published, Stage, Training
+from recollect.reproduction.parts import SMALL_TEXT, TINY_TEXT, curve, text_size, train_variants
 
 FOUR = ("attention", "diff", "talking_heads", "mta")
 NAMES = {"attention": "Transformer", "diff": "DIFF", "talking_heads": "Talking Heads", "mta": "MTA"}
 RECIPES = ("transformer", "diff", "talking-heads", "mta")
 _FOUR_RUNS = tuple(f"recollect train {name}-880m out=runs/{name}-880m" for name in RECIPES)
-
-_TINY_TEXT: dict[str, Any] = {"task": "text", "data": [TEXT], "budget": "150steps", "n_eval": 128}
-_SMALL_TEXT: dict[str, Any] = {
-    "task": "text",
-    "data": [TEXT],
-    "budget": "2000steps",
-    "parameters": 3_000_000,
-    "width": 192,
-    "layers": 6,
-}
-_TEXT_SIZE = {
-    "tiny": "1 M parameters, bytes of your own text, 0.3 MB seen; the paper: 880 M parameters, 105 billion tokens of SlimPajama.",
-    "small": "3 M parameters, bytes of your own text, 4 MB seen; the paper: 880 M parameters, 105 billion tokens of SlimPajama.",
-}
+_TEXT_SIZE = text_size("880 M parameters, 105 billion tokens of SlimPajama")
 
 
 def _toy(n_letters: int, answer: str, *, n_blocks: int, **rest: Any) -> Training:
@@ -45,8 +34,8 @@ TOY = Experiment(
     published=(
         Published(
             title="Table 1: error %, mean of 3 seeds; 4 layers of width 256, 100K steps, about 50 blocks",
-            columns=("N=5 all", "N=5 first", "N=5 last", "N=8 all", "N=8 first", "N=8 last"),
-            rows={"Transformer": (51.6, 78.2, 1.3, 31.2, 28.9, 58.4), "MTA": (0.1, 0.0, 0.0, 0.1, 0.0, 0.0)},
+            columns=COLUMNS,
+            rows={name: tuple(mean for mean, _ in cells) for name, cells in FIND_BLOCK.items()},
             note="The Transformer's standard deviations are 0.4 to 50 points: some of its seeds learn the task, some do not.",
         ),
     ),
@@ -80,8 +69,8 @@ LANGUAGE = Experiment(
             note="Perplexities of tokens, over other texts: only the order can be compared with bits per byte.",
         ),
     ),
-    tiny=(Training(column="bits/byte", request={**_TINY_TEXT, "mixers": list(FOUR)}, names=NAMES),),
-    small=(Training(column="bits/byte", request={**_SMALL_TEXT, "mixers": [*FOUR, "mta_v1"]}, names=NAMES),),
+    tiny=(Training(column="bits/byte", request={**TINY_TEXT, "mixers": list(FOUR)}, names=NAMES),),
+    small=(Training(column="bits/byte", request={**SMALL_TEXT, "mixers": [*FOUR, "mta_v1"]}, names=NAMES),),
     paper=(*_FOUR_RUNS, "recollect train mta-880m seed=777 out=runs/mta-880m-777"),
     size=_TEXT_SIZE,
 )
@@ -91,7 +80,7 @@ LONG_CONTEXT = Experiment(
     about="Perplexity at longer contexts than trained on, by position (section 4.3, Table 2 below)",
     published=(LANGUAGE.published[0],),
     tiny=(
-        Training(column="bits/byte", request={**_TINY_TEXT, "mixers": ["attention", "mta"]}, names=NAMES),
+        Training(column="bits/byte", request={**TINY_TEXT, "mixers": ["attention", "mta"]}, names=NAMES),
         Asking(
             of="bits/byte",
             suite="perplexity",
@@ -101,7 +90,7 @@ LONG_CONTEXT = Experiment(
         ),
     ),
     small=(
-        Training(column="bits/byte", request={**_SMALL_TEXT, "mixers": ["attention", "mta"]}, names=NAMES),
+        Training(column="bits/byte", request={**SMALL_TEXT, "mixers": ["attention", "mta"]}, names=NAMES),
         Asking(
             of="bits/byte",
             suite="perplexity",
@@ -128,11 +117,10 @@ NEEDLES = Experiment(
     name="mta-niah",
     about="Needles in a haystack: the number of one of several cities (section 4.4, Figures 3 and 8)",
     published=(
-        Published(
-            title="Figures 3 and 8: accuracy over 2 to 10 needles, 2K and 4K tokens; 880 M parameters",
-            columns=("values",),
-            rows={"MTA": ("ahead of the three baselines at every number of needles",)},
-            note="The paper prints curves and no numbers.",
+        curve(
+            "Figures 3 and 8: accuracy over 2 to 10 needles, 2K and 4K tokens; 880 M parameters",
+            "ahead of the three baselines at every number of needles",
+            model="MTA",
         ),
     ),
     tiny=(_needles("2 needles", 2, length=240, shortest=160, budget="600steps"),),
@@ -170,11 +158,10 @@ BABILONG = Experiment(
     name="mta-babilong",
     about="Facts of a story among other text, BabiLong QA1-5 (section 4.4, Figures 5 and 7)",
     published=(
-        Published(
-            title="Figures 5 and 7: accuracy at 0K to 4K tokens of distraction; 880 M parameters",
-            columns=("values",),
-            rows={"MTA": ("ahead on the average, most clearly at 4K",)},
-            note="The paper prints curves and no numbers.",
+        curve(
+            "Figures 5 and 7: accuracy at 0K to 4K tokens of distraction; 880 M parameters",
+            "ahead on the average, most clearly at 4K",
+            model="MTA",
         ),
     ),
     tiny=(_babilong(1, budget="800steps"),),
@@ -232,14 +219,9 @@ def _ablation(
         tiny=(Training(column="find-block error", request={**toy, "mixers": mixers, "budget": "600steps"}, names=variants),),
         small=(
             Training(column="find-block error", request={**toy, "mixers": mixers, "budget": "1500steps"}, names=variants),
-            Training(column="bits/byte", request={**_SMALL_TEXT, "mixers": mixers}, names=variants),
+            Training(column="bits/byte", request={**SMALL_TEXT, "mixers": mixers}, names=variants),
         ),
-        paper=tuple(
-            f"recollect train mta-880m model.layers={mixer.split(':')[0]} "
-            + " ".join(f"model.options.{option}" for option in mixer.split(":")[1:])
-            + f" out=runs/{name}-{i}"
-            for i, mixer in enumerate(mixers)
-        ),
+        paper=train_variants(name, mixers, lambda mixer: ["mta-880m", f"model.layers={mixer}"]),
         size=_TEXT_SIZE,
     )
 
@@ -296,14 +278,14 @@ LAYERS = Experiment(
     tiny=(
         Training(
             column="bits/byte",
-            request={**_TINY_TEXT, "mixers": ["mta:kq=false", "mta", "mta:kq=true"]},
+            request={**TINY_TEXT, "mixers": ["mta:kq=false", "mta", "mta:kq=true"]},
             names={"mta:kq=false": "no layer", "mta": "every fourth", "mta:kq=true": "every layer"},
         ),
     ),
     small=(
         Training(
             column="bits/byte",
-            request={**_SMALL_TEXT, "mixers": ["mta:kq=false", "mta", "mta:kq=true"]},
+            request={**SMALL_TEXT, "mixers": ["mta:kq=false", "mta", "mta:kq=true"]},
             names={"mta:kq=false": "no layer", "mta": "every fourth", "mta:kq=true": "every layer"},
         ),
     ),
@@ -335,7 +317,7 @@ KERNELS = Experiment(
             names=NAMES,
         ),
         Looking(of="find-block error", head="find-block"),
-        Training(column="bits/byte", request={**_TINY_TEXT, "mixers": ["mta"]}, names=NAMES),
+        Training(column="bits/byte", request={**TINY_TEXT, "mixers": ["mta"]}, names=NAMES),
         Looking(of="bits/byte", head="text"),
     ),
     small=(
@@ -345,7 +327,7 @@ KERNELS = Experiment(
             names=NAMES,
         ),
         Looking(of="find-block error", head="find-block"),
-        Training(column="bits/byte", request={**_SMALL_TEXT, "mixers": ["mta"]}, names=NAMES),
+        Training(column="bits/byte", request={**SMALL_TEXT, "mixers": ["mta"]}, names=NAMES),
         Looking(of="bits/byte", head="text"),
     ),
     paper=(

@@ -7,28 +7,17 @@ import math
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from string import Template
 
 from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from recollect.evaluation.report.page import asset
+from recollect import pages
 from recollect.evaluation.statistics import summarize
 from recollect.reproduction.experiment import Experiment, Published, Scale
 from recollect.reproduction.runner import Column, Measured
 from recollect.training.checkpoint import replace_file
-
-_PAGE = Template("""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
-<link rel="icon" href="data:,"><title>$title</title><style>$css</style></head><body>
-<header><p class="eyebrow">recollect reproduce: $name, scale $scale</p><h1>$about</h1><p class="meta">$size</p></header>
-<main><section><h2>Measured</h2>$measured<ul class="notes">$notes</ul></section>
-<section><h2>Published</h2>$published</section></main></body></html>
-""")
 
 
 def write(out: Path, experiment: Experiment, scale: Scale, measured: Measured) -> RenderableType:
@@ -68,6 +57,7 @@ def notes(experiment: Experiment, scale: Scale, measured: Measured) -> list[str]
         f"Measured here: {experiment.size[scale]}{f' Changed for this run: {changed}.' if changed else ''}",
         f"The models have {size} parameters; {measured.seconds / 60:.0f} minutes of training in all.",
         "In brackets: every seed. Published numbers are of other sizes and data: compare orders, not values.",
+        *(f"Drawn: {path}" for path in measured.pictures),
     ]
 
 
@@ -117,29 +107,29 @@ def _markdown(experiment: Experiment, scale: Scale, measured: Measured) -> str:
 
 
 def _html(experiment: Experiment, scale: Scale, measured: Measured) -> str:
-    def of(heads: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]], caption: str) -> str:
-        head = "".join(f"<th scope='col'>{escape(text)}</th>" for text in ["model", *heads])
-        body = "".join(
-            f"<tr><th scope='row'>{escape(name)}</th>{''.join(f'<td>{escape(text)}</td>' for text in cells)}</tr>"
-            for name, cells in rows
-        )
-        return (
-            f"<div class='box'><p>{escape(caption)}</p><div class='scroll' tabindex='0' role='region' "
-            f"aria-label='{escape(caption)}'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div></div>"
-        )
+    def of(caption: str, heads: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> str:
+        return pages.table(caption, ["model", *heads], [pages.row(name, cells) for name, cells in rows])
 
-    published = "".join(
-        of(list(table.columns), _published_rows(table), table.title) + f"<p class='note'>{escape(table.note)}</p>"
-        for table in experiment.published
+    published = [
+        of(table.title, table.columns, _published_rows(table)) + pages.note(table.note) for table in experiment.published
+    ]
+    return pages.page(
+        title=experiment.name,
+        eyebrow=f"recollect reproduce: {experiment.name}, scale {scale}",
+        headline=experiment.about,
+        header=f"<p class='meta'>{escape(experiment.size[scale])}</p>",
+        main=[
+            pages.section(
+                "measured",
+                "Measured",
+                of("Measured here", *_columns(measured)),
+                pages.notes(notes(experiment, scale, measured)),
+            ),
+            *([pages.section("pictures", "Pictures", *map(_picture, measured.pictures))] if measured.pictures else []),
+            pages.section("published", "Published", *published),
+        ],
     )
-    return _PAGE.substitute(
-        title=escape(experiment.name),
-        css=asset("page.css"),
-        name=escape(experiment.name),
-        scale=scale,
-        about=escape(experiment.about),
-        size=escape(experiment.size[scale]),
-        measured=of(*_columns(measured), "Measured here"),
-        notes="".join(f"<li>{escape(note)}</li>" for note in notes(experiment, scale, measured)),
-        published=published,
-    )
+
+
+def _picture(path: Path) -> str:
+    return pages.picture(path.read_bytes(), f"{path.parent.name}: {path.stem}")

@@ -7,7 +7,6 @@ import io
 import json
 import math
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +19,7 @@ from recollect.comparison.report import curves, markdown, units, write
 from recollect.comparison.report.records import read
 from recollect.comparison.report.summary import headline, mean_curve, rows
 from tests.comparison.report_folder import HOSTILE, make_folder
+from tests.pages.tags import Tags
 
 FILES = ("table.txt", "curves.png", "curves.svg", "report.html")
 
@@ -272,31 +272,12 @@ def test_labels_keep_apart_and_in_order() -> None:
     assert min(np.diff(curves.apart(sorted(np.random.default_rng(0).uniform(0, 60, 20)), gap=5.0))) >= 5.0 - 1e-9
 
 
-class Tags(HTMLParser):
-    """Collects tags and attributes, and whether elements are closed in order."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[tuple[str, dict[str, str | None]]] = []
-        self.open: list[str] = []
-
-    def handle_starttag(self, tag, attrs):
-        self.seen.append((tag, dict(attrs)))
-        if tag not in ("meta", "link", "br", "input"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-
 def test_page_is_well_formed_and_loads_nothing(tmp_path: Path) -> None:
     """One file: no address, no remote script, style, font or image; the policy forbids what might slip in."""
     out = make_folder(tmp_path / "out")
     write(out)
     page = (out / "report.html").read_text()
-    tags = Tags()
-    tags.feed(page)
-    assert tags.open == []
+    tags = Tags(page)
     for tag, attributes in tags.seen:
         assert tag not in ("iframe", "img", "object", "embed")
         assert "src" not in attributes
@@ -309,9 +290,8 @@ def test_page_escapes_what_came_from_files(tmp_path: Path) -> None:
     """Text that a model read or wrote must not become markup or end a script."""
     out = make_folder(tmp_path / "out")
     write(out)
-    tags = Tags()
     page = (out / "report.html").read_text()
-    tags.feed(page)
+    tags = Tags(page)
     assert [tag for tag, _ in tags.seen].count("script") == 2
     assert not any(tag in ("u", "s") or "onerror" in attributes for tag, attributes in tags.seen)
     assert HOSTILE not in page
@@ -346,11 +326,11 @@ def test_page_maps_carry_the_stored_numbers(tmp_path: Path) -> None:
     item = next(item for item in page_data(out)["inspections"] if item["label"] == "mta")
     stored = load_file(out / "runs/mta-seed0/inspection.safetensors")
     packed = next(one for one in item["maps"] if (one["layer"], one["name"]) == (1, "after"))
-    values = np.frombuffer(base64.b64decode(packed["data"]), dtype="<f2").reshape(2, -1)
+    values = packed["scale"] * np.frombuffer(base64.b64decode(packed["data"]), dtype="<f2").astype(float).reshape(2, -1)
     rows_, cols = np.tril_indices(packed["length"])
     np.testing.assert_allclose(values, stored["layer1.after"][:, rows_, cols], atol=5e-4)
     assert "".join(item["tokens"])[: item["query"] + 1].endswith("#td")
-    kernel = next(one for one in item["kernels"] if (one["layer"], one["name"], one["title"]) == (2, "kq_pre", "head 1"))
+    kernel = next(one for one in item["kernels"] if (one["layer"], one["kind"], one["title"]) == (2, "kq_pre", "head 1"))
     assert (kernel["rows"], kernel["cols"], kernel["origin"]) == (2, 9, 4)
     np.testing.assert_allclose(kernel["values"], stored["layer2.kq_pre"][1].ravel(), rtol=5e-4)
 
@@ -382,11 +362,11 @@ def test_page_names_kernels_between_heads(tmp_path: Path) -> None:
     save_file(tensors, folder / "inspection.safetensors")
     write(out)
     kernels = [one for one in page_data(out)["inspections"][0]["kernels"] if one["layer"] == 0]
-    titles = [one["title"] for one in kernels if one["name"] == "kq_pre"]
+    titles = [one["title"] for one in kernels if one["kind"] == "kq_pre"]
     assert titles == [
         "head 0 to 0", "head 1 to 0", "head 0 to 1", "head 1 to 1", "head 2 to 2", "head 3 to 2", "head 2 to 3", "head 3 to 3",
     ]  # fmt: skip
-    assert [(one["title"], one["first"]) for one in kernels if one["name"] == "head_post"] == [("group 0", 0), ("group 1", 2)]
+    assert [(one["title"], one["first"]) for one in kernels if one["kind"] == "head_post"] == [("group 0", 0), ("group 1", 2)]
 
 
 def test_a_damaged_inspection_is_said_and_the_next_seed_used(tmp_path: Path) -> None:

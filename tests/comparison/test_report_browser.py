@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from recollect.comparison.report import write
 from tests.comparison.report_folder import make_folder
-
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (pip install 'recollect[dev]')")
 
 pytestmark = pytest.mark.browser
 
@@ -25,19 +22,6 @@ PAINTED = """canvas => {
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator:
-    """Debian's Chromium, or the one that playwright has downloaded."""
-    with playwright.sync_playwright() as driver:
-        found = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
-        path = found or driver.chromium.executable_path
-        if not Path(path).is_file():
-            pytest.skip("no Chromium on this machine (apt-get install chromium, or playwright install chromium)")
-        launched = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield launched
-        launched.close()
-
-
-@pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = make_folder(tmp_path_factory.mktemp("report") / "out")
     write(out)
@@ -45,27 +29,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def visit(browser) -> Iterator[Callable]:
-    """Open a folder's page; at the end there must have been no error, no warning and no request but for the page itself."""
-    pages, complaints, requests = [], [], []
-
-    def opened(out: Path, *, width: int = 1200, scheme: str = "light"):
-        page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
-        pages.append(page)
-        page.on("console", lambda message: complaints.append(message.text))
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("request", lambda request: requests.append(request.url))
-        page.on("dialog", lambda dialog: complaints.append(f"a dialog: {dialog.message}"))
-        page.goto(f"file://{out / 'report.html'}")
-        return page
-
-    yield opened
-    for page in pages:
-        page.close()
-    assert complaints == []
-    assert all(
-        url.startswith(("file://", "data:")) and url.split("#")[0].endswith(("report.html", "data:,")) for url in requests
-    )
+def visit(open_page) -> Callable:
+    """Open a folder's page, see `open_page`."""
+    return lambda out, **options: open_page(out / "report.html", **options)
 
 
 def test_page_paints_every_heat_map(visit, folder: Path) -> None:

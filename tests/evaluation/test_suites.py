@@ -97,7 +97,7 @@ def test_every_suite_runs_and_reports(name: str, tmp_path: Path) -> None:
     done = evaluate(model, suite, tmp_path / "out", about={"path": "tiny"})
     report.write(tmp_path / "out", suite, done.results, command="recollect evaluate tiny <b>")
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "recollect evaluate tiny &lt;b&gt;" in page
+    assert "<span>evaluate</span> <span>tiny</span> <span>&lt;b&gt;</span>" in page
     assert "<script" not in page
     assert (tmp_path / "out" / "figure.png").stat().st_size > 1000
     assert suite.metrics[0].name in (tmp_path / "out" / "table.txt").read_text()

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,26 +15,11 @@ from recollect.evaluation.loading import OwnCoder
 from recollect.inspection import html, inspect_text
 from tests.inspection.small import TEXT, model_of
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (pip install 'recollect[dev]')")
-
 pytestmark = pytest.mark.browser
 
 LENGTH = 4096
 PICTURE = "canvas => canvas.toDataURL()"
 COLOURS = "() => [...document.querySelectorAll('#strip .t')].slice(0, 200).map(token => token.style.backgroundColor).join()"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator:
-    """Debian's Chromium, or the one that playwright has downloaded."""
-    with playwright.sync_playwright() as driver:
-        found = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
-        path = found or driver.chromium.executable_path
-        if not Path(path).is_file():
-            pytest.skip("no Chromium on this machine (apt-get install chromium, or playwright install chromium)")
-        launched = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield launched
-        launched.close()
 
 
 @pytest.fixture(scope="module")
@@ -49,28 +34,15 @@ def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def visit(browser, page_file: Path) -> Iterator[Callable]:
-    """Open the page; at the end there must have been no error, no warning and no request but for the page itself."""
-    pages, complaints, requests = [], [], []
+def visit(open_page, page_file: Path) -> Callable:
+    """Open the page and wait until it is ready, see `open_page`."""
 
-    def opened(*, width: int = 1200, scheme: str = "light"):
-        page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
-        pages.append(page)
-        page.on("console", lambda message: complaints.append(message.text))
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("request", lambda request: requests.append(request.url))
-        page.on("dialog", lambda dialog: complaints.append(f"a dialog: {dialog.message}"))
-        page.goto(f"file://{page_file}")
+    def opened(**options: Any):
+        page = open_page(page_file, **options)
         page.wait_for_selector("body[data-ready]")
         return page
 
-    yield opened
-    for page in pages:
-        page.close()
-    assert complaints == []
-    assert all(
-        url.startswith(("file://", "data:,")) and url.split("#")[0].endswith(("page.html", "data:,")) for url in requests
-    )
+    return opened
 
 
 def choose(page, name: str, label: str) -> None:

@@ -1,11 +1,10 @@
 """What trained models attend to, packed for the page: example predictions, kernels, attention maps.
 
-A map [H, T, T] is causal, so only its lower triangle travels, as float16 in base64: 16 KiB per head at T = 128.
+A map [H, T, T] is causal, so only its lower triangle travels, packed: 22 KB per head at T = 128.
 """
 
 from __future__ import annotations
 
-import base64
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from recollect.comparison.report.records import Comparison, Run
+from recollect.pages import packed
 
 MAX_MAPS = 96  # head maps per mixer on the page (about 2 MB in base64 at T = 128); deep or wide models show their first heads
 MAX_EXAMPLES = 8
@@ -79,12 +79,12 @@ def first_query(inspection: Inspection) -> int | None:
 
 
 def kernels(inspection: Inspection, plan: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The learned kernels, one entry per matrix: {"layer", "name", "title", "rows", "cols", "origin", "values"}.
+    """The learned kernels, one entry per matrix: {"layer", "kind", "title", "rows", "cols", "first", "origin", "values"}.
 
     Rows of a KQ kernel are queries, oldest first, the current one last; its columns are keys, `origin` being the same key's.
     Rows of a head kernel are output heads, its columns input heads. values: row by row, four significant digits.
     """
-    packed = []
+    found = []
     for item in inspection.content.get("kernels") or []:
         tensor = inspection.tensors.get(item.get("key"))
         if tensor is None or tensor.ndim not in (3, 4):
@@ -92,10 +92,10 @@ def kernels(inspection: Inspection, plan: Mapping[str, Any]) -> list[dict[str, A
         layer, name = int(item["layer"]), str(item["name"])
         for heads in np.ndindex(*tensor.shape[:-2]):
             matrix = tensor[heads]
-            packed.append(
+            found.append(
                 {
                     "layer": layer,
-                    "name": name,
+                    "kind": name,
                     "title": _kernel_title(name, heads, tensor.shape),
                     "rows": matrix.shape[0],
                     "cols": matrix.shape[1],
@@ -104,33 +104,30 @@ def kernels(inspection: Inspection, plan: Mapping[str, Any]) -> list[dict[str, A
                     "values": [_rounded(value) for value in matrix.ravel()],
                 }
             )
-    return packed
+    return found
 
 
 def maps(inspection: Inspection) -> list[dict[str, Any]]:
-    """The attention maps, one entry per layer and name: {"layer", "name", "heads", "total", "length", "data"}."""
+    """The attention maps, one entry per layer and name: {"layer", "name", "heads", "total", "length"} and `packed`."""
     items = [item for item in inspection.content.get("maps") or [] if _is_map(inspection.tensors.get(item.get("key")))]
     per_map = max(1, MAX_MAPS // max(len(items), 1))
-    packed = []
+    found = []
     for item in items:
         tensor = inspection.tensors[item["key"]]
         shown = tensor[:per_map]
         length = shown.shape[-1]
         rows, cols = np.tril_indices(length)
-        triangle = shown[:, rows, cols].astype(np.float32)
-        limit = float(np.finfo(np.float16).max)
-        half = np.clip(triangle, -limit, limit).astype("<f2")
-        packed.append(
+        found.append(
             {
                 "layer": int(item["layer"]),
                 "name": str(item["name"]),
                 "heads": shown.shape[0],
                 "total": tensor.shape[0],
                 "length": length,
-                "data": base64.b64encode(half.tobytes()).decode("ascii"),
+                **packed(shown[:, rows, cols]),
             }
         )
-    return packed
+    return found
 
 
 def _load(run: Run) -> Inspection | None:

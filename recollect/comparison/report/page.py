@@ -2,56 +2,64 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
-from importlib import resources
-from string import Template
 from typing import Any
 
-from recollect.comparison.report import curves, inspections, published, units
+from recollect import pages
+from recollect.comparison import published
+from recollect.comparison.report import curves, inspections, units
 from recollect.comparison.report.records import Comparison, Run
 from recollect.comparison.report.summary import Row, describe, headline, incomplete, mean_curve, notes, rows
 from recollect.comparison.report.table import columns, title
-from recollect.evaluation.report.page import asset
 
-SCRIPTS = ("core.js", "chart.js", "heat.js", "maps.js")
+SCRIPTS = ("chart.js", "kernels.js", "maps.js")
+CURVES = "A thin line per seed, a strong one for their mean. Point at the picture, or focus it and use the arrow keys, to read values."
+KERNELS = """A key-query kernel mixes the attention scores of neighbouring queries (rows) and keys (columns) into one; an untouched
+model has a single 1 at query 0, key 0. A head-mixing matrix mixes the maps of several heads (columns) into each head (rows)."""
+MAPS = """Each row of a map is one query and each column one key it may look at. Choose a row by pointing at a map or with the
+slider: below, the row is painted onto the text that it reads."""
 
 
 def html(comparison: Comparison) -> str:
     """The whole page. All text that came from files is escaped; numbers travel as JSON."""
     table = rows(comparison)
     inspected, problems = inspections.load(comparison)
-    cards = inspections.examples(inspected)
     said = [*(["* Lowest mean."] if any(row.best for row in table) else []), *notes(comparison, table), *problems]
-    return Template(_asset("page.html")).substitute(
-        title=escape(f"{comparison.plan['task']}: {', '.join(comparison.labels)}"),
-        css=asset("page.css"),
-        js="\n".join(_asset(name) for name in SCRIPTS),
-        eyebrow=escape(title(comparison)),
-        headline=escape(headline(comparison, table)).replace(" %", "&nbsp;%"),
-        meta=_meta(comparison),
-        table=_results(comparison, table),
-        seeds=_seeds(comparison, table),
-        notes="".join(f"<li>{escape(note)}</li>" for note in said),
-        incomplete=_incomplete(comparison, table),
-        published=_published() if comparison.plan["task"] == "find-block" else "",
-        examples="".join(_example(card, comparison.metric) for card in cards)
-        or _nothing("No example predictions were stored for these runs."),
-        plan=escape(json.dumps(comparison.plan, indent=2, ensure_ascii=False, default=str)),
-        data=_json(_data(comparison, table, inspected)),
+    return pages.page(
+        title=f"{comparison.plan['task']}: {', '.join(comparison.labels)}",
+        eyebrow=f"recollect compare: {title(comparison)}",
+        headline=headline(comparison, table),
+        header=_meta(comparison) + pages.command(str(comparison.plan.get("command") or "")),
+        main=[
+            pages.section(
+                "results",
+                "Results",
+                _incomplete(comparison, table),
+                _results(comparison, table),
+                _seeds(comparison, table),
+                pages.notes(said),
+                _published() if comparison.plan["task"] == "find-block" else "",
+            ),
+            pages.section("curves", "Learning curves", f"<div id='plot'>{_WITHOUT_SCRIPTS}</div>", lead=CURVES),
+            pages.section("examples", "Example predictions", *_examples(comparison, inspected)),
+            _drawn("kernels", "Learned kernels", KERNELS, "kernel-controls", "kernel-grid"),
+            _drawn("maps", "What one example attends to", MAPS, "map-controls", "map-panels"),
+            pages.section("plan", "Configuration", pages.folded("The whole plan (comparison.json)", comparison.plan)),
+        ],
+        data=_data(comparison, table, inspected),
+        scripts=[pages.asset(__package__, name) for name in SCRIPTS],
     )
 
 
-def _asset(name: str) -> str:
-    return resources.files(__package__).joinpath("assets").joinpath(name).read_text(encoding="utf-8")
+_WITHOUT_SCRIPTS = f"<noscript>{pages.note('Scripts are off; curves.svg beside this page shows the curves.')}</noscript>"
 
 
-def _json(value: object) -> str:
-    """JSON for a script element: `<` and `&` written so that no text can end it."""
-    text = json.dumps(value, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
-    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+def _drawn(name: str, heading: str, lead: str, controls: str, pictures: str) -> str:
+    """A section that a script fills and shows."""
+    boxes = f"<div class='controls' id='{controls}'></div><div id='{pictures}'></div>"
+    return pages.section(name, heading, boxes, lead=lead, hidden=True)
 
 
 def _finite(value: float, digits: int = 6) -> float | None:
@@ -105,36 +113,25 @@ def _meta(comparison: Comparison) -> str:
         f"{comparison.n_eval:,} held-out examples" if comparison.metric == "error" and comparison.n_eval else "",
     ]
     parts.append(str(plan.get("created") or "").replace("T", " ")[:16])
-    line = " · ".join(escape(part) for part in parts if part)
-    words = " ".join(f"<span>{escape(word)}</span>" for word in str(plan.get("command") or "").split())
-    return f"<p class='meta'>{line}</p>{f'<code>{words}</code>' if words else ''}"
-
-
-def _cells(texts: Sequence[str], tag: str = "td") -> str:
-    return "".join(f"<{tag}>{escape(text)}</{tag}>" for text in texts)
+    return f"<p class='meta'>{escape(' · '.join(part for part in parts if part))}</p>"
 
 
 def _swatch(index: int) -> str:
     return f"<i class='swatch' style='--c:var(--s{index % len(curves.PALETTE)})'></i>"
 
 
-def _table(caption: str, titles: Sequence[str], lines: Sequence[str]) -> str:
-    head = "".join(f"<th scope='col'>{escape(text)}</th>" for text in titles)
-    return (
-        f"<div class='box'><p>{escape(caption)}</p>"
-        f"<div class='scroll' tabindex='0' role='region' aria-label='{escape(caption)}'>"
-        f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div></div>"
-    )
-
-
 def _results(comparison: Comparison, table: Sequence[Row]) -> str:
     shown = columns(comparison.metric)
     lines = [
-        f"<tr{' class=best' if row.best else ''}><th scope='row'>{_swatch(i)}{escape(row.label)}{' *' if row.best else ''}</th>"
-        f"{_cells([_dash(column.cell(row)) for column in shown])}</tr>"
+        pages.row(
+            row.label + (" *" if row.best else ""),
+            [_dash(column.cell(row)) for column in shown],
+            kind="best" if row.best else "",
+            before=_swatch(i),
+        )
         for i, row in enumerate(table)
     ]
-    return _table("Result over seeds", ["mixer", *(column.title for column in shown)], lines)
+    return pages.table("Result over seeds", ["mixer", *(column.title for column in shown)], lines)
 
 
 def _dash(text: str) -> str:
@@ -143,35 +140,31 @@ def _dash(text: str) -> str:
 
 
 def _seeds(comparison: Comparison, table: Sequence[Row]) -> str:
-    lines = []
-    for i, row in enumerate(table):
-        cells = [
-            f"<td>{escape(units.score(run.points[-1].score, comparison.metric))}</td>"
-            if run.status == "finished"
-            else f"<td class='open'>{escape(run.status)}</td>"
-            for run in row.runs
-        ]
-        lines.append(f"<tr><th scope='row'>{_swatch(i)}{escape(row.label)}</th>{''.join(cells)}</tr>")
+    def cell(run: Run) -> str | pages.Cell:
+        finished = run.status == "finished"
+        return units.score(run.points[-1].score, comparison.metric) if finished else pages.Cell(run.status, "open")
+
+    lines = [pages.row(row.label, [cell(run) for run in row.runs], before=_swatch(i)) for i, row in enumerate(table)]
     unit = "error %" if comparison.metric == "error" else "bits per byte"
-    return _table(f"Every seed, {unit}", ["mixer", *(f"seed {seed}" for seed in comparison.plan["seeds"])], lines)
+    return pages.table(f"Every seed, {unit}", ["mixer", *(f"seed {seed}" for seed in comparison.plan["seeds"])], lines)
 
 
 def _incomplete(comparison: Comparison, table: Sequence[Row]) -> str:
-    runs = incomplete(table)
-    if not runs:
-        return ""
-    said = (f"{run.label} seed {run.seed}: {describe(run, comparison.metric)}" for run in runs)
-    return f"<ul class='warn'>{''.join(f'<li>{escape(text)}</li>' for text in said)}</ul>"
+    said = [f"{run.label} seed {run.seed}: {describe(run, comparison.metric)}" for run in incomplete(table)]
+    return pages.notes(said, "warn") if said else ""
 
 
 def _published() -> str:
-    lines = [
-        f"<tr><th scope='row'>{escape(name)}</th>{_cells([f'{mean} ± {std}' for mean, std in cells])}</tr>"
-        for name, cells in published.FIND_BLOCK.items()
+    lines = [pages.row(name, [f"{mean} ± {std}" for mean, std in cells]) for name, cells in published.FIND_BLOCK.items()]
+    table = pages.table(published.TITLE.replace("+-", "±"), ["model", *published.COLUMNS], lines)
+    return f"<div class='aside'>{table}{pages.note(published.NOTE)}</div>"
+
+
+def _examples(comparison: Comparison, inspected: Sequence[inspections.Inspection]) -> list[str]:
+    cards = inspections.examples(inspected)
+    return [_example(card, comparison.metric) for card in cards] or [
+        pages.note("No example predictions were stored for these runs.")
     ]
-    caption = published.TITLE.replace("+-", "±")
-    table = _table(caption, ["model", *published.COLUMNS], lines)
-    return f"<div class='aside'>{table}<p class='note'>{escape(published.NOTE)}</p></div>"
 
 
 def _example(card: Mapping[str, Any], metric: str) -> str:
@@ -183,7 +176,7 @@ def _example(card: Mapping[str, Any], metric: str) -> str:
     text = _marked(prompt, target) if judged else escape(prompt)
     answers = "".join(_answer(answer, target, judged) for answer in card["answers"])
     tags = ", ".join(f"{key} {value}" for key, value in card["tags"].items()) if isinstance(card["tags"], Mapping) else ""
-    note = f"<p class='note'>{escape(tags)}</p>" if tags else ""
+    note = pages.note(tags) if tags else ""
     name, blank, kind = ("target", "<td></td>", "example") if judged else ("the text goes on", "", "example long")
     return (
         f"<article class='{kind}'><div><pre>{text}</pre>{note}</div>"
@@ -212,7 +205,3 @@ def _answer(answer: Mapping[str, Any], target: str, judged: bool) -> str:
         "<td></td>" if correct is None else "<td class='right'>✓ right</td>" if correct else "<td class='wrong'>✗ wrong</td>"
     )
     return f"<tr>{who}<td><code>{code}</code></td>{verdict}</tr>"
-
-
-def _nothing(text: str) -> str:
-    return f"<p class='note'>{escape(text)}</p>"

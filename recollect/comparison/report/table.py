@@ -12,7 +12,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from recollect.comparison.report import published, units
+from recollect.comparison import published
+from recollect.comparison.report import units
 from recollect.comparison.report.records import Comparison
 from recollect.comparison.report.summary import Row, describe, headline, incomplete, notes, rows
 

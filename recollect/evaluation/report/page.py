@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import base64
-import json
 from collections.abc import Sequence
 from html import escape
-from importlib import resources
-from string import Template
 from typing import Any
 
+from recollect import pages
 from recollect.evaluation.report import table
 from recollect.evaluation.report.summary import Line, show
 from recollect.evaluation.suites.base import Metric, Result, Suite
@@ -31,37 +28,29 @@ def html(
     if suite.chance is not None:
         notes.append(f"Guessing gives {100 * suite.chance:.1f} %.")
     name = f"{metric.name} %" if metric.unit == "%" else metric.name
-    return Template(asset("evaluation.html")).substitute(
-        title=escape(f"{suite.name}: {plan.get('path', '')}"),
-        css=asset("page.css"),
-        eyebrow=escape(suite.name),
-        headline=escape(f"{suite.name}: {metric.name} {_said(metric, last)} for {plan.get('path', 'the model')}"),
-        meta=f"<code>{escape(command)}</code>" if command else "",
-        table=_table(suite, found),
-        notes="".join(f"<li>{escape(note)}</li>" for note in notes),
-        alt=escape(f"{name} by {', '.join(suite.dimensions)}"),
-        picture="data:image/svg+xml;base64," + base64.b64encode(picture).decode(),
-        examples="".join(_example(result) for result in _spread(results)) or "<p class='note'>This suite shows no texts.</p>",
-        plan=escape(json.dumps(plan, indent=2, ensure_ascii=False)),
+    lines = [pages.row(first, others) for first, *others in (table.cells(suite, found, line) for line in found)]
+    return pages.page(
+        title=f"{suite.name}: {plan.get('path', '')}",
+        eyebrow=f"recollect evaluate: {suite.name}",
+        headline=f"{suite.name}: {metric.name} {_said(metric, last)} for {plan.get('path', 'the model')}",
+        header=pages.command(command),
+        main=[
+            pages.section(
+                "results",
+                "Results",
+                pages.table("Results", table.titles(suite, found), lines, show_caption=False),
+                pages.notes(notes),
+            ),
+            pages.section("picture", "Picture", pages.picture(picture, f"{name} by {', '.join(suite.dimensions)}")),
+            pages.section("rows", "Examples", *_examples(results)),
+            pages.section("plan", "Configuration", pages.folded("What was evaluated (evaluation.json)", plan)),
+        ],
+        css=pages.asset(__package__, "evaluation.css"),
     )
 
 
-def asset(name: str) -> str:
-    """A file that pages are made of; `page.css` is that of every page of recollect."""
-    return resources.files(__package__).joinpath("assets").joinpath(name).read_text(encoding="utf-8")
-
-
-def _table(suite: Suite, found: Sequence[Line]) -> str:
-    head = "".join(f"<th scope='col'>{escape(text)}</th>" for text in table.titles(suite, found))
-    rows = []
-    for line in found:
-        first, *others = table.cells(suite, found, line)
-        cells = "".join(f"<td>{escape(text)}</td>" for text in others)
-        rows.append(f"<tr><th scope='row'>{escape(first)}</th>{cells}</tr>")
-    return (
-        "<div class='box'><div class='scroll' tabindex='0' role='region' aria-label='Results'>"
-        f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div></div>"
-    )
+def _examples(results: Sequence[Result]) -> list[str]:
+    return [_example(result) for result in _spread(results)] or [pages.note("This suite shows no texts.")]
 
 
 def _spread(results: Sequence[Result]) -> list[Result]:
@@ -75,7 +64,7 @@ def _example(result: Result) -> str:
     group = ", ".join(f"{key} {value}" for key, value in result.group.items())
     values = ", ".join(f"{key} {value:.4g}" for key, value in result.values.items())
     texts = "".join(f"<dt>{escape(name)}</dt><dd>{_text(text)}</dd>" for name, text in result.shown.items())
-    return f"<article class='row'><p class='note'>{escape(group)} · {escape(values)}</p><dl>{texts}</dl></article>"
+    return f"<article class='row'>{pages.note(f'{group} · {values}')}<dl>{texts}</dl></article>"
 
 
 def _said(metric: Metric, line: Line) -> str:

@@ -20,14 +20,14 @@ function readOf(reader) {
   const reads = layer().reads, found = new Float32Array(LENGTH).fill(NaN);
   if (reads.kind === "map") {
     const maps = layer().maps, map = maps[maps.length - 1], row = (reader * (reader + 1)) / 2;
-    found.set(ofHead(map, (map.side * (map.side + 1)) / 2).subarray(row, row + reader + 1));
+    found.set(ofHead(map, (map.side * (map.side + 1)) / 2, state.head).subarray(row, row + reader + 1));
   } else if (reads.kind === "some") {
     const n = reads.queries.length, at = reads.queries.indexOf(reader);
-    found.set(ofHead(reads, n * LENGTH).subarray(at * LENGTH, at * LENGTH + reader + 1));
+    found.set(ofHead(reads, n * LENGTH, state.head).subarray(at * LENGTH, at * LENGTH + reader + 1));
   } else {
     reads.index ??= new Int32Array(bytesOf(reads.keys).buffer);
     const top = reads.top, heads = reads.index.length / (LENGTH * top), head = Math.min(state.head, heads - 1);
-    const weights = ofHead(reads, LENGTH * top);
+    const weights = ofHead(reads, LENGTH * top, state.head);
     for (let i = 0; i < top; i++) {
       const key = reads.index[(head * LENGTH + reader) * top + i];
       if (key >= 0) found[key] = weights[reader * top + i];
@@ -42,7 +42,7 @@ function shown() {
     const values = readOf(state.reader), most = largest(values) || 1;
     return { values, low: values.some((value) => value < 0) ? -most : 0, high: most, signed: values.some((value) => value < 0) };
   }
-  const one = stripOf(), values = one ? ofHead(one, LENGTH) : new Float32Array(LENGTH).fill(NaN);
+  const one = stripOf(), values = one ? ofHead(one, LENGTH, state.head) : new Float32Array(LENGTH).fill(NaN);
   const sorted = values.filter((value) => !Number.isNaN(value)).sort();
   if (!sorted.length) return { values, low: 0, high: 1, signed: false };
   const high = sorted[Math.min(sorted.length - 1, Math.floor(0.99 * sorted.length))];
@@ -54,13 +54,13 @@ function tellToken(token) {
   const lines = [tokenName(token)];
   if (state.quantity === "reads") {
     const value = readOf(state.reader)[token];
-    const what = token > state.reader ? "later than the read" : Number.isNaN(value) ? "not among the strongest" : numberText(value);
+    const what = token > state.reader ? "later than the read" : Number.isNaN(value) ? "not among the strongest" : nearOne(value);
     lines.push(`read of token ${state.reader.toLocaleString("en")}: ${what}`);
   }
   for (const one of layer().strips) {
-    const value = ofHead(one, LENGTH)[token];
+    const value = ofHead(one, LENGTH, state.head)[token];
     const when = one.measured === null ? "" : one.measured.filter((end) => end <= token).pop();
-    lines.push(`${one.title}: ${numberText(value)}${when === "" || when === undefined || when === token ? "" : ` (after token ${when})`}`);
+    lines.push(`${one.title}: ${nearOne(value)}${when === "" || when === undefined || when === token ? "" : ` (after token ${when})`}`);
   }
   return lines.join("\n");
 }
@@ -98,20 +98,13 @@ function renderText() {
   const { values, low, high, signed: hasSign } = shown();
   controls.replaceChildren(select("quantity", choices, state.quantity, (value) => { state.quantity = value; renderText(); showReader(); get("text-controls").querySelector("select").focus(); }));
   if (state.quantity === "reads") controls.append(readerSlider());
-  controls.append(legend(numberText(low), hasSign || state.quantity === "reads" ? numberText(high) : `\u2265 ${numberText(high)}`,
-    hasSign ? "var(--low),var(--zero),var(--high)" : "var(--zero),var(--warm)"));
+  controls.append(legend(nearOne(low), hasSign || state.quantity === "reads" ? nearOne(high) : `\u2265 ${nearOne(high)}`,
+    hasSign ? "diverging" : "sequential"));
   const one = stripOf();
   get("what").textContent = state.quantity === "reads" ? now.reads.what
     : one ? one.what + (one.measured === null ? "" : ` Measured after ${one.measured.length.toLocaleString("en")} of the tokens; the others show the last measurement before them.`) : "";
   get("missing").replaceChildren(...now.missing.map((text) => node("li", {}, text)));
-  paint = (i) => {
-    const value = values[i];
-    if (Number.isNaN(value)) return "";
-    const share = hasSign ? value / high : (value - low) / (high - low || 1);
-    if (Math.abs(share) < 0.01) return "";
-    const name = hasSign ? (share < 0 ? "--low" : "--high") : "--warm";
-    return `color-mix(in srgb, var(${name}) calc(var(--most) * ${Math.min(1, Math.abs(share)).toFixed(3)}), transparent)`;
-  };
+  paint = (i) => (hasSign ? wash(values[i] / high, "diverging", "var(--most)") : wash((values[i] - low) / (high - low || 1), "sequential", "var(--most)"));
   for (const block of visible) colourBlock(block);
   drawChart();
   markReader();
@@ -166,7 +159,7 @@ function drawChartNow() {
   context.strokeStyle = color("--line");
   context.textAlign = "right";
   for (const value of top === bottom ? [top] : [bottom, (top + bottom) / 2, top]) {
-    context.fillText(numberText(value), PLOT.left - 6, y(value) + 4);
+    context.fillText(nearOne(value), PLOT.left - 6, y(value) + 4);
     context.beginPath(); context.moveTo(PLOT.left, y(value)); context.lineTo(width - PLOT.right, y(value)); context.stroke();
   }
   context.textAlign = "center";

@@ -1,6 +1,20 @@
 // Learning curves: an SVG that is drawn anew for every width, axis choice and legend toggle.
 const AXES = { 0: "training steps", 1: "tokens seen", 2: "training time, seconds" };
 
+const shape = (tag, attributes = {}, ...children) => filled(document.createElementNS("http://www.w3.org/2000/svg", tag), attributes, children);
+
+function compact(value) {
+  for (const [size, unit] of [[1e9, "G"], [1e6, "M"], [1e4, "k"]]) {
+    if (value >= size) return `${+(value / (unit === "k" ? 1e3 : size)).toPrecision(3)}${unit}`;
+  }
+  return value.toLocaleString("en", { maximumFractionDigits: 0 });
+}
+
+function scoreText(value) {
+  if (value === null) return "not finite";
+  return DATA.metric === "error" ? `${+(100 * value).toPrecision(3)} %` : value.toFixed(3);
+}
+
 function drawCurves(root) {
   const mixers = DATA.mixers.map((mixer, i) => ({ ...mixer, color: `var(--s${i % 7})` }));
   const state = { x: 0, y: 3, hidden: new Set(), at: null };
@@ -9,23 +23,23 @@ function drawCurves(root) {
     return;
   }
   const scoreName = DATA.metric === "error" ? "error" : "bits per byte";
-  const legend = node("div", { class: "legend", role: "group", "aria-label": "Mixers shown" });
+  const toggles = node("div", { class: "legend", role: "group", "aria-label": "Mixers shown" });
   for (const mixer of mixers) {
-    const line = node("line", { x1: 1, x2: 25, y1: 4, y2: 4, style: `stroke:${mixer.color};stroke-width:3` });
-    const toggle = node("button", { type: "button", "aria-pressed": "true" }, node("svg", { "aria-hidden": "true" }, line), mixer.label);
+    const line = shape("line", { x1: 1, x2: 25, y1: 4, y2: 4, style: `stroke:${mixer.color};stroke-width:3` });
+    const toggle = node("button", { type: "button", "aria-pressed": "true" }, shape("svg", { "aria-hidden": "true" }, line), mixer.label);
     toggle.addEventListener("click", () => {
       if (!state.hidden.delete(mixer.label)) state.hidden.add(mixer.label);
       toggle.setAttribute("aria-pressed", String(!state.hidden.has(mixer.label)));
       render();
     });
-    legend.append(toggle);
+    toggles.append(toggle);
   }
   const choose = (key) => (value) => { state[key] = Number(value); state.at = null; render(); };
   const horizontal = select("across", Object.entries(AXES), 0, choose("x"));
   const vertical = select("up", [[3, scoreName], [4, "loss (nats per token)"]], 3, choose("y"));
   const label = `Learning curves: ${scoreName} of ${mixers.map((mixer) => mixer.label).join(", ")}. Arrow keys read values.`;
-  const svg = node("svg", { class: "plot", tabindex: 0, role: "img", "aria-label": label });
-  root.append(node("div", { class: "controls" }, legend, horizontal, vertical), svg);
+  const svg = shape("svg", { class: "plot", tabindex: 0, role: "img", "aria-label": label });
+  root.append(node("div", { class: "controls" }, toggles, horizontal, vertical), svg);
 
   const shown = () => mixers.filter((mixer) => !state.hidden.has(mixer.label) && mixer.runs.length);
   const usable = (points) => points.filter((point) => point[state.x] !== null && point[state.y] !== null);
@@ -89,29 +103,29 @@ function drawCurves(root) {
     const { box } = view;
     for (const value of yTicks(view)) {
       const y = view.y(value);
-      svg.append(node("line", { class: "grid", x1: box.left, x2: box.right, y1: y, y2: y }));
-      svg.append(node("text", { x: box.left - 8, y: y + 4, "text-anchor": "end" }, tickText(value)));
+      svg.append(shape("line", { class: "grid", x1: box.left, x2: box.right, y1: y, y2: y }));
+      svg.append(shape("text", { x: box.left - 8, y: y + 4, "text-anchor": "end" }, tickText(value)));
     }
     for (const value of roundTicks(0, view.right, width > 620 ? 6 : 4)) {
-      svg.append(node("text", { x: view.x(value), y: box.bottom + 18, "text-anchor": "middle" }, compact(value)));
+      svg.append(shape("text", { x: view.x(value), y: box.bottom + 18, "text-anchor": "middle" }, compact(value)));
     }
-    svg.append(node("line", { class: "axis", x1: box.left, x2: box.right, y1: box.bottom, y2: box.bottom }));
-    svg.append(node("text", { x: (box.left + box.right) / 2, y: height - 8, "text-anchor": "middle" }, AXES[state.x]));
+    svg.append(shape("line", { class: "axis", x1: box.left, x2: box.right, y1: box.bottom, y2: box.bottom }));
+    svg.append(shape("text", { x: (box.left + box.right) / 2, y: height - 8, "text-anchor": "middle" }, AXES[state.x]));
     if (state.y === 3 && DATA.chance !== null) {
       const y = view.y(DATA.chance);
-      svg.append(node("line", { class: "chance", x1: box.left, x2: box.right, y1: y, y2: y }));
-      svg.append(node("text", { x: box.left + 6, y: y + 14 }, "chance"));
+      svg.append(shape("line", { class: "chance", x1: box.left, x2: box.right, y1: y, y2: y }));
+      svg.append(shape("text", { x: box.left + 6, y: y + 14 }, "chance"));
     }
     const size = { x: box.left, y: box.top - 8, width: box.right - box.left + 4, height: box.bottom - box.top + 10 };
-    svg.append(node("clipPath", { id: "inside" }, node("rect", size)));
-    const lines = node("g", { "clip-path": "url(#inside)" });
+    svg.append(shape("clipPath", { id: "inside" }, shape("rect", size)));
+    const lines = shape("g", { "clip-path": "url(#inside)" });
     for (const mixer of shown()) {
-      for (const run of mixer.runs) lines.append(node("path", { class: "seed", d: path(run.points), style: `stroke:${mixer.color}` }));
+      for (const run of mixer.runs) lines.append(shape("path", { class: "seed", d: path(run.points), style: `stroke:${mixer.color}` }));
     }
-    for (const mixer of shown()) lines.append(node("path", { class: "mean", d: path(mixer.mean), style: `stroke:${mixer.color}` }));
+    for (const mixer of shown()) lines.append(shape("path", { class: "mean", d: path(mixer.mean), style: `stroke:${mixer.color}` }));
     svg.append(lines);
     if (view.wide) endLabels();
-    svg.append(node("g", { class: "cursor" }));
+    svg.append(shape("g", { class: "cursor" }));
   }
 
   // Names beside the ends of the mean lines, where there is room; on a phone the legend must do.
@@ -121,7 +135,7 @@ function drawCurves(root) {
     const places = apart(ends.map((end) => end.y), 15);
     ends.forEach(({ mixer }, i) => {
       const y = Math.min(places[i], view.box.bottom) + 4;
-      svg.append(node("text", { class: "end", x: view.box.right + 10, y, style: `fill:${mixer.color}` }, mixer.label));
+      svg.append(shape("text", { class: "end", x: view.box.right + 10, y, style: `fill:${mixer.color}` }, mixer.label));
     });
   }
 
@@ -136,12 +150,12 @@ function drawCurves(root) {
     if (!cursor || !curves.length) return;
     const anchor = nearest(curves.map((curve) => curve.point), x)[state.x];
     const px = view.x(anchor);
-    cursor.replaceChildren(node("line", { class: "axis", x1: px, x2: px, y1: view.box.top, y2: view.box.bottom }));
+    cursor.replaceChildren(shape("line", { class: "axis", x1: px, x2: px, y1: view.box.top, y2: view.box.bottom }));
     const unit = { 0: "step ", 1: "tokens ", 2: "seconds " }[state.x];
     const lines = [`${unit}${compact(anchor)}`];
     for (const { mixer, point } of curves.sort((a, b) => b.point[state.y] - a.point[state.y])) {
       const y = view.y(point[state.y]);
-      if (y >= view.box.top) cursor.append(node("circle", { class: "dot", cx: view.x(point[state.x]), cy: y, r: 4.5, style: `fill:${mixer.color}` }));
+      if (y >= view.box.top) cursor.append(shape("circle", { class: "dot", cx: view.x(point[state.x]), cy: y, r: 4.5, style: `fill:${mixer.color}` }));
       const seeds = mixer.runs.map((run) => run.points.find((other) => other[0] === point[0])).filter(Boolean);
       const values = seeds.map((other) => show(other[state.y]).replace(" %", "")).join(", ");
       lines.push(`${mixer.label}: ${show(point[state.y])}${seeds.length > 1 ? ` (seeds ${values})` : ""}`);
@@ -179,9 +193,9 @@ function drawCurves(root) {
 function roundTicks(low, high, wanted) {
   const raw = (high - low) / wanted, power = 10 ** Math.floor(Math.log10(raw || 1));
   const step = power * ([1, 2, 5, 10].find((m) => m * power >= raw) || 10);
-  const ticks = [];
-  for (let value = Math.ceil(low / step) * step; value <= high + step * 1e-6; value += step) ticks.push(+value.toPrecision(10));
-  return ticks;
+  const places = [];
+  for (let value = Math.ceil(low / step) * step; value <= high + step * 1e-6; value += step) places.push(+value.toPrecision(10));
+  return places;
 }
 
 // The places nearest to ascending `heights` (least squares) that keep `gap` between neighbours.
@@ -198,4 +212,4 @@ function apart(heights, gap) {
   return groups.flatMap(({ total, size }) => Array.from({ length: size }, (_, i) => total / size + gap * i));
 }
 
-drawCurves(document.getElementById("curves"));
+drawCurves(get("plot"));

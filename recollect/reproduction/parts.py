@@ -1,0 +1,51 @@
+"""What the experiments of both papers are made of: language modelling on the user's text, the commands of variants, curves."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from recollect.comparison.options import split_outside
+from recollect.reproduction.experiment import TEXT, Published
+
+TINY_TEXT: Mapping[str, Any] = {"task": "text", "data": [TEXT], "budget": "150steps", "n_eval": 128}
+SMALL_TEXT: Mapping[str, Any] = {
+    "task": "text",
+    "data": [TEXT],
+    "budget": "2000steps",
+    "parameters": 3_000_000,
+    "width": 192,
+    "layers": 6,
+}
+
+
+def text_size(paper: str) -> dict[str, str]:
+    """The `size` of an experiment that trains with TINY_TEXT and SMALL_TEXT; paper: what the paper trained, a sentence's end."""
+    seen = {
+        "tiny": "1 M parameters, bytes of your own text, 0.3 MB seen",
+        "small": "3 M parameters, bytes of your own text, 4 MB seen",
+    }
+    return {scale: f"{here}; the paper: {paper}." for scale, here in seen.items()}
+
+
+def train_variants(name: str, mixers: Iterable[str], run: Callable[[str], list[str]]) -> tuple[str, ...]:
+    """Commands that train variants at the published size, into runs/NAME-0 and so on.
+
+    Args:
+        name: of the experiment.
+        mixers: as typed: a mixer, then its options, ":" between them.
+        run: mixer without options -> the recipe to train, and settings.
+    """
+    variants = [split_outside(mixer, ":") for mixer in mixers]
+    return tuple(
+        shlex.join(
+            ["recollect", "train", *run(mixer), *(f"model.options.{option}" for option in options), f"out=runs/{name}-{i}"]
+        )
+        for i, (mixer, *options) in enumerate(variants)
+    )
+
+
+def curve(title: str, said: str, *, model: str = "paper") -> Published:
+    """A figure without numbers: what it shows, in words."""
+    return Published(title=title, columns=("values",), rows={model: (said,)}, note="The paper prints curves and no numbers.")
