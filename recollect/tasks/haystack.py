@@ -184,8 +184,11 @@ def most_units(size: Callable[[int], int], budget: int, *, least: int) -> int:
 
 
 def gap_at(depth: float, n: int) -> int:
-    """The gap at a depth in percent: in front of piece int(n depth / 100) of n; 100 is behind the last."""
-    return int(n * depth / 100)
+    """The gap at a depth in percent: in front of piece int(n depth / 100) of n; 100 is behind the last.
+
+    The quotient is taken first, as RULER does: where n depth / 100 is whole, rounding may put the needle one piece earlier.
+    """
+    return int(n * (depth / 100))
 
 
 def insert(pieces: Sequence[str], needles: Iterable[str], gaps: Iterable[int]) -> list[str]:

@@ -57,7 +57,7 @@ def check_essay(task: Ruler, context: str, tags: dict[str, Any], sentences: Call
         before = " ".join(TOLD.sub("", context[: told.start()]).split())
         gaps.append(int(np.searchsorted(starts, len(before) + 1 if before else 0)))
         assert starts[gaps[-1]] == (len(before) + 1 if before else 0)
-    at_depth = {depth: int(len(plain) * depth / 100) for depth in PUBLISHED_DEPTHS}
+    at_depth = {depth: int(len(plain) * (depth / 100)) for depth in PUBLISHED_DEPTHS}
     free = Counter(at_depth.values())
     assert all(count <= free[gap] for gap, count in Counter(gaps).items())
     assert gaps == sorted(gaps)
