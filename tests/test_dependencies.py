@@ -34,6 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "comparison": {"data", "evaluation", "kernels", "mixers", "models", "pages", "state", "tasks", "training", "user_modules"},
     "reproduction": {"comparison", "evaluation", "inference", "inspection", "models", "pages", "training"},
     "inspection": {"evaluation", "mixers", "models", "ops", "pages"},
+    "__main__": {"cli"},
     "cli": {
         "comparison",
         "data",
