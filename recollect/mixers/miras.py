@@ -11,7 +11,7 @@ import dataclasses
 import inspect
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -224,9 +224,9 @@ class Miras(RecurrentMixer):
         self.v = Branch(dim, n_heads, size, conv_width=config.conv_width)
         rank = config.gate_rank or (32 if dim <= 1024 else 64)
         n_gates = n_heads * (size if self.channels else 1)
-        self.eta = LowRank(dim, rank, n_gates, bias=0.0)
-        # Slow: a norm multiplies the gradient of weights that have decayed by what they have lost, chunk after chunk.
-        forgetting = _ramp(-10.0, -5.0, size if self.channels else n_heads) * (n_heads if self.channels else 1)
+        first = first_gates(self.spec)
+        self.eta = LowRank(dim, rank, n_gates, bias=first.eta)
+        forgetting = _ramp(*first.alpha, size if self.channels else n_heads) * (n_heads if self.channels else 1)
         self.alpha = LowRank(dim, rank, n_gates, bias=forgetting) if _forgets(self.spec) else None
         self.own = nn.ModuleDict({name: LowRank(dim, rank, n_gates, bias=0.54) for name in self.spec.bias.gates})
         self.rule_gates = nn.ModuleDict({name: LowRank(dim, rank, n_heads, bias=0.0) for name in self.spec.rule.gates})
@@ -322,7 +322,7 @@ class Miras(RecurrentMixer):
 
 
 def default_eta_base(spec: MirasSpec) -> float:
-    """The largest inner step size that a layer starts with (gates start at half of it).
+    """The largest inner step size of a layer; see `first_gates` for what it starts with.
 
     For perceptrons, the middle of the range in which a fresh memory recalls random pairs best after one pass; that range hardly moves
     with the width (16 to 128), the chunk (1 to 64) and the number of pairs (16 to 128). Biases that do not pull harder the farther
@@ -340,6 +340,24 @@ def default_eta_base(spec: MirasSpec) -> float:
     of_norm = spec.bias.name == "huber" and spec.bias.options[0] == "norm"
     base = 0.8 if spec.retention.row_constant else 0.05 if of_norm else CAREFUL_STEPS.get(spec.bias.name, 0.05)
     return base / 2 if spec.rule.momentum or spec.rule.window > 1 else base
+
+
+class FirstGates(NamedTuple):
+    """Logits that gates start with: of eta, and of alpha from the first channel to the last."""
+
+    eta: float
+    alpha: tuple[float, float]
+
+
+def first_gates(spec: MirasSpec) -> FirstGates:
+    """Where the gates of a layer start: half of `eta_base`, and slow forgetting, since the norm behind a perceptron multiplies the
+    gradient of weights that have decayed by what they have lost, chunk after chunk.
+
+    Weights that are softmaxes start with an eleventh of `eta_base`, and forget slower: forgetting makes their rows even, and what is
+    left is all that the norm sees. With the larger steps the memory is chaotic on long texts, without any no recall is learned;
+    LOG.md has the figures.
+    """
+    return FirstGates(-2.3, (-12.0, -7.0)) if spec.retention.row_constant else FirstGates(0.0, (-10.0, -5.0))
 
 
 def _channels_allowed(spec: MirasSpec) -> bool:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from recollect.mixers import build
 from recollect.mixers.miras import Miras, MirasConfig, default_eta_base
-from recollect.ops.miras import BIASES, scan
+from recollect.ops.miras import BIASES, Parameters, scan
 from tests.laws import assert_near, maker, sequence
 
 EXACT = 1e-12
@@ -419,16 +419,17 @@ def test_gates_start_where_they_should(name: str, again: bool) -> None:
     with torch.no_grad():
         gates = mixer.gates(sequence(2, 9, dim=DIM))
     n = SIZE if LAYERS[name].channels else N_HEADS
-    ramp = torch.tensor([-10 + 5 * i / (n - 1) for i in range(n)], dtype=torch.float64)  # over channels, or heads
+    low, logit = (-12, -2.3) if name == "memora" else (-10, 0.0)
+    ramp = torch.tensor([low + 5 * i / (n - 1) for i in range(n)], dtype=torch.float64)  # over channels, or heads
     wanted = {
-        "eta": torch.tensor(LAYERS[name].eta_base / 2, dtype=torch.float64),
+        "eta": torch.tensor(LAYERS[name].eta_base / (1 + math.exp(-logit)), dtype=torch.float64),
         "log_alpha": -math.exp(-0.5) / (1 + torch.exp(-ramp)),
         "delta": torch.tensor(1.0, dtype=torch.float64),
         "momentum": torch.tensor(0.5, dtype=torch.float64),
         "gamma": torch.tensor(0.5, dtype=torch.float64),
     }
     for gate, values in gates.items():
-        tolerance = 5e-3 if gate == "delta" else 1e-9
+        tolerance = {"delta": 5e-3, "eta": 1e-8}.get(gate, 1e-9)  # first biases are drawn in fp32
         assert_near(values, wanted[gate].expand_as(values), tolerance, gate)
 
 
@@ -510,6 +511,27 @@ def test_a_matrix_does_not_diverge_on_one_key(chunk_size: int) -> None:
     q, v = key.expand(1, length, 1, 4), value.expand(1, length, 1, 4)
     y, _ = scan(mixer.spec, q, q, v, {"eta": eta})
     assert (y - v).abs().max() <= 1 + 1e-12
+
+
+@pytest.mark.parametrize("name", ["moneta", "yaad", "memora", "titans", "ttt_mlp"])
+def test_a_memory_forgets_where_it_began(name: str) -> None:
+    """Prevents first gates so near to chaos that training soon crosses it: with twice the step and four times the forgetting of a
+    fresh layer, a change of the first weights must still fade in 512 tokens; gradients through a long text grow as it does."""
+    torch.manual_seed(0)
+    mixer = build(name, dim=96, n_heads=2).double()
+    heads = (1, 512, 2, 48)
+    common = torch.randn(1, 1, 2, 48, dtype=torch.float64)  # tokens of a text are alike
+    q, k, v = (torch.nn.functional.normalize(torch.randn(heads, dtype=torch.float64) + 0.65 * common, dim=-1) for _ in range(3))
+    with torch.no_grad():
+        gates = mixer.gates(torch.zeros(1, 512, 96, dtype=torch.float64))
+    gates["eta"] = 2 * gates["eta"]
+    if "log_alpha" in gates:
+        gates["log_alpha"] = 4 * gates["log_alpha"]
+    memory = Parameters(*(tuple(part.detach() for part in parts) for parts in mixer.memory_parameters()))
+    moved = memory._replace(fast=tuple(part + 1e-6 * torch.randn_like(part) for part in memory.fast))
+    one, other = (scan(mixer.spec, q, k, 3 * v, gates, parameters=each)[0] for each in (memory, moved))
+    apart = (one - other).norm(dim=-1).mean(dim=(0, 2))
+    assert apart[-64:].mean() < apart[:8].mean()
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------------
