@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from recollect.comparison.published import COLUMNS, FIND_BLOCK
@@ -293,6 +294,18 @@ LAYERS = Experiment(
     size=_TEXT_SIZE,
 )
 
+
+def _kernels_of(n_blocks: int, budget: str, text: Mapping[str, Any]) -> tuple[Stage, ...]:
+    """Multi-Token Attention trained on find-block and on text, and a look at the kernels of both."""
+    toy: dict[str, Any] = {"task": "find-block", "task_options": {"n_blocks": n_blocks}, "budget": budget}
+    return (
+        Training(column="find-block error", request={**toy, "mixers": ["mta"]}, names=NAMES),
+        Looking(of="find-block error", head="find-block"),
+        Training(column="bits/byte", request={**text, "mixers": ["mta"]}, names=NAMES),
+        Looking(of="bits/byte", head="text"),
+    )
+
+
 KERNELS = Experiment(
     name="mta-kernels",
     about="What the learned kernels look like, by pattern (section 4.5, Figures 9 to 14)",
@@ -310,26 +323,8 @@ KERNELS = Experiment(
             note="The paper names patterns by eye and counts none; the rule that names them here is in recollect.inspection.kernels.",
         ),
     ),
-    tiny=(
-        Training(
-            column="find-block error",
-            request={"task": "find-block", "mixers": ["mta"], "task_options": {"n_blocks": 6}, "budget": "1000steps"},
-            names=NAMES,
-        ),
-        Looking(of="find-block error", head="find-block"),
-        Training(column="bits/byte", request={**TINY_TEXT, "mixers": ["mta"]}, names=NAMES),
-        Looking(of="bits/byte", head="text"),
-    ),
-    small=(
-        Training(
-            column="find-block error",
-            request={"task": "find-block", "mixers": ["mta"], "task_options": {"n_blocks": 8}, "budget": "3000steps"},
-            names=NAMES,
-        ),
-        Looking(of="find-block error", head="find-block"),
-        Training(column="bits/byte", request={**SMALL_TEXT, "mixers": ["mta"]}, names=NAMES),
-        Looking(of="bits/byte", head="text"),
-    ),
+    tiny=_kernels_of(6, "1000steps", TINY_TEXT),
+    small=_kernels_of(8, "3000steps", SMALL_TEXT),
     paper=(
         "recollect train mta-880m out=runs/mta-880m",
         "recollect inspect runs/mta-880m --text haystack.txt --tokens 2048 --out mta-880m.html",
