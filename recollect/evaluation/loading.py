@@ -99,6 +99,7 @@ def load_language_model(
         raise ValueError(f"dtype is auto, float32, bfloat16 or float16; got {dtype!r}")
     import_user_modules(imports)
     transformers_logging.set_verbosity_error()  # it warns of contexts that the caller has chosen
+    transformers_logging.disable_progress_bar()
     folder = model_folder(Path(path))
     if folder is not None and _is_ours(folder):
         place, model = load_saved(folder)

@@ -85,8 +85,7 @@ def attend(mixer: Mixer | Caught, x: Tensor, *, side: int, pool: str = "max") ->
         pool: what a cell shows of the visible entries in it. "max": the largest logit, or the weight farthest from zero;
             "mean": their mean.
     Raises:
-        ValueError: an unknown pool, a mixer whose maps exist only as a whole and a text too long for them, attention of a kind that
-            cannot be shown.
+        ValueError: an unknown pool, a mixer whose maps exist only as a whole and a text too long for them.
     """
     if pool not in POOLS:
         raise ValueError(f"pool is one of {', '.join(POOLS)}; got {pool!r}")
@@ -148,7 +147,7 @@ def _(mixer: MultiTokenAttention, x: Tensor, block: int) -> Iterator[RowBlock]:
 @row_blocks.register
 def _(mixer: Caught, x: Tensor, block: int) -> Iterator[RowBlock]:
     if mixer.refused:
-        raise ValueError(f"the maps of attention with {', '.join(mixer.refused)} cannot be shown")
+        return
     q, k = mixer.q[:, : x.shape[1]], mixer.k[:, : x.shape[1]]
     if mixer.mixing is None:
         yield from _plain(q, k, mixer.scale, mixer.window, block)

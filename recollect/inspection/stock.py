@@ -55,7 +55,12 @@ def caught(model: Any) -> Iterator[list[Caught]]:
         return call
 
     before = model.config._attn_implementation
-    model.set_attn_implementation("sdpa")
+    try:
+        model.set_attn_implementation("sdpa")
+    except ValueError as error:
+        raise ValueError(
+            f'{type(model).__name__} has no "sdpa" attention in transformers; only such models can be inspected'
+        ) from error
     for name in ("sdpa", INTERFACE):
         ALL_ATTENTION_FUNCTIONS[name] = wrapper(ALL_ATTENTION_FUNCTIONS[name])
     try:

@@ -15,6 +15,7 @@ from recollect.inspection.kernels import Kernel, kernels
 from recollect.inspection.maps import Attended, attend, row_blocks
 from recollect.inspection.memory import Remembered, remember
 from recollect.inspection.reading import Layer, read, token_texts
+from recollect.inspection.stock import Caught
 from recollect.inspection.strips import Strip, strip
 from recollect.mixers import Mixer
 
@@ -103,7 +104,9 @@ def look(layer: Layer, *, side: int, pool: str) -> LayerView:
         attended = attend(layer.mixer, layer.x, side=side, pool=pool)
     except ValueError as error:
         attended, missing = None, [str(error)]
-    if attended is None and isinstance(layer.mixer, Mixer):
+    if isinstance(layer.mixer, Caught) and layer.mixer.refused:
+        missing = [f"the maps of attention with {', '.join(layer.mixer.refused)} cannot be shown"]
+    elif attended is None and isinstance(layer.mixer, Mixer):
         remembered = remember(layer.mixer, layer.x)
         strips, missing = remembered.strips, missing + remembered.missing
     elif attended is not None and attended.entropy is not None and attended.first is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -77,10 +76,3 @@ def draw(model: Sequence[Learned], title: str) -> Figure:
         side = KINDS[kernel.kind].removeprefix("kernels ")
         panel.set_title(f"layer {layer} {kernel.title}, {side}\n{kernel.pattern.name}", fontsize=6)
     return figure
-
-
-def picture(model: Sequence[Learned], title: str) -> bytes:
-    """`draw` as a PNG."""
-    buffer = io.BytesIO()
-    draw(model, title).savefig(buffer, format="png", dpi=150)
-    return buffer.getvalue()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -25,16 +23,16 @@ class Point(NamedTuple):
     accuracies: list[float]
 
 
-def points(trained: Sequence[Sequence[tuple[str, Run]]]) -> dict[str, list[Point]]:
+def points(trained: Sequence[Mapping[str, Sequence[Run]]]) -> dict[str, list[Point]]:
     """name -> a point per comparison in which a run of it has finished, smallest state first.
 
     Args:
-        trained: (name, run) of each comparison.
+        trained: name -> its runs, of each comparison.
     """
     found: dict[str, list[Point]] = {}
     for runs in trained:
-        for name, some in itertools.groupby(runs, key=lambda pair: pair[0]):
-            last = [run.last for _, run in some if run.status == "finished" and run.last is not None]
+        for name, some in runs.items():
+            last = [run.last for run in some if run.status == "finished" and run.last is not None]
             if last:
                 found.setdefault(name, []).append(Point(last[0].state_bytes, [1 - point.score for point in last]))
     return {name: sorted(some) for name, some in found.items()}
@@ -61,10 +59,3 @@ def draw(found: Mapping[str, Sequence[Point]], title: str) -> Figure:
     axes.grid(axis="y", color="#E6E6E6", linewidth=0.7)
     axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
-
-
-def picture(found: Mapping[str, Sequence[Point]], title: str) -> bytes:
-    """`draw` as a PNG."""
-    buffer = io.BytesIO()
-    draw(found, title).savefig(buffer, format="png", dpi=150)
-    return buffer.getvalue()

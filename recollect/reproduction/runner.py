@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from recollect.comparison import Request, compare
@@ -21,6 +23,7 @@ from recollect.reproduction.experiment import TEXT, Asking, Continuing, Experime
 from recollect.training.checkpoint import replace_file
 
 Say = Callable[[str], None]
+Runs = Mapping[str, Sequence[Run]]  # name of a model -> its runs, in order of the seeds
 
 
 class Column(NamedTuple):
@@ -77,7 +80,7 @@ def run(
     if experiment.needs_text(scale) and not text:
         raise ValueError(f"{experiment.name} trains on text: name a file or folder with --data")
     columns: list[Column] = []
-    trained: dict[str, list[tuple[str, Run]]] = {}
+    trained: dict[str, Runs] = {}
     seconds, parameters = 0.0, []
     pictures: list[Path] = []
     for number, stage in enumerate(experiment.stages(scale)):
@@ -87,11 +90,12 @@ def run(
             request = Request(**{key: _with_text(value, text) if key == "data" else value for key, value in fields.items()})
             compare(request, out=folder, jobs=jobs, console=console)
             found = read(folder)
-            runs = [(stage.names.get(label, label), each) for label in found.labels for each in found.runs[label]]
+            runs = {stage.names.get(label, label): found.runs[label] for label in found.labels}
             trained[stage.column] = runs
             columns.append(_trained(stage.column, found.metric, runs))
-            seconds += sum(each.last.seconds for _, each in runs if each.last)
-            parameters += [each.last.parameters for _, each in runs if each.last]
+            last = [each.last for seeds_of in runs.values() for each in seeds_of if each.last]
+            seconds += sum(point.seconds for point in last)
+            parameters += [point.parameters for point in last]
         elif isinstance(stage, Continuing):
             folder.mkdir(parents=True, exist_ok=True)
             cells, took, sizes = continue_both(stage, folder, seeds=seeds, text=text, say=_teller(console))
@@ -114,23 +118,22 @@ def _teller(console: Console | None) -> Say:
     return tell
 
 
-def _trained(head: str, metric: str, runs: Sequence[tuple[str, Run]]) -> Column:
-    cells: dict[str, list[float | None]] = {}
-    for name, each in runs:
-        done = each.status == "finished" and each.last is not None
-        cells.setdefault(name, []).append(each.last.score if done and each.last else None)
+def _trained(head: str, metric: str, runs: Runs) -> Column:
+    cells = {name: [_score(each) for each in seeds] for name, seeds in runs.items()}
     return Column(head, "%" if metric == "error" else "", cells, higher_is_better=False)
 
 
-def _asked(
-    stage: Asking, runs: Sequence[tuple[str, Run]], folder: Path, text: Sequence[str], console: Console | None
-) -> list[Column]:
+def _score(run: Run) -> float | None:
+    return run.last.score if run.status == "finished" and run.last else None
+
+
+def _asked(stage: Asking, runs: Runs, folder: Path, text: Sequence[str], console: Console | None) -> list[Column]:
     """One column per value of the suite's dimension."""
     options = {key: _with_text(value, text) if key == "data" else value for key, value in stage.options.items()}
     suite = build_suite(stage.suite, **options)
     metric = suite.metrics[0]
     found: dict[str, dict[str, list[float | None]]] = {}
-    for name, each in runs:
+    for name, each in ((name, each) for name, seeds in runs.items() for each in seeds):
         if console:
             console.print(f"{stage.suite}: {name} seed {each.seed}", markup=False, highlight=False)
         model = load_language_model(str(each.folder), max_length=stage.context)
@@ -146,7 +149,7 @@ def _asked(
 
 def _after(
     stage: Asking | Looking | Plotting,
-    trained: Mapping[str, Sequence[tuple[str, Run]]],
+    trained: Mapping[str, Runs],
     folder: Path,
     text: Sequence[str],
     console: Console | None,
@@ -160,36 +163,37 @@ def _after(
     return _plotted(stage, [trained[name] for name in stage.of], folder)
 
 
-def _looked(stage: Looking, runs: Sequence[tuple[str, Run]], folder: Path) -> tuple[list[Column], list[Path]]:
+def _looked(stage: Looking, runs: Runs, folder: Path) -> tuple[list[Column], list[Path]]:
     """A column per kind of kernel, a row per pattern; a picture per model that has key-query kernels."""
     columns: dict[str, Column] = {}
     pictures = []
-    names = list(dict.fromkeys(name for name, _ in runs))
-    for name in names:
-        seeds = [each for other, each in runs if other == name]
+    for name, seeds in runs.items():
         models = [patterns.learned(each.folder) if each.status == "finished" else [] for each in seeds]
         for kind, found in patterns.shares(models).items():
             column = columns.setdefault(kind, Column(f"{stage.head}: {patterns.KINDS[kind]}", "%", {}, higher_is_better=True))
-            column.cells.update({f"{name}: {row}" if len(names) > 1 else row: cells for row, cells in found.items()})
+            column.cells.update({f"{name}: {row}" if len(runs) > 1 else row: cells for row, cells in found.items()})
         for each, model in zip(seeds, models, strict=True):
             if any(one.kernel.kind.startswith("kq") for one in model):
-                path = folder / f"{_file_name(name)}-seed{each.seed}.png"
-                replace_file(path, patterns.picture(model, f"{stage.head}: {name}, seed {each.seed}"))
-                pictures.append(path)
+                figure = patterns.draw(model, f"{stage.head}: {name}, seed {each.seed}")
+                pictures.append(_save(figure, folder / f"{_file_name(name)}-seed{each.seed}.png"))
     return list(columns.values()), pictures
 
 
-def _plotted(stage: Plotting, trained: Sequence[Sequence[tuple[str, Run]]], folder: Path) -> tuple[list[Column], list[Path]]:
+def _plotted(stage: Plotting, trained: Sequence[Runs], folder: Path) -> tuple[list[Column], list[Path]]:
     """Columns with the KiB of state, and the picture."""
     columns = []
     for of, runs in zip(stage.of, trained, strict=True):
-        cells: dict[str, list[float | None]] = {}
-        for name, each in runs:
-            cells.setdefault(name, []).append(each.last.state_bytes / 1024 if each.last else None)
+        cells = {name: [each.last.state_bytes / 1024 if each.last else None for each in seeds] for name, seeds in runs.items()}
         columns.append(Column(f"{of.removesuffix(' error')} state, KiB", "", cells, higher_is_better=False))
-    path = folder / "state.png"
-    replace_file(path, plot.picture(plot.points(trained), "Accuracy against the size of the state"))
-    return columns, [path]
+    figure = plot.draw(plot.points(trained), "Accuracy against the size of the state")
+    return columns, [_save(figure, folder / "state.png")]
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    replace_file(path, buffer.getvalue())
+    return path
 
 
 def _title(stage: Stage) -> str:

@@ -9,6 +9,9 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma2PreTrainedModel,
     GPT2Config,
     GPT2LMHeadModel,
     GPTNeoXConfig,
@@ -26,7 +29,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from recollect.data.tokenizer import ByteTokenizer
 from recollect.evaluation.loading import OwnCoder
 from recollect.inspection import inspect_text
-from recollect.inspection.reading import read
 from recollect.inspection.stock import caught
 from recollect.inspection.view import Inspection
 from recollect.models import retrofit
@@ -130,15 +132,20 @@ def test_the_model_is_left_as_it_was() -> None:
     assert model.config._attn_implementation == "eager"
 
 
-def test_attention_that_cannot_be_shown_is_named() -> None:
+def test_attention_that_cannot_be_shown_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prevents maps that leave out a part of the weights."""
-    model = model_of("llama")
-    layers, _ = read(model, IDS)
-    from recollect.inspection.view import look as look_at
+    monkeypatch.setattr(Gemma2PreTrainedModel, "_supports_sdpa", True)
+    config = Gemma2Config(**GROUPED, head_dim=8, attn_logit_softcapping=20.0)
+    for view in look(Gemma2ForCausalLM(config).eval()).layers:
+        assert view.attended is None
+        assert view.missing == ["the maps of attention with softcap cannot be shown"]
 
-    view = look_at(layers[0]._replace(mixer=layers[0].mixer._replace(refused=["s_aux"])), side=16, pool="max")
-    assert view.attended is None
-    assert view.missing == ["the maps of attention with s_aux cannot be shown"]
+
+def test_a_model_of_eager_attention_is_refused() -> None:
+    """Prevents transformers' advice on how to load the model, which would not help."""
+    model = Gemma2ForCausalLM(Gemma2Config(**GROUPED, head_dim=8)).eval()
+    with pytest.raises(ValueError, match=r"Gemma2ForCausalLM has no \"sdpa\" attention"):
+        look(model)
 
 
 def test_layers_are_chosen_by_depth() -> None:

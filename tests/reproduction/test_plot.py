@@ -27,8 +27,8 @@ def run(seed: int, error: float, state: int, status: str = "finished") -> Run:
     return Run(label="m", seed=seed, steps=10, points=(last,), status=status, reason="", folder=Path())  # type: ignore[arg-type]
 
 
-WIDE = [("A", run(0, 0.0, 4096)), ("A", run(1, 0.5, 4096)), ("B", run(0, 0.25, 512, "failed"))]
-NARROW = [("A", run(0, 0.75, 1024)), ("A", run(1, 0.75, 1024)), ("B", run(0, 0.5, 256))]
+WIDE = {"A": [run(0, 0.0, 4096), run(1, 0.5, 4096)], "B": [run(0, 0.25, 512, "failed")]}
+NARROW = {"A": [run(0, 0.75, 1024), run(1, 0.75, 1024)], "B": [run(0, 0.5, 256)]}
 
 
 def test_points_are_ordered_by_size_and_leave_out_failed_runs() -> None:
