@@ -11,7 +11,6 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
-    Gemma2PreTrainedModel,
     GPT2Config,
     GPT2LMHeadModel,
     GPTNeoXConfig,
@@ -132,13 +131,18 @@ def test_the_model_is_left_as_it_was() -> None:
     assert model.config._attn_implementation == "eager"
 
 
-def test_attention_that_cannot_be_shown_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_that_cannot_be_shown_is_named() -> None:
     """Prevents maps that leave out a part of the weights."""
-    monkeypatch.setattr(Gemma2PreTrainedModel, "_supports_sdpa", True)
-    config = Gemma2Config(**GROUPED, head_dim=8, attn_logit_softcapping=20.0)
-    for view in look(Gemma2ForCausalLM(config).eval()).layers:
-        assert view.attended is None
-        assert view.missing == ["the maps of attention with softcap cannot be shown"]
+    model = model_of("llama")
+
+    def biased(_: Any, args: Any, options: dict[str, Any]) -> Any:
+        return args, {**options, "position_bias": torch.zeros(1, 4, len(IDS), len(IDS))}
+
+    model.model.layers[0].self_attn.register_forward_pre_hook(biased, with_kwargs=True)
+    first, second = look(model).layers
+    assert first.attended is None
+    assert first.missing == ["the maps of attention with position_bias cannot be shown"]
+    assert second.attended is not None
 
 
 def test_a_model_of_eager_attention_is_refused() -> None:
