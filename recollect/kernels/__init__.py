@@ -1,14 +1,19 @@
 """Faster equals of `recollect.ops`, each naming its oracle and its error bound. Importing this package offers them to the ops."""
 
-from recollect.kernels import miras, multi_token
+from recollect.kernels import miras, multi_token, triton
 from recollect.kernels.compile import compiler, products
 from recollect.ops.miras.scan import BACKENDS as SCANS
 from recollect.ops.miras.scan import PREFERRED as PREFERRED_SCANS
+from recollect.ops.multi_token import ABLE
 from recollect.ops.multi_token import BACKENDS as ATTENTIONS
 from recollect.ops.multi_token import PREFERRED as PREFERRED_ATTENTIONS
 
 ATTENTIONS["native"] = multi_token.native
+ABLE["native"] = multi_token.can_run
 PREFERRED_ATTENTIONS.append(("native", multi_token.can_run))
+ATTENTIONS["triton"] = triton.attend
+ABLE["triton"] = triton.can_attend
+PREFERRED_ATTENTIONS.append(("triton", triton.should_attend))
 SCANS["native"] = miras.native
 PREFERRED_SCANS.append(("native", miras.can_scan))
 

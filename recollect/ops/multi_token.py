@@ -18,7 +18,6 @@ Source: Golovneva et al. 2025, arXiv 2504.00927, Eq. 3-7.
 
 from __future__ import annotations
 
-import functools
 import importlib
 from collections.abc import Callable
 from typing import NamedTuple
@@ -62,13 +61,14 @@ class Settings(NamedTuple):
     seed: int = 0
 
 
-# Faster equals of this file: packages that, when imported, add themselves to BACKENDS and PREFERRED. Loaded by name on first use, so
-# that the ops depend on no kernel.
+# Faster equals of this file: packages that, when imported, add themselves to BACKENDS, ABLE and PREFERRED. Loaded by name on first
+# use, so that the ops depend on no kernel.
 PLUGINS = ("recollect.kernels",)
 
 Backend = Callable[[Tensor, Tensor, Tensor, Mixing, Settings, "Tensor | None", Rows], "tuple[Tensor, Rows]"]
 BACKENDS: dict[str, Backend] = {}
-# Faster equals register here: (name, can it run on these tensors and options?). The first that can is the default.
+# What a faster equal can run on, by its name, and where it is the default: the first that says so.
+ABLE: dict[str, Callable[[Tensor, Mixing], bool]] = {}
 PREFERRED: list[tuple[str, Callable[[Tensor, Mixing], bool]]] = []
 
 
@@ -160,25 +160,30 @@ def choose(q: Tensor, k: Tensor, mixing: Mixing, backend: str | None = None) -> 
 
     Decoding, few queries against many keys, has nothing to save by blocks: the plain form on these rows is the fastest.
     """
-    known, able = backends(), dict(PREFERRED)
+    known = backends()
     if backend is None and q.shape[1] <= DECODE_QUERIES and q.shape[1] < k.shape[1]:
         backend = "materialized"
     elif backend is None:
-        backend = next((name for name, can in PREFERRED if can(q, mixing)), "blocked")
+        backend = next((name for name, should in PREFERRED if should(q, mixing)), "blocked")
     elif backend not in known:
         raise ValueError(f"unknown backend {backend!r}; known: {', '.join(sorted(known))}")
-    elif backend in able and not able[backend](q, mixing):
+    elif backend in ABLE and not ABLE[backend](q, mixing):
         where = f"{q.dtype} on {q.device.type}"
         raise RuntimeError(f"backend {backend!r} cannot run multi_token_attention here ({where}); pass backend='blocked'")
     return known[backend]
 
 
-@functools.lru_cache(maxsize=1)
 def backends() -> dict[str, Backend]:
     """Every form of the op by name, the plugins' included."""
+    _load_plugins()
+    return BACKENDS
+
+
+@torch.compiler.assume_constant_result
+def _load_plugins() -> None:
+    """Import them, on the first call; torch.compile runs this and does not look inside."""
     for name in PLUGINS:
         importlib.import_module(name)
-    return BACKENDS
 
 
 def materialized(

@@ -6,7 +6,6 @@ Axis legend: B batch, T time, H heads, K key dim, V value dim, S cached keys.
 from __future__ import annotations
 
 import difflib
-import functools
 import importlib
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -125,12 +124,17 @@ def scan(
     return y.to(q.dtype), after
 
 
-@functools.lru_cache(maxsize=1)
 def backends() -> dict[str, Backend]:
     """Every form of the scan by name, the plugins' included."""
+    _load_plugins()
+    return BACKENDS
+
+
+@torch.compiler.assume_constant_result
+def _load_plugins() -> None:
+    """Import them, on the first call; torch.compile runs this and does not look inside."""
     for name in PLUGINS:
         importlib.import_module(name)
-    return BACKENDS
 
 
 def _choose(call: Call, backend: str | None) -> Backend:

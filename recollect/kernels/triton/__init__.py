@@ -1,0 +1,44 @@
+"""Triton kernels: faster equals of `recollect.ops` on a GPU. Its modules need triton; this one only says whether they can run.
+
+TRITON_INTERPRET=1 in the environment runs them on a CPU, hundreds of times slower than anything else: for tests of their arithmetic.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+from recollect.ops.multi_token import Mixing, Rows, Settings
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+INSTALLED = importlib.util.find_spec("triton") is not None
+
+
+def can_run(x: Tensor) -> bool:
+    """Whether kernels run where x lies: on a GPU with triton, or interpreted."""
+    return INSTALLED and (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
+
+
+def can_attend(q: Tensor, mixing: Mixing) -> bool:
+    """Kernels of at most 113 keys, and at most 32 heads mixed."""
+    kernels = [k for k in (mixing.kq_pre, mixing.kq_post) if k is not None]
+    matrices = [m for m in (mixing.head_pre, mixing.head_post) if m is not None]
+    fits = all(k.shape[-1] <= 113 for k in kernels) and all(m.shape[1] <= 32 for m in matrices)
+    return fits and q.dtype in DTYPES and can_run(q)
+
+
+def should_attend(q: Tensor, mixing: Mixing) -> bool:
+    """It can, and not in the interpreter."""
+    return q.is_cuda and can_attend(q, mixing)
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mixing: Mixing, settings: Settings, start: Tensor | None, rows: Rows
+) -> tuple[Tensor, Rows]:
+    """Multi-Token Attention, `recollect.kernels.triton.multi_token`; triton is imported on first use."""
+    from recollect.kernels.triton.multi_token import fused
+
+    return fused(q, k, v, mixing, settings, start, rows)

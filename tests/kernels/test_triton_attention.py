@@ -1,0 +1,197 @@
+"""Multi-Token Attention in Triton's interpreter, where all of its kernels run: blocks, halos, documents, carried rows, dtypes."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from recollect.ops import Mixing, Rows, multi_token_attention, multi_token_rows
+from recollect.ops.multi_token import BACKENDS, choose, document_starts
+from tests.ops.test_multi_token import EXACT, FEW, Case, case_id, case_inputs, module_inputs
+
+pytest.importorskip("triton", reason="triton is not installed (pip install 'recollect[kernels]')")
+from recollect.kernels.triton import can_run, multi_token, stencil
+
+pytestmark = pytest.mark.skipif(not can_run(torch.zeros(1)), reason="a GPU: TRITON_INTERPRET is not set")
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles and blocks of eight rows, so that short sequences have several."""
+    monkeypatch.setattr(stencil, "ROWS", 8)
+    monkeypatch.setattr(multi_token, "BLOCK_ENTRIES", 1)
+
+
+def everything(named: dict[str, Tensor], run: Callable[[], list[Tensor]]) -> list[Tensor]:
+    """Outputs of `run`, and the gradients of a fixed sum over them by every input."""
+    outputs = run()
+    total = sum((x * torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view_as(x)).sum() for x in outputs)
+    assert isinstance(total, Tensor)
+    return [*outputs, *torch.autograd.grad(total, list(named.values()))]
+
+
+def assert_equal(actual: list[Tensor], expected: list[Tensor], tolerance: float = EXACT) -> None:
+    """Relative to the largest entry where that is above 1."""
+    for i, (a, b) in enumerate(zip(actual, expected, strict=True)):
+        error = float(((a - b).abs().max() / b.abs().max().clamp(min=1)).detach())
+        assert error <= tolerance, f"tensor {i}: {error:.1e}"
+
+
+def leaves(case: Case, length: int) -> tuple[dict[str, Tensor], dict]:
+    """Fresh leaves of a case, and its other options."""
+    (q, k, v), parts, ids = case_inputs(case, length)
+    named = {"q": q, "k": k, "v": v, **{name: part for name, part in parts.items() if part is not None}}
+    return {name: x.clone().requires_grad_() for name, x in named.items()}, {"document_ids": ids, "pad_key": case.pad_key}
+
+
+@pytest.mark.parametrize("case", FEW, ids=case_id)
+def test_every_part_equals_the_oracle_over_blocks(case: Case, small_blocks: None) -> None:
+    """Prevents a halo or a gradient that is lost between blocks or tiles, cuts read from the wrong row, transposed matrices."""
+    named, options = leaves(case, 19)
+    results = [
+        everything(named, lambda form=form: [multi_token_attention(**named, **options, backend=form)])
+        for form in ("triton", "materialized")
+    ]
+    assert_equal(*results)
+
+
+@pytest.mark.parametrize("cuts", [[9], [16, 17]])
+def test_carried_rows_equal_one_call(cuts: list[int], small_blocks: None) -> None:
+    """Prevents a decoder whose earlier rows or their gradients are lost at the border."""
+    named = module_inputs(18)
+    mixing = Mixing(**{part: named[part] for part in Mixing._fields})
+    q, k, v = (named[name].detach() for name in "qkv")
+    mixing = Mixing(*(x.detach() for x in mixing))
+    pieces, rows, edges = [], Rows(), [0, *cuts, 18]
+    for start, stop in itertools.pairwise(edges):
+        out, rows = multi_token_rows(q[:, start:stop], k[:, :stop], v[:, :stop], mixing, rows, backend="triton")
+        pieces.append(out)
+    expected, last = multi_token_rows(q, k, v, mixing, Rows(), backend="materialized")
+    assert_equal([torch.cat(pieces, 1), *rows], [expected, *last])
+
+
+def test_gradients_of_returned_rows(small_blocks: None) -> None:
+    """Prevents a state that passes no gradient back, or passes one for entries that no query sees."""
+    named = module_inputs(11)
+    mixing = Mixing(**{part: named[part] for part in Mixing._fields})
+
+    def run(form: str) -> list[Tensor]:
+        out, rows = multi_token_rows(named["q"], named["k"], named["v"], mixing, Rows(), backend=form)
+        assert rows.raw is not None
+        assert rows.weights is not None
+        return [out, rows.raw, rows.weights]
+
+    assert_equal(*(everything(named, lambda form=form: run(form)) for form in ("triton", "materialized")))
+
+
+def test_dropout_equals_the_oracle_over_blocks(small_blocks: None) -> None:
+    """Prevents a mask that depends on the block."""
+    named = module_inputs(11)
+
+    def run(form: str) -> list[Tensor]:
+        return [multi_token_attention(**named, dropout_p=0.3, seed=4, backend=form)]
+
+    assert_equal(*(everything(named, lambda form=form: run(form)) for form in ("triton", "materialized")))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_low_precision_error_is_at_most_twice_the_oracles(dtype: torch.dtype) -> None:
+    """Prevents sums in the inputs' own precision, and logits that are rounded before the softmax."""
+    named = {name: x.detach().to(dtype).requires_grad_() for name, x in module_inputs(12).items()}
+    exact = {name: x.detach().double().requires_grad_() for name, x in named.items()}
+    wanted = everything(exact, lambda: [multi_token_attention(**exact, backend="materialized")])
+
+    def errors(form: str) -> list[float]:
+        got = everything(named, lambda: [multi_token_attention(**named, backend=form)])
+        return [float(((a.double() - b).norm() / b.norm()).detach()) for a, b in zip(got, wanted, strict=True)]
+
+    for ours, theirs in zip(errors("triton"), errors("materialized"), strict=True):
+        assert ours <= 2 * theirs + torch.finfo(dtype).eps
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_keys_that_no_query_sees_may_hold_anything(small_blocks: None) -> None:
+    """Prevents NaN from beyond a document, a tile or the sequence getting through a mask that multiplies by zero."""
+    named = {name: x.detach() for name, x in module_inputs(11).items()}
+    start = document_starts(torch.tensor([[0] * 4 + [1] * 7] * 2))
+    wanted = multi_token_attention(**named, start=start, backend="triton")
+    poisoned = {**named, "k": named["k"].clone(), "v": named["v"].clone()}
+    poisoned["k"][:, :4] = float("inf")
+    out = multi_token_attention(**poisoned, start=start, backend="triton")
+    assert torch.equal(out[:, 4:], wanted[:, 4:])
+
+
+def test_it_can_be_compiled_as_one_graph() -> None:
+    """Prevents an op that breaks torch.compile's graph, or whose fake has other shapes than it."""
+    named = {name: x for name, x in module_inputs(6).items() if not name.startswith("head")}
+
+    def run(q: Tensor, k: Tensor, v: Tensor, kq_pre: Tensor, kq_post: Tensor) -> Tensor:
+        return multi_token_attention(q, k, v, kq_pre=kq_pre, kq_post=kq_post, backend="triton").sin()
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    assert_equal(everything(named, lambda: [compiled(**named)]), everything(named, lambda: [run(**named)]), 0.0)
+    inputs = [x.detach() for x in named.values()]
+    rows = torch.zeros(2, 4, 5, 6, dtype=torch.float64)
+    torch.library.opcheck(multi_token._forward, (*inputs[:4], None, inputs[4], None, None, rows, rows, 0.5, "both", 0.0, 0))
+
+
+def test_it_is_never_the_default_without_a_gpu() -> None:
+    """Prevents an interpreter that someone waits for."""
+    q = torch.zeros(1, 4, 4, 8)
+    assert choose(q, q, Mixing(kq_pre=torch.zeros(4, 2, 3, 3))) is BACKENDS["blocked"]
+    wide = torch.zeros(4, 2, 115)
+    with pytest.raises(RuntimeError, match=r"'triton' cannot run .*pass backend='blocked'"):
+        multi_token_attention(q, q, q, kq_pre=wide, backend="triton")
+
+
+COMPILE = """
+import re, sys, triton, triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from recollect.kernels.triton import stencil
+
+def compiled(kernel, pointers, **constants):
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names}
+    places = {(names.index(name),): value for name, value in constants.items()}
+    target = GPUTarget("cuda", int(sys.argv[1]), 32)
+    return triton.compile(ASTSource(fn=kernel, signature=signature, constexprs=places), target=target).asm["ptx"]
+
+bf16, fp32 = "*bf16", "*fp32"
+taps = dict(C_Q=6, C_K=11, LEFT=5, MERGED=1, HAS_START=True, BM=stencil.ROWS, BN=stencil.KEYS, KW=32, ACC=tl.float32, PRECISION="tf32")
+mixed = dict(GROUP=16, GROUP_WIDTH=16)
+maps = dict(x=bf16, y=fp32, mid=fp32, taps=fp32, matrix=fp32, start="*i32")
+side = dict(HAS_KERNEL=True, HAS_MATRIX=True, KEEP=True, FLIP=False, FILL=float("-inf"))
+for text in (
+    compiled(stencil._stencil, maps, **taps, **mixed, **side),
+    compiled(stencil._stencil, maps, **taps, **{**side, "HAS_MATRIX": False, "KEEP": False, "FLIP": True}, GROUP=1, GROUP_WIDTH=1),
+    compiled(stencil._kernel_gradient, dict(grad=fp32, x=bf16, sums=fp32, start="*i32"), **taps),
+):
+    assert "mma" in text, "no tensor cores"
+compiled(stencil._softmax, dict(x=fp32, lse=fp32), KNOWN=False, N=1024, ACC=tl.float32)
+compiled(stencil._softmax_backward, dict(weights=fp32, grad=fp32), N=1024, ACC=tl.float32)
+pointers = dict(grad=fp32, mid=fp32, out=fp32, sums=fp32, matrix=fp32, start="*i32")
+compiled(stencil._mix_backward, pointers, **mixed, HAS_START=True, N=256, ACC=tl.float32)
+"""
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_kernels_compile_for_a_gpu(capability: int) -> None:
+    """Prevents code that only the interpreter understands, and convolutions that miss the tensor cores."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE, str(capability)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=250,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
