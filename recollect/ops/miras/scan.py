@@ -130,11 +130,14 @@ def backends() -> dict[str, Backend]:
     return BACKENDS
 
 
-@torch.compiler.assume_constant_result
 def _load_plugins() -> None:
-    """Import them, on the first call; torch.compile runs this and does not look inside."""
+    """Import them, on the first call."""
     for name in PLUGINS:
         importlib.import_module(name)
+
+
+# torch.compiler.assume_constant_result, which would import the compiler with this file: torch.compile runs it and does not look inside.
+_load_plugins._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _choose(call: Call, backend: str | None) -> Backend:
