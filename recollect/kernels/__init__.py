@@ -2,20 +2,21 @@
 
 from recollect.kernels import miras, multi_token, triton
 from recollect.kernels.compile import compiler, products
+from recollect.ops import tiles
 from recollect.ops.miras.scan import BACKENDS as SCANS
 from recollect.ops.miras.scan import PREFERRED as PREFERRED_SCANS
-from recollect.ops.multi_token import ABLE
+from recollect.ops.multi_token import ABLE as ABLE_TO_ATTEND
 from recollect.ops.multi_token import BACKENDS as ATTENTIONS
 from recollect.ops.multi_token import PREFERRED as PREFERRED_ATTENTIONS
 
-ATTENTIONS["native"] = multi_token.native
-ABLE["native"] = multi_token.can_run
-PREFERRED_ATTENTIONS.append(("native", multi_token.can_run))
-ATTENTIONS["triton"] = triton.attend
-ABLE["triton"] = triton.can_attend
-PREFERRED_ATTENTIONS.append(("triton", triton.should_attend))
+ATTENTIONS.update(native=multi_token.native, triton=triton.attend)
+ABLE_TO_ATTEND.update(native=multi_token.can_run, triton=triton.can_attend)
+PREFERRED_ATTENTIONS.extend([("native", multi_token.can_run), ("triton", triton.should_attend)])
 SCANS["native"] = miras.native
 PREFERRED_SCANS.append(("native", miras.can_scan))
+tiles.RECURRENCES["triton"] = triton.recur
+tiles.ABLE["triton"] = triton.can_run
+tiles.PREFERRED.append(("triton", triton.should_recur))
 
 
 def describe() -> str:

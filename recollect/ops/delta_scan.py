@@ -81,11 +81,12 @@ def delta_scan(
         valid: bool [B, T], false at padding: it leaves the state as it is, its y is 0, its content has no effect.
         floor: the most negative log decay one token can have, if known; None: any. Saves time for decays per channel.
         tile: tokens that are computed at once, >= 1; no effect on the result.
-        backend: None or "chunked", or "sequential".
+        backend: None (the best that can run here), "chunked", "sequential" or "triton" (the token loop on a GPU).
     Returns:
         y [B, T, H, V] in q's dtype, and S after the last token, [B, H, V, K], in fp32 (fp64 for fp64 input).
     Raises:
         ValueError: shapes that do not fit, an unknown backend.
+        RuntimeError: the named backend cannot run on these inputs.
     Source: Yang et al. 2024, arXiv 2406.06484 (chunk form) and 2412.06464 (with decay); Peng et al. 2025, arXiv 2503.14456.
     """
     tiles.check_tokens(q, k, v, reset, valid)
@@ -113,6 +114,9 @@ def delta_scan(
     dtype, (q, k, v, a, b) = q.dtype, (tiles.real_part(x, valid) for x in (q, k, v, a, b))
     strength = q.new_ones(q.shape[:3]) if strength is None else tiles.real_part(strength, valid)
     strength = strength[..., None] if strength.dim() == 3 else strength
+    if (recurrence := tiles.faster_recurrence(backend, q)) is not None:
+        y, state = recurrence(q, k, v, a, b, log_decay, strength, state, reset)
+        return y.to(dtype), state
     if tiles.runs_sequentially(backend, n_tokens, tile):
         y, state = _by_tokens(q, k, v, a, b, log_decay, strength, state, reset)
         return y.to(dtype), state

@@ -45,11 +45,12 @@ def gated_linear_scan(
         decay_axis: "key" or "value", the axis that a decay per channel belongs to.
         floor: the most negative log decay one token can have, if known; None: any. Saves time for decays per channel.
         tile: tokens that are computed at once, >= 1; no effect on the result.
-        backend: None or "chunked", or "sequential".
+        backend: None (the best that can run here), "chunked", "sequential" or "triton" (the token loop on a GPU).
     Returns:
         y [B, T, H, V] in q's dtype, and S after the last token, [B, H, V, K], in fp32 (fp64 for fp64 input).
     Raises:
         ValueError: shapes that do not fit, an unknown axis or backend.
+        RuntimeError: the named backend cannot run on these inputs.
     Source: Katharopoulos et al. 2020, arXiv 2006.16236 (no decay); Sun et al. 2023, arXiv 2307.08621 (per head); Yang et al. 2023,
     arXiv 2312.06635 (per key channel).
     """
@@ -77,7 +78,9 @@ def gated_linear_scan(
     log_decay = tiles.real_log_decay(log_decay, q, valid, reset)
     dtype, (q, k, v) = q.dtype, (tiles.real_part(x, valid) for x in (q, k, v))
     on_values = log_decay.dim() == 4 and decay_axis == "value"
-    if tiles.runs_sequentially(backend, n_tokens, tile):
+    if (recurrence := tiles.faster_recurrence(backend, q)) is not None:
+        y, state = recurrence(q, k, v, None, None, log_decay, None, state, reset, on_values)
+    elif tiles.runs_sequentially(backend, n_tokens, tile):
         y, state = _by_tokens(q, k, v, log_decay, state, reset, on_values)
     elif on_values:
         y, state = _by_tiles_value_decay(q, k, v, log_decay, state, reset, floor, min(tile, n_tokens))

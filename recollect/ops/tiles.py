@@ -8,6 +8,7 @@ Axis legend: B batch, T time, H heads, K key dim, V value dim, N tiles, C tokens
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -17,6 +18,12 @@ from torch import Tensor
 from recollect.ops.decay import cumulative_log_decay
 
 BACKENDS = ("chunked", "sequential")
+# Faster equals of the token loop on a matrix state: packages that, when imported, add themselves here. Loaded on first use.
+PLUGINS = ("recollect.kernels",)
+Recurrence = Callable[..., "tuple[Tensor, Tensor]"]
+RECURRENCES: dict[str, Recurrence] = {}  # arguments as those of `recollect.kernels.triton.recurrence`
+ABLE: dict[str, Callable[[Tensor], bool]] = {}  # can it run on tensors like q?
+PREFERRED: list[tuple[str, Callable[[Tensor], bool]]] = []  # where it is the default
 SLAB = 4096  # tokens whose tiles are in memory at once; longer calls gain nothing but page faults
 
 
@@ -167,6 +174,29 @@ def runs_sequentially(backend: str | None, n_tokens: int, tile: int) -> bool:
     if tile < 1:
         raise ValueError(f"tile is a number of tokens, at least 1; got {tile}")
     return backend == "sequential" or (backend is None and n_tokens == 1)
+
+
+def faster_recurrence(backend: str | None, q: Tensor) -> Recurrence | None:
+    """The faster equal of the token loop that will run, if one is named or is the default here.
+
+    Raises:
+        RuntimeError: the named one cannot run on tensors like q.
+    """
+    _load_plugins()
+    if backend is None:
+        backend = next((name for name, should in PREFERRED if should(q)), None)
+    elif backend in RECURRENCES and not ABLE[backend](q):
+        raise RuntimeError(f"backend {backend!r} cannot run here ({q.dtype} on {q.device.type}); pass backend='chunked'")
+    return None if backend is None else RECURRENCES.get(backend)
+
+
+def _load_plugins() -> None:
+    for name in PLUGINS:
+        importlib.import_module(name)
+
+
+# As in `recollect.ops.multi_token`: torch.compile runs it and does not look inside.
+_load_plugins._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def by_slabs(scan: Callable[..., tuple[Tensor, Tensor]], state: Tensor | None, *tokens: Tensor | None) -> tuple[Tensor, Tensor]:

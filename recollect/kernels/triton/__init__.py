@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from recollect.ops.multi_token import Mixing, Rows, Settings
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+FEW_TOKENS = 16
 INSTALLED = importlib.util.find_spec("triton") is not None
 
 
@@ -42,3 +44,15 @@ def attend(
     from recollect.kernels.triton.multi_token import fused
 
     return fused(q, k, v, mixing, settings, start, rows)
+
+
+def should_recur(q: Tensor) -> bool:
+    """On a GPU, a few tokens that nobody differentiates: one launch instead of a dozen. Longer calls are tiles of matrix products."""
+    return q.is_cuda and can_run(q) and q.shape[1] <= FEW_TOKENS and not (torch.is_grad_enabled() and q.requires_grad)
+
+
+def recur(*inputs: Any) -> tuple[Tensor, Tensor]:
+    """Recurrences on a matrix state, `recollect.kernels.triton.recurrence`; triton is imported on first use."""
+    from recollect.kernels.triton.recurrence import recurrence
+
+    return recurrence(*inputs)

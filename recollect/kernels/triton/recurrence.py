@@ -1,0 +1,377 @@
+"""Decayed and delta-rule recurrences on a matrix state, token by token with the state in registers: forward and backward in Triton.
+
+    r_t = S_{t-1} a_t,  S_t = S_{t-1} D_t + (strength_t r_t) b_t^T + v_t k_t^T,  y_t = S_t q_t
+
+Faster equal of the token loops in `recollect.ops.linear_scan` and `recollect.ops.delta_scan` (their oracles). One program holds some
+rows of one head's state. Memory is linear in T, and the backward pass stores no state: with G_t the gradient of S_t it runs G
+backwards (gradients of v, k, b and of what was read), then S forwards again (gradients of q and a). The gradient of a log decay needs
+both at one token; with c_t = the sum over rows of G_t S_t,
+
+    d log D_t = c_t - b_t db_t - k_t dk_t,     c_{t-1} = d log D_t + a_t da_t + q_{t-1} dq_{t-1},
+
+so it is a cumulative sum of what the two passes leave. NOT YET MEASURED ON A GPU: checked by Triton's interpreter, and compiled for
+NVIDIA GPUs in the tests.
+
+Axis legend: B batch, T time, H heads, K key dim, V value dim.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+ROWS = 16  # of the state in one program
+NO_DECAY, PER_HEAD, PER_KEY, PER_VALUE = range(4)
+
+
+@triton.jit
+def _rows(x, token, row, V: tl.constexpr, WIDE: tl.constexpr):
+    """Entries of a vector over rows at a token; one number a token unless WIDE."""
+    if WIDE:
+        return tl.load(x + token * V + row, mask=row < V, other=0.0)
+    return tl.load(x + token)
+
+
+@triton.jit
+def _decayed(state, decay, token, row, key, K: tl.constexpr, V: tl.constexpr, DECAY: tl.constexpr):
+    """The state [rows, K] times a token's decay."""
+    if DECAY == 1:
+        state = state * tl.load(decay + token)
+    elif DECAY == 2:
+        state = state * tl.load(decay + token * K + key, mask=key < K, other=0.0)[None, :]
+    elif DECAY == 3:
+        state = state * tl.load(decay + token * V + row, mask=row < V, other=0.0)[:, None]
+    return state
+
+
+@triton.jit
+def _forward_kernel(
+    q,
+    k,
+    v,
+    a,
+    b,
+    decay,
+    strength,
+    reset,
+    state,
+    y,
+    read,
+    last,
+    n_tokens,
+    n_heads,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    KW: tl.constexpr,
+    N: tl.constexpr,
+    DECAY: tl.constexpr,
+    DELTA: tl.constexpr,
+    WIDE: tl.constexpr,
+    HAS_RESET: tl.constexpr,
+):
+    head = tl.program_id(1)
+    row, key = tl.program_id(0) * N + tl.arange(0, N), tl.arange(0, KW)
+    inside = (row < V)[:, None] & (key < K)[None, :]
+    place = head * V * K + row[:, None] * K + key[None, :]
+    s = tl.load(state + place, mask=inside, other=0.0)
+    for t in range(n_tokens):
+        token = (head // n_heads * n_tokens + t) * n_heads + head % n_heads
+        if HAS_RESET:
+            s = tl.where(tl.load(reset + head // n_heads * n_tokens + t) != 0, 0.0, s)
+        if DELTA:
+            seen = tl.sum(s * tl.load(a + token * K + key, mask=key < K, other=0.0)[None, :], axis=1)
+            tl.store(read + token * V + row, seen, mask=row < V)
+            added = seen * _rows(strength, token, row, V, WIDE)
+        s = _decayed(s, decay, token, row, key, K, V, DECAY)
+        if DELTA:
+            s += added[:, None] * tl.load(b + token * K + key, mask=key < K, other=0.0)[None, :]
+        written = tl.load(v + token * V + row, mask=row < V, other=0.0)
+        s += written[:, None] * tl.load(k + token * K + key, mask=key < K, other=0.0)[None, :]
+        out = tl.sum(s * tl.load(q + token * K + key, mask=key < K, other=0.0)[None, :], axis=1)
+        tl.store(y + token * V + row, out, mask=row < V)
+    tl.store(last + place, s, mask=inside)
+
+
+@triton.jit
+def _reverse_kernel(
+    grad_y,
+    q,
+    k,
+    v,
+    a,
+    b,
+    decay,
+    strength,
+    reset,
+    read,
+    grad_last,
+    grad_v,
+    grad_k,
+    grad_b,
+    grad_added,
+    grad_state,
+    n_tokens,
+    n_heads,
+    n_entries,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    KW: tl.constexpr,
+    N: tl.constexpr,
+    DECAY: tl.constexpr,
+    DELTA: tl.constexpr,
+    WIDE: tl.constexpr,
+    HAS_RESET: tl.constexpr,
+):
+    """The state's gradient from the last token to the first; sums over rows are partial, one slice a program."""
+    head = tl.program_id(1)
+    row, key = tl.program_id(0) * N + tl.arange(0, N), tl.arange(0, KW)
+    inside = (row < V)[:, None] & (key < K)[None, :]
+    place = head * V * K + row[:, None] * K + key[None, :]
+    slice_ = tl.program_id(0) * n_entries
+    g = tl.load(grad_last + place, mask=inside, other=0.0)
+    for back in range(n_tokens):
+        t = n_tokens - 1 - back
+        token = (head // n_heads * n_tokens + t) * n_heads + head % n_heads
+        out = tl.load(grad_y + token * V + row, mask=row < V, other=0.0)
+        g += out[:, None] * tl.load(q + token * K + key, mask=key < K, other=0.0)[None, :]
+        written = tl.load(v + token * V + row, mask=row < V, other=0.0)
+        to_v = tl.sum(g * tl.load(k + token * K + key, mask=key < K, other=0.0)[None, :], axis=1)
+        tl.store(grad_v + token * V + row, to_v, mask=row < V)
+        tl.store(grad_k + slice_ + token * K + key, tl.sum(g * written[:, None], axis=0), mask=key < K)
+        if DELTA:
+            power = _rows(strength, token, row, V, WIDE)
+            added = power * tl.load(read + token * V + row, mask=row < V, other=0.0)
+            to_added = tl.sum(g * tl.load(b + token * K + key, mask=key < K, other=0.0)[None, :], axis=1)
+            tl.store(grad_added + token * V + row, to_added, mask=row < V)
+            tl.store(grad_b + slice_ + token * K + key, tl.sum(g * added[:, None], axis=0), mask=key < K)
+        g = _decayed(g, decay, token, row, key, K, V, DECAY)
+        if DELTA:
+            g += (power * to_added)[:, None] * tl.load(a + token * K + key, mask=key < K, other=0.0)[None, :]
+        if HAS_RESET:
+            g = tl.where(tl.load(reset + head // n_heads * n_tokens + t) != 0, 0.0, g)
+    tl.store(grad_state + place, g, mask=inside)
+
+
+@triton.jit
+def _again_kernel(
+    grad_y,
+    k,
+    v,
+    b,
+    decay,
+    strength,
+    reset,
+    read,
+    grad_added,
+    state,
+    grad_q,
+    grad_a,
+    n_tokens,
+    n_heads,
+    n_entries,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    KW: tl.constexpr,
+    N: tl.constexpr,
+    DECAY: tl.constexpr,
+    DELTA: tl.constexpr,
+    WIDE: tl.constexpr,
+    HAS_RESET: tl.constexpr,
+):
+    """The states once more, for the gradients of what reads them: q and a."""
+    head = tl.program_id(1)
+    row, key = tl.program_id(0) * N + tl.arange(0, N), tl.arange(0, KW)
+    inside = (row < V)[:, None] & (key < K)[None, :]
+    slice_ = tl.program_id(0) * n_entries
+    s = tl.load(state + head * V * K + row[:, None] * K + key[None, :], mask=inside, other=0.0)
+    for t in range(n_tokens):
+        token = (head // n_heads * n_tokens + t) * n_heads + head % n_heads
+        if HAS_RESET:
+            s = tl.where(tl.load(reset + head // n_heads * n_tokens + t) != 0, 0.0, s)
+        if DELTA:
+            power = _rows(strength, token, row, V, WIDE)
+            to_read = power * tl.load(grad_added + token * V + row, mask=row < V, other=0.0)
+            tl.store(grad_a + slice_ + token * K + key, tl.sum(s * to_read[:, None], axis=0), mask=key < K)
+            added = power * tl.load(read + token * V + row, mask=row < V, other=0.0)
+        s = _decayed(s, decay, token, row, key, K, V, DECAY)
+        if DELTA:
+            s += added[:, None] * tl.load(b + token * K + key, mask=key < K, other=0.0)[None, :]
+        written = tl.load(v + token * V + row, mask=row < V, other=0.0)
+        s += written[:, None] * tl.load(k + token * K + key, mask=key < K, other=0.0)[None, :]
+        out = tl.load(grad_y + token * V + row, mask=row < V, other=0.0)
+        tl.store(grad_q + slice_ + token * K + key, tl.sum(s * out[:, None], axis=0), mask=key < K)
+
+
+def _constants(
+    q: Tensor, v: Tensor, a: Tensor | None, log_decay: Tensor | None, strength: Tensor | None, on_values: bool
+) -> dict:
+    """What the kernels are compiled for."""
+    if log_decay is None:
+        decay = NO_DECAY
+    elif log_decay.dim() == 3:
+        decay = PER_HEAD
+    else:
+        decay = PER_VALUE if on_values else PER_KEY
+    return {
+        "K": q.shape[-1],
+        "V": v.shape[-1],
+        "KW": triton.next_power_of_2(q.shape[-1]),
+        "N": ROWS,
+        "DECAY": decay,
+        "DELTA": a is not None,
+        "WIDE": strength is not None and strength.shape[-1] > 1,
+    }
+
+
+@torch.library.custom_op("recollect::recurrence", mutates_args=())
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    log_decay: Tensor | None,
+    strength: Tensor | None,
+    reset: Tensor | None,
+    state: Tensor,
+    on_values: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v, state = (x.contiguous() for x in (q, k, v, state))
+    batch, n_tokens, n_heads, _ = q.shape
+    y, read, last = torch.empty_like(v), torch.empty_like(v) if a is not None else v.new_empty(0), torch.empty_like(state)
+    decay = None if log_decay is None else log_decay.exp().contiguous()
+    options = _constants(q, v, a, log_decay, strength, on_values)
+    a, b, strength = (None if x is None else x.contiguous() for x in (a, b, strength))
+    marks = None if reset is None else reset.to(torch.int8).contiguous()
+    missing = [q if x is None else x for x in (a, b, decay, strength, marks)]
+    _forward_kernel[(triton.cdiv(v.shape[-1], ROWS), batch * n_heads)](
+        *(q, k, v, *missing, state, y, read, last, n_tokens, n_heads), **options, HAS_RESET=reset is not None
+    )
+    return y, read, last
+
+
+@_forward.register_fake
+def _(q, k, v, a, b, log_decay, strength, reset, state, on_values):
+    read = v.new_empty(0) if a is None else v.new_empty(v.shape)
+    return v.new_empty(v.shape), read, state.new_empty(state.shape)
+
+
+@torch.library.custom_op("recollect::recurrence_backward", mutates_args=())
+def _backward(
+    grad_y: Tensor,
+    grad_last: Tensor,
+    y: Tensor,
+    read: Tensor,
+    last: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    log_decay: Tensor | None,
+    strength: Tensor | None,
+    reset: Tensor | None,
+    state: Tensor,
+    on_values: bool,
+) -> list[Tensor]:
+    grad_y, grad_last, q, k, v, state = (x.contiguous() for x in (grad_y, grad_last, q, k, v, state))
+    batch, n_tokens, n_heads, _ = q.shape
+    options = {**_constants(q, v, a, log_decay, strength, on_values), "HAS_RESET": reset is not None}
+    n_slices = triton.cdiv(v.shape[-1], ROWS)
+    grid, sizes = (n_slices, batch * n_heads), (n_tokens, n_heads, q.numel())
+    grad_v, grad_added, grad_state = torch.empty_like(v), torch.empty_like(v), torch.empty_like(state)
+    to_q, to_k, to_a, to_b = (q.new_empty(n_slices, *q.shape) for _ in range(4))
+    a, b, strength = (None if x is None else x.contiguous() for x in (a, b, strength))
+    decay = None if log_decay is None else log_decay.exp().contiguous()
+    marks = None if reset is None else reset.to(torch.int8).contiguous()
+    some_a, some_b, some_decay, some_strength, some_marks = (q if x is None else x for x in (a, b, decay, strength, marks))
+    gates = (some_decay, some_strength, some_marks, read)
+    _reverse_kernel[grid](
+        *(grad_y, q, k, v, some_a, some_b, *gates, grad_last, grad_v, to_k, to_b, grad_added, grad_state, *sizes), **options
+    )
+    _again_kernel[grid](*(grad_y, k, v, some_b, *gates, grad_added, state, to_q, to_a, *sizes), **options)
+    grad_q, grad_k = to_q.sum(0), to_k.sum(0)
+    found = [grad_q, grad_k, grad_v]
+    grad_a = grad_b = grad_q.new_zeros(())
+    if a is not None and b is not None:
+        grad_a, grad_b = to_a.sum(0), to_b.sum(0)
+        found += [grad_a, grad_b]
+    if log_decay is not None:
+        if on_values:
+            power = 1.0 if strength is None else strength
+            reads = [(y, grad_y), (v, -grad_v)] + ([] if a is None else [(read, -power * grad_added)])
+            before = 0.0 if a is None else read * power * grad_added
+            ends = (grad_last * last).sum(-1)
+        else:
+            reads = [(q, grad_q), (k, -grad_k)] + ([] if b is None else [(b, -grad_b)])
+            before = 0.0 if a is None else a * grad_a
+            ends = (grad_last * last).sum(-2)
+        found.append(_decay_gradient(reads, before, ends, log_decay, reset))
+    if strength is not None:
+        part = grad_added * read
+        found.append(part if strength.shape[-1] > 1 else part.sum(-1, keepdim=True))
+    return [*found, grad_state]
+
+
+def _decay_gradient(
+    reads: list[tuple[Tensor, Tensor]], before: Tensor | float, ends: Tensor, log_decay: Tensor, reset: Tensor | None
+) -> Tensor:
+    """The gradient of the log decays, as in this file's head: sums over the tokens from each one on.
+
+    Args:
+        reads: (vector, its gradient) pairs [B, T, H, channels], negative where the state is written; before: the same for what reads
+            the state before the token. ends: [B, H, channels], the last state times its gradient.
+    """
+    steps = sum(x * grad for x, grad in reads)
+    assert isinstance(steps, Tensor)
+    total = (steps + before).flip(1).cumsum(1).flip(1) - before + ends[:, None]
+    total = total.sum(-1) if log_decay.dim() == 3 else total
+    return total if reset is None else total.masked_fill(reset.view(*reset.shape, *[1] * (total.dim() - 2)), 0.0)
+
+
+@_backward.register_fake
+def _(grad_y, grad_last, y, read, last, q, k, v, a, b, log_decay, strength, reset, state, on_values):
+    return [x.new_empty(x.shape) for x in (q, k, v, a, b, log_decay, strength, state) if x is not None]
+
+
+def _keep(ctx, inputs, output):
+    *tensors, ctx.on_values = inputs
+    ctx.save_for_backward(*output, *tensors)
+
+
+def _differentiate(ctx, grad_y, _, grad_last):
+    saved = ctx.saved_tensors
+    grads = iter(_backward(grad_y, grad_last, *saved, ctx.on_values))
+    tokens = saved[3:-2]
+    return *(None if x is None else next(grads) for x in tokens), None, next(grads), None
+
+
+_forward.register_autograd(_differentiate, setup_context=_keep)
+
+
+def recurrence(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    log_decay: Tensor | None,
+    strength: Tensor | None,
+    state: Tensor,
+    reset: Tensor | None,
+    on_values: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The recurrence of this file's head.
+
+    Args:
+        q, k, a, b: [B, T, H, K]; v: [B, T, H, V]; all fp32, or all fp64. a and b: None without a delta rule.
+        log_decay: [B, T, H], or [B, T, H, K] or, with on_values, [B, T, H, V]; None: no decay.
+        strength: [B, T, H, 1 or V]; None without a delta rule.
+        state: [B, H, V, K]; reset: bool [B, T] or None.
+    Returns:
+        y [B, T, H, V] and the last state.
+    """
+    y, _, last = _forward(q, k, v, a, b, log_decay, strength, reset, state, on_values)
+    return y, last

@@ -1,0 +1,136 @@
+"""Recurrences on a matrix state in Triton's interpreter, against the token loops: outputs, states and every gradient."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from recollect.ops.linear_scan import delta_scan, gated_linear_scan
+from tests.laws import assert_near
+
+pytest.importorskip("triton", reason="triton is not installed (pip install 'recollect[kernels]')")
+from recollect.kernels.triton import can_run, recurrence
+
+pytestmark = pytest.mark.skipif(not can_run(torch.zeros(1)), reason="a GPU: TRITON_INTERPRET is not set")
+
+EXACT = 1e-12
+B, T, H, K, V = 2, 6, 2, 5, 6
+DECAYS = {"no decay": None, "per head": (), "per key": (K,), "per value": (V,)}
+
+
+@pytest.fixture(autouse=True)
+def several_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four rows a program: the state's six rows need two, one of them half full."""
+    monkeypatch.setattr(recurrence, "ROWS", 4)
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64).requires_grad_()
+
+
+def tokens(decay: str, strength: tuple[int, ...] | None) -> dict[str, Tensor]:
+    """Leaves by name; a delta rule where there is a strength."""
+    named = {"q": random(B, T, H, K), "k": random(B, T, H, K), "v": random(B, T, H, V), "state": random(B, H, V, K)}
+    shape = DECAYS[decay]
+    if shape is not None:
+        named["log_decay"] = (-torch.rand(B, T, H, *shape, dtype=torch.float64)).requires_grad_()
+    if strength is not None:
+        small = {name: (0.5 * torch.randn(B, T, H, K, dtype=torch.float64)).requires_grad_() for name in "ab"}
+        named |= {**small, "strength": torch.rand(B, T, H, *strength, dtype=torch.float64).requires_grad_()}
+    return named
+
+
+def results(named: dict[str, Tensor], **options: Any) -> list[Tensor]:
+    """Outputs, the last state, and the gradients of a fixed sum over both."""
+    y, state = (delta_scan if "strength" in named else gated_linear_scan)(**named, **options)
+    weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
+    total = (y * weights).sum() + state.sin().sum()
+    return [y, state, *torch.autograd.grad(total, list(named.values()))]
+
+
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize(
+    ("decay", "strength"),
+    [(decay, None) for decay in DECAYS] + [("no decay", ()), ("per head", ()), ("per key", ()), ("per key", (V,))],
+)
+def test_it_equals_the_token_loop(decay: str, strength: tuple[int, ...] | None, documents: bool) -> None:
+    """Prevents a gradient that a token too many or too few gets, gates on the wrong axis, and documents that leak either way."""
+    named = tokens(decay, strength)
+    options: dict[str, Any] = {"decay_axis": "value"} if decay == "per value" else {}
+    if documents:
+        options["reset"] = torch.tensor([[False, False, True, False, True, True], [True, False, False, False, False, False]])
+        options["valid"] = torch.tensor([[True] * 6, [False, True, True, True, False, True]])
+    actual, expected = (results(named, backend=backend, **options) for backend in ("triton", "sequential"))
+    for name, a, b in zip(["y", "state", *named], actual, expected, strict=True):
+        assert_near(a, b, EXACT, name)
+
+
+def test_low_precision_inputs_are_summed_in_fp32() -> None:
+    """Prevents a state in the inputs' precision."""
+    named = {name: x.detach().bfloat16() for name, x in tokens("per key", ()).items()}
+    y, state = delta_scan(**named, backend="triton")
+    wanted, last = delta_scan(**{name: x.double() for name, x in named.items()}, backend="sequential")
+    assert (y.dtype, state.dtype) == (torch.bfloat16, torch.float32)
+    assert_near(state.double(), last, 1e-5, "state")
+    assert_near(y.double(), wanted, 1e-2, "y")
+
+
+def test_it_can_be_compiled_as_one_graph() -> None:
+    """Prevents an op that breaks torch.compile's graph, or whose fake has other shapes than it."""
+    named = tokens("per head", ())
+
+    def run(*inputs: Tensor) -> Tensor:
+        y, state = delta_scan(**dict(zip(named, inputs, strict=True)), backend="triton")
+        return y.sum() + state.sin().sum()
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    inputs = list(named.values())
+    for a, b in zip(torch.autograd.grad(compiled(*inputs), inputs), torch.autograd.grad(run(*inputs), inputs), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_it_is_never_the_default_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prevents an interpreter that someone waits for, and a kernel that is named where it cannot run."""
+    named = tokens("per head", None)
+    monkeypatch.setattr(recurrence, "recurrence", None)
+    gated_linear_scan(**named)
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(RuntimeError, match=r"'triton' cannot run here .*pass backend='chunked'"):
+        gated_linear_scan(**named, backend="triton")
+
+
+COMPILE = """
+import sys, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from recollect.kernels.triton import recurrence
+
+for kernel in (recurrence._forward_kernel, recurrence._reverse_kernel, recurrence._again_kernel):
+    constants = dict(K=128, V=128, KW=128, N=recurrence.ROWS, DECAY=2, DELTA=True, WIDE=False, HAS_RESET=True)
+    names, numbers = kernel.arg_names, ("n_tokens", "n_heads", "n_entries")
+    kinds = {"reset": "*i8", **dict.fromkeys(numbers, "i32"), **dict.fromkeys(constants, "constexpr")}
+    places = {(names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(fn=kernel, signature={name: kinds.get(name, "*fp32") for name in names}, constexprs=places)
+    triton.compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32))
+"""
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_kernels_compile_for_a_gpu(capability: int) -> None:
+    """Prevents code that only the interpreter understands."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE, str(capability)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=250,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
