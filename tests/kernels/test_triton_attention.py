@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 
 import pytest
@@ -14,6 +11,7 @@ from torch import Tensor
 
 from recollect.ops import Mixing, Rows, multi_token_attention, multi_token_rows
 from recollect.ops.multi_token import BACKENDS, choose, document_starts
+from tests.kernels.gpu_code import assert_compiles
 from tests.ops.test_multi_token import EXACT, FEW, Case, case_id, case_inputs, module_inputs
 
 pytest.importorskip("triton", reason="triton is not installed (pip install 'recollect[kernels]')")
@@ -151,27 +149,18 @@ def test_it_is_never_the_default_without_a_gpu() -> None:
         multi_token_attention(q, q, q, kq_pre=wide, backend="triton")
 
 
-COMPILE = """
-import re, sys, triton, triton.language as tl
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+CODE = """
 from recollect.kernels.triton import stencil
-
-def compiled(kernel, pointers, **constants):
-    names = kernel.arg_names
-    signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names}
-    places = {(names.index(name),): value for name, value in constants.items()}
-    target = GPUTarget("cuda", int(sys.argv[1]), 32)
-    return triton.compile(ASTSource(fn=kernel, signature=signature, constexprs=places), target=target).asm["ptx"]
 
 bf16, fp32 = "*bf16", "*fp32"
 taps = dict(C_Q=6, C_K=11, LEFT=5, MERGED=1, HAS_START=True, BM=stencil.ROWS, BN=stencil.KEYS, KW=32, ACC=tl.float32, PRECISION="tf32")
 mixed = dict(GROUP=16, GROUP_WIDTH=16)
 maps = dict(x=bf16, y=fp32, mid=fp32, taps=fp32, matrix=fp32, start="*i32")
 side = dict(HAS_KERNEL=True, HAS_MATRIX=True, KEEP=True, FLIP=False, FILL=float("-inf"))
+back = {**side, "HAS_MATRIX": False, "KEEP": False, "FLIP": True}
 for text in (
     compiled(stencil._stencil, maps, **taps, **mixed, **side),
-    compiled(stencil._stencil, maps, **taps, **{**side, "HAS_MATRIX": False, "KEEP": False, "FLIP": True}, GROUP=1, GROUP_WIDTH=1),
+    compiled(stencil._stencil, maps, **taps, **back, GROUP=1, GROUP_WIDTH=1),
     compiled(stencil._kernel_gradient, dict(grad=fp32, x=bf16, sums=fp32, start="*i32"), **taps),
 ):
     assert "mma" in text, "no tensor cores"
@@ -185,13 +174,4 @@ compiled(stencil._mix_backward, pointers, **mixed, HAS_START=True, N=256, ACC=tl
 @pytest.mark.parametrize("capability", [80, 90])
 def test_kernels_compile_for_a_gpu(capability: int) -> None:
     """Prevents code that only the interpreter understands, and convolutions that miss the tensor cores."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE, str(capability)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=250,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert_compiles(CODE, capability)

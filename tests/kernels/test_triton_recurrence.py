@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -12,6 +9,7 @@ import torch
 from torch import Tensor
 
 from recollect.ops.linear_scan import delta_scan, gated_linear_scan
+from tests.kernels.gpu_code import assert_compiles
 from tests.laws import assert_near
 
 pytest.importorskip("triton", reason="triton is not installed (pip install 'recollect[kernels]')")
@@ -105,32 +103,18 @@ def test_it_is_never_the_default_without_a_gpu(monkeypatch: pytest.MonkeyPatch) 
         gated_linear_scan(**named, backend="triton")
 
 
-COMPILE = """
-import sys, triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+CODE = """
 from recollect.kernels.triton import recurrence
 
+constants = dict(K=128, V=128, KW=128, N=recurrence.ROWS, DECAY=2, DELTA=True, WIDE=False, HAS_RESET=True)
 for kernel in (recurrence._forward_kernel, recurrence._reverse_kernel, recurrence._again_kernel):
-    constants = dict(K=128, V=128, KW=128, N=recurrence.ROWS, DECAY=2, DELTA=True, WIDE=False, HAS_RESET=True)
-    names, numbers = kernel.arg_names, ("n_tokens", "n_heads", "n_entries")
-    kinds = {"reset": "*i8", **dict.fromkeys(numbers, "i32"), **dict.fromkeys(constants, "constexpr")}
-    places = {(names.index(name),): value for name, value in constants.items()}
-    source = ASTSource(fn=kernel, signature={name: kinds.get(name, "*fp32") for name in names}, constexprs=places)
-    triton.compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32))
+    numbers = {"n_tokens": "i32", "n_heads": "i32", "n_entries": "i32"}
+    pointers = {name: "*fp32" for name in kernel.arg_names if name not in numbers and name not in constants}
+    compiled(kernel, {**pointers, "reset": "*i8"}, **constants)
 """
 
 
 @pytest.mark.parametrize("capability", [80, 90])
 def test_kernels_compile_for_a_gpu(capability: int) -> None:
     """Prevents code that only the interpreter understands."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE, str(capability)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=250,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert_compiles(CODE, capability)
