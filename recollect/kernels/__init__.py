@@ -28,3 +28,10 @@ def describe() -> str:
     if code is None:
         return f"plain PyTorch blocks ({found} could not build the kernels)"
     return f"compiled kernels ({found}, {32 * code.lanes()}-bit vectors)"
+
+
+def describe_gpu() -> str:
+    """The same for a GPU, whether or not there is one."""
+    if triton.INSTALLED:
+        return "Triton kernels, which their authors have not measured on a GPU yet"
+    return "plain PyTorch blocks (pip install 'recollect[kernels]' brings Triton kernels)"
