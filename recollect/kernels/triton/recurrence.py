@@ -71,8 +71,8 @@ def _forward_kernel(
     WIDE: tl.constexpr,
     HAS_RESET: tl.constexpr,
 ):
-    head = tl.program_id(1)
-    row, key = tl.program_id(0) * N + tl.arange(0, N), tl.arange(0, KW)
+    head = tl.program_id(0).to(tl.int64)
+    row, key = tl.program_id(1) * N + tl.arange(0, N), tl.arange(0, KW)
     inside = (row < V)[:, None] & (key < K)[None, :]
     place = head * V * K + row[:, None] * K + key[None, :]
     s = tl.load(state + place, mask=inside, other=0.0)
@@ -125,11 +125,11 @@ def _reverse_kernel(
     HAS_RESET: tl.constexpr,
 ):
     """The state's gradient from the last token to the first; sums over rows are partial, one slice a program."""
-    head = tl.program_id(1)
-    row, key = tl.program_id(0) * N + tl.arange(0, N), tl.arange(0, KW)
+    head = tl.program_id(0).to(tl.int64)
+    row, key = tl.program_id(1) * N + tl.arange(0, N), tl.arange(0, KW)
     inside = (row < V)[:, None] & (key < K)[None, :]
     place = head * V * K + row[:, None] * K + key[None, :]
-    slice_ = tl.program_id(0) * n_entries
+    slice_ = tl.program_id(1).to(tl.int64) * n_entries
     g = tl.load(grad_last + place, mask=inside, other=0.0)
     for back in range(n_tokens):
         t = n_tokens - 1 - back
@@ -181,10 +181,10 @@ def _again_kernel(
     HAS_RESET: tl.constexpr,
 ):
     """The states once more, for the gradients of what reads them: q and a."""
-    head = tl.program_id(1)
-    row, key = tl.program_id(0) * N + tl.arange(0, N), tl.arange(0, KW)
+    head = tl.program_id(0).to(tl.int64)
+    row, key = tl.program_id(1) * N + tl.arange(0, N), tl.arange(0, KW)
     inside = (row < V)[:, None] & (key < K)[None, :]
-    slice_ = tl.program_id(0) * n_entries
+    slice_ = tl.program_id(1).to(tl.int64) * n_entries
     s = tl.load(state + head * V * K + row[:, None] * K + key[None, :], mask=inside, other=0.0)
     for t in range(n_tokens):
         token = (head // n_heads * n_tokens + t) * n_heads + head % n_heads
@@ -246,7 +246,7 @@ def _forward(
     a, b, strength = (None if x is None else x.contiguous() for x in (a, b, strength))
     marks = None if reset is None else reset.to(torch.int8).contiguous()
     missing = [q if x is None else x for x in (a, b, decay, strength, marks)]
-    _forward_kernel[(triton.cdiv(v.shape[-1], ROWS), batch * n_heads)](
+    _forward_kernel[(batch * n_heads, triton.cdiv(v.shape[-1], ROWS))](
         *(q, k, v, *missing, state, y, read, last, n_tokens, n_heads), **options, HAS_RESET=reset is not None
     )
     return y, read, last
@@ -280,7 +280,7 @@ def _backward(
     batch, n_tokens, n_heads, _ = q.shape
     options = {**_constants(q, v, a, log_decay, strength, on_values), "HAS_RESET": reset is not None}
     n_slices = triton.cdiv(v.shape[-1], ROWS)
-    grid, sizes = (n_slices, batch * n_heads), (n_tokens, n_heads, q.numel())
+    grid, sizes = (batch * n_heads, n_slices), (n_tokens, n_heads, q.numel())
     grad_v, grad_added, grad_state = torch.empty_like(v), torch.empty_like(v), torch.empty_like(state)
     to_q, to_k, to_a, to_b = (q.new_empty(n_slices, *q.shape) for _ in range(4))
     a, b, strength = (None if x is None else x.contiguous() for x in (a, b, strength))

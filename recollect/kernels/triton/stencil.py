@@ -113,7 +113,7 @@ def _stencil(
 ):
     """One tile of every head of a group: y_o = sum_m matrix[o, m] sum_p taps[m, p] * x_p."""
     groups = n_heads // GROUP
-    batch, group = tl.program_id(2) // groups, tl.program_id(2) % groups
+    batch, group = tl.program_id(2).to(tl.int64) // groups, tl.program_id(2) % groups
     row = tl.program_id(1) * BM + tl.arange(0, BM)
     key = tl.program_id(0) * BN + tl.arange(0, BN)
     position = first + row
@@ -178,7 +178,7 @@ def _stencil(
 @triton.jit
 def _softmax(x, lse, n_rows, n_keys, first, x_head, x_row, KNOWN: tl.constexpr, N: tl.constexpr, ACC: tl.constexpr):
     """Logits of one row into weights, in place; its log-sum-exp is written, or known."""
-    row, head = tl.program_id(0), tl.program_id(1)
+    row, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     x += head * x_head + row * x_row
     last = tl.minimum(first + row + 1, n_keys)
     column = tl.arange(0, N)
@@ -202,7 +202,7 @@ def _softmax(x, lse, n_rows, n_keys, first, x_head, x_row, KNOWN: tl.constexpr, 
 @triton.jit
 def _softmax_backward(weights, grad, n_keys, first, w_head, w_row, g_head, g_row, N: tl.constexpr, ACC: tl.constexpr):
     """Gradient of one row's weights into that of its logits, in place."""
-    row, head = tl.program_id(0), tl.program_id(1)
+    row, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     weights += head * w_head + row * w_row
     grad += head * g_head + row * g_row
     last = tl.minimum(first + row + 1, n_keys)
@@ -247,7 +247,7 @@ def _mix_backward(
 ):
     """One row of every head of a group: out_m = sum_o matrix[o, m] grad_o, sums[o, m] = sum over keys of grad_o mid_m."""
     groups = n_heads // GROUP
-    row, batch, group = tl.program_id(0), tl.program_id(1) // groups, tl.program_id(1) % groups
+    row, batch, group = tl.program_id(0), tl.program_id(1).to(tl.int64) // groups, tl.program_id(1) % groups
     head = batch * n_heads + group * GROUP
     member = tl.arange(0, GROUP_WIDTH)
     position = first + row
@@ -303,7 +303,7 @@ def _kernel_gradient(
     PRECISION: tl.constexpr,
 ):
     """One row of taps over one stripe of rows: sums of grad[i, j] x[i - back, j + b - LEFT], as diagonals of grad^T x."""
-    back, pair = tl.program_id(1), tl.program_id(2)
+    back, pair = tl.program_id(1), tl.program_id(2).to(tl.int64)
     head, p = pair // MERGED, pair % MERGED
     batch = head // n_heads
     grad += head * g_head
