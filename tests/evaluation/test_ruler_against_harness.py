@@ -1,11 +1,10 @@
-"""RULER and BabiLong made by others and by us: the same parts, places, lengths and scores from the same text, words and tokens.
+"""RULER's samples made by others and by us: the same parts, places, lengths and scores from the same text, words and tokens.
 
-RULER's samples come from lm-evaluation-harness's own generators. Only their sources are stood in for, so that nothing is fetched:
-words (ours, for the package wonderwords), essay (sentences of our grammar), tokenizer (trained here), sentence splitter (NLTK's
-Punkt without its model of English). Ours are told to use the harness's wording, so one reader takes both apart. BabiLong's samples
-lie ready-made on the hub; the mixing that made them is written down here a second time, from its description.
+They come from lm-evaluation-harness's own generators. Only their sources are stood in for, so that nothing is fetched: words (ours,
+for the package wonderwords), essay (sentences of our grammar), tokenizer (trained here), sentence splitter (NLTK's Punkt without its
+model of English). Ours are told to use the harness's wording, so one reader takes both apart.
 
-Where ours differ on purpose (`Ruler` and `BabiLong` say why, docs/evaluation.md sums up) the tests say by how much they may.
+Where ours differ on purpose (`Ruler` says why, docs/evaluation.md sums up) the tests say by how much they may.
 """
 
 from __future__ import annotations
@@ -20,31 +19,21 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
-from itertools import islice, product
 from pathlib import Path
 from typing import Any, NamedTuple
 from zlib import crc32
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerFast
 
-from recollect.data.tokenizer import train_tokenizer
-from recollect.tasks.babi import LABELS
-from recollect.tasks.babilong import BabiLong, correct
-from recollect.tasks.haystack import grammar_sentences
 from recollect.tasks.needle import RULER, Ruler, string_match_all
 from recollect.tasks.needle_words import ADJECTIVES, NOUNS
 from recollect.tasks.text import Question
+from tests.evaluation.samples import LEVEL, SEED, Material, make_material, nltk, same_law, sentences_of
 
 pytest.importorskip("lm_eval", reason="these tests ask lm-evaluation-harness: pip install 'recollect[eval]'")
-nltk = pytest.importorskip("nltk", minversion="3.9.1", reason="the harness's RULER needs NLTK >= 3.9.1, which lm-eval brings")
-stats = pytest.importorskip("scipy.stats", reason="two-sample tests need SciPy, which lm-eval brings")
 
 N = 150  # samples of each task
-SEED = 42
-LEVEL = 1e-3  # two sets of samples of one law differ by more once in a thousand seeds
 LENGTHS = {"essay": 1800, "noise": 2000, "needle": 2000}
 STEPS = {"essay": 500, "noise": 5, "needle": 5}  # units that the harness adds, and gives up, at lengths below 4096
 ANSWER = 128  # tokens
@@ -52,45 +41,11 @@ NAMES = [name for name in RULER if name != "niah_single_words"]  # which the har
 ESSAYS = [name for name in NAMES if RULER[name]["haystack"] == "essay"]
 LINES = [name for name in NAMES if name not in ESSAYS]
 KINDS = {"numbers": r"[1-9]\d{6}", "words": r"[a-z]+-[a-z]+", "uuids": r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"}
-PEOPLE = ("Daniel", "John", "Mary", "Sandra")
-FACT = re.compile(rf"(?:{'|'.join(PEOPLE)}) went to the \w+\.")
-
-
-def same_law(one: Sequence[Any], other: Sequence[Any]) -> float:
-    """Probability that two sets of draws of one law differ at least so much: chi-square of names, Kolmogorov-Smirnov of numbers."""
-    if isinstance(one[0], float):
-        return float(stats.ks_2samp(one, other).pvalue)
-    names = sorted({*one, *other})
-    if len(names) == 1:
-        return 1.0
-    return float(stats.chi2_contingency([[Counter(some)[name] for name in names] for some in (one, other)]).pvalue)
-
-
-class Material(NamedTuple):
-    """What both sides are made of: a folder with the essay and the tokenizer, and both as objects."""
-
-    folder: Path
-    sentences: list[str]
-    tokenizer: Tokenizer
-
-    @property
-    def essay(self) -> str:
-        return str(self.folder / "essay.txt")
-
-    def size(self, text: str) -> int:
-        return len(self.tokenizer.encode(text).ids)
 
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory: pytest.TempPathFactory) -> Material:
-    folder = tmp_path_factory.mktemp("material")
-    sentences = grammar_sentences(1500, seed=1)
-    facts = [f"{who} went to the {room}. Where is {who}?" for who, room in product(PEOPLE, LABELS[1])]
-    (folder / "essay.txt").write_text("\n".join(sentences))
-    (folder / "all.txt").write_text(" ".join(sentences + facts))
-    file = train_tokenizer(folder / "all.txt", vocab_size=1000, out=folder)
-    PreTrainedTokenizerFast(tokenizer_file=str(file), eos_token="<|document|>").save_pretrained(folder / "tokenizer")
-    return Material(folder, sentences, Tokenizer.from_file(str(file)))
+    return make_material(tmp_path_factory.mktemp("material"))
 
 
 @pytest.fixture(scope="module")
@@ -175,11 +130,6 @@ class Reader(NamedTuple):
         told = [match.groups() for match, mine in zip(found, own, strict=True) if match and mine]
         gaps = [own[:at].count(False) for at, mine in enumerate(own) if mine]
         return told, gaps, [line for line, mine in zip(lines, own, strict=True) if not mine]
-
-
-def sentences_of(text: str) -> list[str]:
-    """Of our grammar, which has no other full stops; the last may be cut."""
-    return re.findall(r"[^ .?!][^.?!]*[.?!]?", " ".join(text.split()))
 
 
 class Sides(NamedTuple):
@@ -451,122 +401,3 @@ def test_ruler_scores_are_the_same(harness: types.SimpleNamespace) -> None:
             assert harness.scores.process_results_part(doc, [said])["4096"] == theirs
             seen[theirs] += 1
     assert set(seen) == {0, 0.25, 0.5, 0.75, 1}
-
-
-@pytest.fixture(scope="module")
-def babi(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder: 40 stories of one kind of fact in rows.jsonl, 2 to 41 facts long; two books in books/, texts of our grammar."""
-    folder = tmp_path_factory.mktemp("babi")
-    (folder / "books").mkdir()
-    for name in "ab":
-        (folder / "books" / f"{name}.txt").write_text(" ".join(grammar_sentences(900, seed=ord(name))))
-    rng, rows = np.random.default_rng(SEED), []
-    for n in range(2, 42):
-        facts = [f"{rng.choice(PEOPLE)} went to the {rng.choice(LABELS[1])}." for _ in range(n)]
-        who, *_, room = facts[-1][:-1].split()
-        rows.append({"facts": facts, "question": f"Where is {who}?", "answer": room, "support": [n - 1]})
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "six.jsonl").write_text(json.dumps(rows[4]) + "\n")
-    return folder
-
-
-def asked_of_us(babi: Path, rows: str, length: int, n: int, material: Material, **options: Any) -> list[Question]:
-    plain = dict.fromkeys(("instruction", "examples", "answer_format"), False)
-    task = BabiLong(length=length, facts=str(babi / rows), background=str(babi / "books"), **plain, **options)
-    return task.sample(n, seed=SEED, measure=material.size)
-
-
-def published_mixing(
-    facts: list[str], books: list[str], room: int, window: tuple[float, float] | None, tokenizer: Tokenizer
-) -> Iterator[str]:
-    """Texts of `room` tokens, endlessly, as booydar/babilong describes and does it, window and all."""
-    rng = np.random.default_rng(SEED)
-    punkt = nltk.PunktSentenceTokenizer()
-
-    def tokens(sentence: str) -> list[int]:
-        return tokenizer.encode(" " + sentence).ids
-
-    def reading() -> Iterator[list[int]]:
-        while True:
-            book = books[rng.integers(len(books))]
-            start = rng.integers(len(book))
-            for sentence in punkt.tokenize(book[start : start + 10 * room])[1:-1]:
-                if len(ids := tokens(sentence)) >= 10:
-                    yield ids
-
-    told = [tokens(fact) for fact in facts]
-    size = sum(map(len, told))
-    start, end = (int(room * share) for share in window or (0, 1))
-    sentences = reading()
-    while True:
-        background: list[list[int]] = []
-        while (left := room - size - sum(map(len, background))) > 0:
-            background.append(next(sentences)[:left])
-        before = [sum(map(len, background[:i])) for i in range(len(background))]
-        places = [i for i, n in enumerate(before) if start <= n < end - size] if window else range(len(background) + 1)
-        gaps = sorted(rng.choice(places) for _ in told)
-        pieces = [*background, []]
-        mixed = [[*(fact for fact, gap in zip(told, gaps, strict=True) if gap == i), piece] for i, piece in enumerate(pieces)]
-        yield tokenizer.decode([token for some in mixed for piece in some for token in piece]).removeprefix(" ")
-
-
-@pytest.mark.parametrize("window", [None, (0.25, 0.6)])
-def test_babilong_mixes_by_the_published_law(window: tuple[float, float] | None, babi: Path, material: Material) -> None:
-    """Facts that are lost, swapped or placed by another law, or texts of another length, make another test of the same name."""
-    facts = json.loads((babi / "six.jsonl").read_text())["facts"]
-    room, n = 600, 100
-    books = [path.read_text() for path in sorted((babi / "books").iterdir())]
-    published = list(islice(published_mixing(facts, books, room, window, material.tokenizer), n))
-    questions = asked_of_us(babi, "six.jsonl", room + 300, n, material, window=window)
-    ours = [question.prompt.split("<context>\n")[1].split("\n</context>")[0] for question in questions]
-    laws = []
-    for texts in (published, ours):
-        law: dict[str, list[Any]] = {"gap": [], "first": [], "last": [], "sentences": [], "together": []}
-        for text in texts:
-            assert FACT.findall(text) == facts
-            assert material.size(" " + text) == room
-            places = [match.start() for match in FACT.finditer(text)]
-            gaps = [len(sentences_of(FACT.sub("", text[:place]))) for place in places]
-            most = len(sentences_of(FACT.sub("", text)))
-            law["gap"] += [gap / most for gap in gaps]
-            law["first"].append(material.size(" " + text[: places[0]]) / room)
-            law["last"].append(material.size(" " + text[: places[-1]]) / room)
-            law["sentences"].append(float(most))
-            law["together"].append(min(2, len(facts) - len(set(gaps))))
-        assert window or {0, 1} <= set(law["gap"])
-        laws.append(law)
-    for what, law in laws[0].items():
-        assert same_law(law, laws[1][what]) > LEVEL, what
-
-
-def test_babilong_takes_the_published_stories(babi: Path, material: Material) -> None:
-    """At most an eighth of the tokens in lines, the question being one: a longer story would be all facts."""
-    rows = [json.loads(line) for line in (babi / "rows.jsonl").read_text().splitlines()]
-    room = 240
-    short = [row for row in rows if len(row["facts"]) + 1 <= room / 8]
-    assert 20 < len(short) < 40
-    asked = asked_of_us(babi, "rows.jsonl", room + 300, len(short), material)
-    told = sorted((FACT.findall(question.prompt), question.tags["question"], question.answers[0]) for question in asked)
-    assert told == sorted((row["facts"], row["question"], row["answer"]) for row in short)
-
-
-def test_babilong_scores_are_the_same_where_they_should() -> None:
-    """The harness looks for the label anywhere in what is said; ours, the leaderboard's, wants it alone in the first sentence."""
-    theirs = pytest.importorskip("lm_eval.tasks.babilong.common_utils").process_results
-
-    def both(said: str, target: str, question: str = "Where is Mary?") -> tuple[float, float]:
-        return float(correct(1, said, target, question)), theirs({"target": target}, [said])["acc"]
-
-    for room, other in product(LABELS[1], LABELS[1]):
-        for said in (
-            room,
-            room.upper(),
-            f" {room}.",
-            f"the most recent location of Mary is {room}\n",
-            f"in\x01the {room}s. So",
-        ):
-            assert both(said, other) == (room == other, room == other)
-        if room != other:
-            for said in (f"{other} or {room}", f"I think. {room}", f"{other}. No, {room}", f"hm <example> {room}"):
-                assert both(said, room) == (0, 1)
-            assert both(f"{room}, not {other}", room, f"Where was it before the {other}?") == (1, 1)
