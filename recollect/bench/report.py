@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -151,12 +151,9 @@ def draw(setting: Setting, rows: Rows, names: Sequence[str]) -> Figure:
         panels[0].fill_between(list(seconds), low, high, color=look["color"], alpha=0.15, linewidth=0)
         found = rows.points(name, measure)
         panels[1].plot(list(found), list(found.values()), linewidth=1.6, **look)
-    titles = (
-        "seconds per token" if setting.suite == "decode" else "seconds per step",
-        "state" if setting.suite == "decode" else "peak memory",
-    )
-    for panel, title, form in zip(panels, titles, (pretty, units.size), strict=True):
-        _dress(panel, title, form, _lengths(rows, shown))
+    titles = ("seconds per token", "state") if setting.suite == "decode" else ("seconds per step", "peak memory")
+    _dress(panels[0], titles[0], _lengths(rows, shown), LogLocator(subs=(1.0, 2.0, 5.0), numticks=12), pretty)
+    _dress(panels[1], titles[1], _lengths(rows, shown), LogLocator(base=2, numticks=9), units.size)
     figure.suptitle(
         f"{setting.suite}: {setting.dtype}, {setting.heads} heads of {setting.head_dim}, {setting.kind}", fontsize=10
     )
@@ -164,14 +161,13 @@ def draw(setting: Setting, rows: Rows, names: Sequence[str]) -> Figure:
     return figure
 
 
-def _dress(panel: Any, title: str, form: Any, lengths: Sequence[int]) -> None:
+def _dress(panel: Any, title: str, lengths: Sequence[int], ticks: LogLocator, form: Callable[[float], str]) -> None:
     panel.set_xscale("log", base=2)
     panel.set_yscale("log")
-    panel.set_xticks(
-        lengths, [f"{length // 1024}K" if length >= 1024 and length % 1024 == 0 else str(length) for length in lengths]
-    )
+    names = [f"{length // 1024}K" if length >= 1024 and length % 1024 == 0 else str(length) for length in lengths]
+    panel.set_xticks(lengths, names)
     panel.xaxis.set_minor_locator(NullLocator())
-    panel.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=12))
+    panel.yaxis.set_major_locator(ticks)
     panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: form(value)))
     panel.yaxis.set_minor_locator(NullLocator())
     panel.set_xlabel("tokens")
