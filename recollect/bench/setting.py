@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from pathlib import Path
 from typing import NamedTuple
@@ -47,11 +48,16 @@ class Setting(NamedTuple):
 
     def described(self) -> dict[str, object]:
         """The setting with the machine, as it stands in every row: rows are one measurement only if all of this is equal."""
-        here = machine()
-        kept = {name: here[name] for name in ("recollect", "torch", "processor", "cores", "gpu", "multi_token_attention")}
-        return {**self._asdict(), "code": code_digest(), "machine": kept}
+        return {**self._asdict(), "code": code_digest(), "machine": dict(_machine())}
 
 
+@functools.cache
+def _machine() -> dict[str, object]:
+    here = machine()
+    return {name: here[name] for name in ("recollect", "torch", "processor", "cores", "gpu", "multi_token_attention")}
+
+
+@functools.cache
 def code_digest() -> str:
     """What identifies this package's source: a row of other code is another measurement."""
     total = hashlib.sha256()

@@ -108,7 +108,9 @@ def _run(setting: Setting, lengths: list[int], only: list[str] | None, out: Path
             shown = report.write(out, setting, rows, [contender.name for contender in entered], rates)
     except Busy as error:
         raise ValueError(str(error)) from error
-    console = Console()
+    narrow, wide = Console(), Console(width=1000)
+    widest = max((wide.measure(part).maximum for part in shown if not isinstance(part, str)), default=0)
+    console = Console(width=max(narrow.width, widest))  # a table that is wider than the terminal wraps, and loses no number
     for part in shown:
         console.print(part, markup=False, highlight=False, soft_wrap=isinstance(part, str))
     print(f"rows: {rows.path}; picture: {out / setting.suite}.png\n")
