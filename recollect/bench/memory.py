@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import multiprocessing
 import sys
 from collections.abc import Callable
@@ -96,11 +97,18 @@ def _child(pipe: Any, key: str, setting: Setting, length: int) -> None:
     try:
         contender.prepare(setting, inputs(setting, min(WARM_UP, length)))()
         step = contender.prepare(setting, inputs(setting, length))
+        _trim()
         peak = peak_during(lambda: seconds.append(once(step)))
     except Exception as error:  # whatever a contender, ours or a peer, raises is its row's reason
         pipe.send((None, None, shortly(error)))
         return
     pipe.send((peak, seconds[0], ""))
+
+
+def _trim() -> None:
+    """Give back what the warm-up has freed (glibc keeps it), so that the step's own memory shows."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _bound(n_bytes: float) -> None:

@@ -105,17 +105,18 @@ def memory_grid(setting: Setting, rows: Rows, names: Sequence[str]) -> Grid:
 
 def notes(rows: Rows, names: Sequence[str]) -> list[str]:
     """What must be known beside the numbers: remarks, why a contender stopped, which were not there."""
-    said, absent = [], []
+    said: list[str] = []
+    absent: dict[str, list[str]] = {}
     for name in names:
         for row in rows.of(name):
             if row["status"] == SKIPPED:
-                absent.append(f"{name} ({row['reason']})")
+                absent.setdefault(row["reason"], []).append(name)
             elif row["length"] is None:
                 remark = "; ".join(text for text in (row.get("note"), _remark(row)) if text)
                 said += [f"{name}: {remark}"] * bool(remark)
             elif row["status"] != DONE:
                 said.append(f"{name} at {row['length']:,}: {row['reason']}")
-    return [*said, *([f"not here: {', '.join(absent)}"] if absent else [])]
+    return [*said, *(f"not here: {', '.join(some)} ({reason})" for reason, some in absent.items())]
 
 
 def terminal(grid: Grid) -> Table:

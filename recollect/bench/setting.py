@@ -10,7 +10,6 @@ from typing import NamedTuple
 import torch
 
 import recollect
-from recollect.comparison.plan import machine
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 LENGTHS = tuple(512 * 2**i for i in range(8))  # to 64K
@@ -53,6 +52,8 @@ class Setting(NamedTuple):
 
 @functools.cache
 def _machine() -> dict[str, object]:
+    from recollect.comparison.plan import machine  # here: it loads transformers, and a process that measures memory needs none
+
     here = machine()
     return {name: here[name] for name in ("recollect", "torch", "processor", "cores", "gpu", "multi_token_attention")}
 

@@ -17,7 +17,6 @@ import recollect.mixers
 from recollect.bench.contenders import SUITES, Check, Contender, Suite, loosely, register
 from recollect.bench.floor import Work
 from recollect.bench.setting import Setting
-from recollect.models import RecollectConfig, RecollectForCausalLM
 
 LAYERS, VOCABULARY = 6, 257
 MIXERS = ("attention", "mta", "talking_heads", "diff", "yaad", "gated_delta_net")
@@ -51,6 +50,11 @@ def inputs(setting: Setting, length: int) -> Tensor:
 
 
 def prepare(setting: Setting, tokens: Tensor, *, name: str) -> Training:
+    from recollect.models import (
+        RecollectConfig,
+        RecollectForCausalLM,
+    )  # here: it loads transformers, which other suites do without
+
     torch.manual_seed(0)
     config = RecollectConfig(
         vocab_size=VOCABULARY,
