@@ -15,7 +15,6 @@ from recollect.cli.shared import INTERRUPTED, SOME_FAILED, app, as_interrupt, re
 if TYPE_CHECKING:
     from recollect.bench.setting import Setting
 
-SUITES = ("mta", "miras", "decode", "train")
 ALL = "all"
 
 
@@ -118,12 +117,14 @@ def _run(setting: Setting, lengths: list[int], only: list[str] | None, out: Path
 
 
 def _suites(suite: str) -> list[str]:
+    from recollect.bench.setting import SIZES
+
     if suite == ALL:
-        return list(SUITES)
-    if suite not in SUITES:
-        near = difflib.get_close_matches(suite, (*SUITES, ALL), n=1)
+        return list(SIZES)
+    if suite not in SIZES:
+        near = difflib.get_close_matches(suite, (*SIZES, ALL), n=1)
         hint = f"; did you mean {near[0]!r}?" if near else "."
-        raise ValueError(f"unknown suite {suite!r}{hint} Suites: {', '.join((*SUITES, ALL))}")
+        raise ValueError(f"unknown suite {suite!r}{hint} Suites: {', '.join((*SIZES, ALL))}")
     return [suite]
 
 
