@@ -6,6 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ class Timing(NamedTuple):
 
 def synchroniser(device: str) -> Callable[[], None]:
     """What waits until a device has done its work: nothing to wait for on a CPU."""
-    return torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
+    return partial(torch.cuda.synchronize, device) if torch.device(device).type == "cuda" else lambda: None
 
 
 def once(

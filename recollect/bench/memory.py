@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import multiprocessing
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -89,6 +90,9 @@ def shortly(error: BaseException) -> str:
 def _child(pipe: Any, key: str, setting: Setting, length: int) -> None:
     from recollect.bench.suites import CONTENDERS, SUITES  # here: the suites import this part's other files
 
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches the whole group: the parent ends this process, without a traceback
     torch.set_num_threads(setting.threads)
     _bound(available_bytes("cpu"))
     contender = CONTENDERS[key]

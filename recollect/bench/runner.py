@@ -22,6 +22,7 @@ from recollect.bench.setting import Setting, available_bytes
 from recollect.comparison.report import units
 
 ROUND = 0.02  # seconds that a round of a short step takes
+LONG = 20.0  # seconds of silence that are announced
 
 Tell = Callable[[str], None]
 Prober = Callable[[str, Setting, int], Probe]
@@ -109,7 +110,11 @@ class Runner(NamedTuple):
     def _timed(self, steps: dict[str, Step]) -> dict[str, list[float]]:
         """Seconds of a step in every round; a round calls a short step several times and counts their mean."""
         wait = synchroniser(self.setting.device)
-        calls = {name: min(100, 1 + int(ROUND / once(step, wait=wait, now=self.now))) for name, step in steps.items()}
+        first = {name: once(step, wait=wait, now=self.now) for name, step in steps.items()}
+        calls = {name: min(100, 1 + int(ROUND / max(seconds, 1e-9))) for name, seconds in first.items()}
+        expected = self.setting.repeats * sum(first[name] * calls[name] for name in steps)
+        if expected > LONG:
+            self.tell(f"{self.suite.name}: the next {self.setting.repeats} rounds take about {units.duration(expected)}")
 
         def repeated(step: Step, n_calls: int) -> None:
             for _ in range(n_calls):

@@ -98,6 +98,8 @@ def _run(setting: Setting, lengths: list[int], only: list[str] | None, out: Path
     if not entered:  # --contenders names those of other suites
         return False
     torch.set_num_threads(setting.threads)
+    if torch.device(setting.device).index is not None:
+        torch.cuda.set_device(setting.device)  # Triton launches on the current one
     try:
         with locked(out):
             rows = Rows(out, setting)
