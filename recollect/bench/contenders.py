@@ -94,7 +94,7 @@ def missing(contender: Contender, setting: Setting) -> str:
     """Why a contender cannot run here, "" if it can."""
     absent = [module for module in contender.needs if importlib.util.find_spec(module) is None]
     if absent:
-        return f"{absent[0]} is not installed; python -m bench.peers says how"
+        return f"{absent[0]} is not installed; python -m recollect.bench.peers says how"
     return contender.lacks(setting)
 
 

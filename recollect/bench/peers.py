@@ -1,4 +1,7 @@
-"""The packages of others that `recollect bench` compares with when they are importable; none is required."""
+"""The packages of others that `recollect bench` compares with when they are importable; none is required.
+
+`python -m recollect.bench.peers` prints how to install each.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +61,13 @@ PEERS = (
         f"pip install --no-deps {_TITANS}",
         "runs on a CPU too; with --target FOLDER it stays out of this environment (then PYTHONPATH=FOLDER)",
     ),
-    Peer("FlexAttention", "triton", ("mta/flex_attention",), "pip install triton", "a CUDA GPU; it comes with torch"),
+    Peer(
+        "FlexAttention",
+        "triton",
+        ("mta/flex_attention",),
+        "pip install --no-deps triton",
+        "a CUDA GPU; torch for CUDA brings it along",
+    ),
 )
 
 
@@ -69,3 +78,17 @@ def install(module: str) -> str:
         KeyError: no peer has it.
     """
     return {peer.module: peer.install for peer in PEERS}[module]
+
+
+def main() -> None:
+    """Print every peer: what it is beside, whether it is importable here, the pip line that leaves torch as it is."""
+    for peer in PEERS:
+        print(f"{peer.name}: {'importable here' if peer.here else 'not here'}")
+        print(f"  beside   {', '.join(peer.beside)}")
+        print(f"  needs    {peer.about}")
+        print(f"  install  {peer.install}\n")
+    print("scaled_dot_product_attention comes with torch and is always there (mta/sdpa).")
+
+
+if __name__ == "__main__":
+    main()

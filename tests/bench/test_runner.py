@@ -126,7 +126,7 @@ def test_peers_that_are_not_installed_are_skipped(world: World, tmp_path: Path, 
     row = runner.rows.at("fla", None)
     assert row is not None
     assert row["status"] == SKIPPED
-    assert "fla is not installed; python -m bench.peers says how" in row["reason"]
+    assert "fla is not installed; python -m recollect.bench.peers says how" in row["reason"]
     assert list(runner.rows.points("there", "seconds")) == [16]
 
 

@@ -118,6 +118,6 @@ def test_every_peer_is_a_contender_and_leaves_torch_alone() -> None:
     for peer in peers.PEERS:
         words = peer.install.split()
         assert words[:2] == ["pip", "install"]
-        assert "--no-deps" in words or peer.module == "triton"
+        assert "--no-deps" in words
         assert not {"torch", "triton"} & set(words[2:]) - {peer.module}
         assert {CONTENDERS[key].needs for key in peer.beside} == {(peer.module,)}
