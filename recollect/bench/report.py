@@ -73,7 +73,7 @@ def header(setting: Setting, rates: Rates) -> str:
 def time_grid(setting: Setting, rows: Rows, names: Sequence[str]) -> Grid:
     """Time (of "train" tokens per second) by length, growth, achieved over floor at the longest, error against the oracle."""
     lengths = _lengths(rows, names)
-    what = {"train": "tokens per second", "decode": "time of one token after a context"}.get(
+    what = {"train": "tokens per second, forward + backward", "decode": "time of one token after a context"}.get(
         setting.suite, "forward + backward"
     )
     lines = []

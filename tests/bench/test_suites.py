@@ -121,3 +121,12 @@ def test_every_peer_is_a_contender_and_leaves_torch_alone() -> None:
         assert "--no-deps" in words
         assert not {"torch", "triton"} & set(words[2:]) - {peer.module}
         assert {CONTENDERS[key].needs for key in peer.beside} == {(peer.module,)}
+
+
+@pytest.mark.parametrize("name", decoding.MIXERS)
+def test_a_cache_that_is_stretched_is_said_to_be(name: str) -> None:
+    """Prevents numbers of a made-up context without a word about it, by what the state does."""
+    here = setting("decode")
+    mixer = decoding.build(here, name)
+    sizes = {state.nbytes(decoding.read(mixer, here, length)) for length in (70, 90)}
+    assert (len(sizes) > 1) == (name in decoding.GROWING) == bool(CONTENDERS[f"decode/{name}"].note(here))

@@ -22,6 +22,7 @@ from recollect.state import State
 MIXERS = (
     "attention", "mta", "talking_heads", "diff", "yaad", "moneta", "memora", "delta_net", "gated_delta_net", "gla", "mamba2",
 )  # fmt: skip
+GROWING = frozenset({"attention", "mta", "talking_heads", "diff"})  # with the context
 PIECE = 512  # tokens read at a time
 SHORT = 64  # tokens after which it is known whether a state grows
 
@@ -131,6 +132,7 @@ def contender(name: str) -> Contender:
         check=partial(check, name=name),
         work=work,
         state_bytes=state_bytes,
+        note=lambda setting: f"the cache repeats {SHORT} tokens" if name in GROWING else "",
     )
 
 
