@@ -18,6 +18,8 @@ from recollect.bench.setting import Setting
 
 CHECK_LENGTH = 96  # tokens of the comparison with the oracle: several tiles and chunks, and a rest
 
+UNMEASURED = "never measured on a GPU by its authors"
+
 Step = Callable[[], "list[Tensor]"]
 
 
@@ -101,6 +103,11 @@ def missing(contender: Contender, setting: Setting) -> str:
 def only_cuda(setting: Setting) -> str:
     """For kernels that exist on a GPU only."""
     return "" if setting.kind == "cuda" else "runs on a GPU only"
+
+
+def unmeasured(setting: Setting) -> str:
+    """The note of everything of ours on a GPU, until its authors have timed it on one."""
+    return UNMEASURED if setting.kind == "cuda" else ""
 
 
 def relative_error(got: Iterable[Tensor], exact: Iterable[Tensor]) -> float:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from recollect import state
 from recollect.bench import peers
-from recollect.bench.contenders import missing
+from recollect.bench.contenders import UNMEASURED, missing
 from recollect.bench.setting import Setting
 from recollect.bench.suites import CONTENDERS, SUITES, attention, attention_peers, decoding, memories
 from tests.bench.toys import SETTING
@@ -107,7 +107,11 @@ def test_the_post_only_form_is_what_liger_computes() -> None:
 
 def test_triton_says_that_nobody_has_measured_it() -> None:
     """Prevents numbers of an untried kernel without a word about it."""
-    assert attention.UNMEASURED in CONTENDERS["mta/triton"].note(setting("mta"))
+    assert UNMEASURED in CONTENDERS["mta/triton"].note(setting("mta"))
+    for key in ("miras/gla", "train/mta", "decode/delta_net"):
+        here = setting(key.split("/")[0])
+        assert UNMEASURED in CONTENDERS[key].note(here._replace(device="cuda"))
+        assert UNMEASURED not in CONTENDERS[key].note(here)
     assert missing(CONTENDERS["mta/triton"], setting("mta")) == "runs on a GPU only"
 
 

@@ -14,13 +14,23 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from recollect.bench.contenders import CHECK_LENGTH, SUITES, Check, Contender, Step, Suite, against, register
+from recollect.bench.contenders import (
+    CHECK_LENGTH,
+    SUITES,
+    UNMEASURED,
+    Check,
+    Contender,
+    Step,
+    Suite,
+    against,
+    register,
+    unmeasured,
+)
 from recollect.bench.floor import Work
 from recollect.bench.setting import Setting
 from recollect.ops.multi_token import ABLE, Mixing, backends, choose, multi_token_attention
 
 C_Q, C_K = 6, 11
-UNMEASURED = "never measured on a GPU by its authors"
 ABOUT = {
     "materialized": "T x T tensors, automatic differentiation: the formulation of the paper",
     "blocked": "blocks of rows in plain PyTorch, recomputed in the backward pass",
@@ -132,7 +142,7 @@ def note(setting: Setting, *, backend: str) -> str:
     """Whether it is the form that users get, and what nobody has measured."""
     x = inputs(setting, 1)
     default = choose(x.q, x.k, x.mixing) is backends()[backend]
-    return "; ".join(["the default here"] * default + [UNMEASURED] * (backend == "triton"))
+    return "; ".join(filter(None, ["the default here" * default, UNMEASURED if backend == "triton" else unmeasured(setting)]))
 
 
 def form(backend: str) -> Contender:
@@ -162,6 +172,6 @@ register(
         prepare=_post,
         check=partial(check, make=_post, part=post_only),
         work=partial(work, sides=1, heads_mixed=False),
-        note=lambda setting: f"less than the full op{'; ' + UNMEASURED if setting.kind == 'cuda' else ''}",
+        note=lambda setting: "; ".join(filter(None, ["less than the full op", unmeasured(setting)])),
     )
 )

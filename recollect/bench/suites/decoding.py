@@ -13,7 +13,7 @@ from torch import Tensor
 
 import recollect.mixers
 from recollect import state
-from recollect.bench.contenders import SUITES, Check, Contender, Suite, loosely, register
+from recollect.bench.contenders import SUITES, Check, Contender, Suite, loosely, register, unmeasured
 from recollect.bench.floor import Work
 from recollect.bench.setting import Setting
 from recollect.mixers import Mixer
@@ -122,6 +122,11 @@ def work(setting: Setting, length: int, step: Decoder) -> Work:
     return Work(2.0 * (setting.batch * numbers + held), float(size))
 
 
+def note(setting: Setting, *, name: str) -> str:
+    """That a cache was stretched, and what nobody has measured."""
+    return "; ".join(filter(None, [f"the cache repeats {SHORT} tokens" if name in GROWING else "", unmeasured(setting)]))
+
+
 def contender(name: str) -> Contender:
     """One layer as a contender."""
     return Contender(
@@ -132,7 +137,7 @@ def contender(name: str) -> Contender:
         check=partial(check, name=name),
         work=work,
         state_bytes=state_bytes,
-        note=lambda setting: f"the cache repeats {SHORT} tokens" if name in GROWING else "",
+        note=partial(note, name=name),
     )
 
 

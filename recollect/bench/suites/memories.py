@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from recollect.bench.contenders import CHECK_LENGTH, SUITES, Check, Contender, Step, Suite, against, register
+from recollect.bench.contenders import CHECK_LENGTH, SUITES, Check, Contender, Step, Suite, against, register, unmeasured
 from recollect.bench.floor import Work
 from recollect.bench.setting import Setting
 from recollect.ops.miras import MirasSpec, Parameters, presets, scan
@@ -146,6 +146,7 @@ def contender(name: str) -> Contender:
         prepare=make,
         check=partial(check, make=make, preset=preset),
         work=partial(work, preset=preset),
+        note=unmeasured,
     )
 
 

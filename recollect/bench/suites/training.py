@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import recollect.mixers
-from recollect.bench.contenders import SUITES, Check, Contender, Suite, loosely, register
+from recollect.bench.contenders import SUITES, Check, Contender, Suite, loosely, register, unmeasured
 from recollect.bench.floor import Work
 from recollect.bench.setting import Setting
 
@@ -103,6 +103,7 @@ def contender(name: str) -> Contender:
         prepare=partial(prepare, name=name),
         check=partial(check, name=name),
         work=partial(work, attends=name in ATTENDS),
+        note=unmeasured,
     )
 
 
