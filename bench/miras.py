@@ -15,7 +15,7 @@ weights). More work: gelu by erf, and the norm's scale is rewritten too. Queries
 from __future__ import annotations
 
 import argparse
-import importlib
+import importlib.util
 import statistics
 import sys
 from collections.abc import Callable
@@ -23,9 +23,12 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from bench.harness import Measure, extra_peak_bytes, interleaved, machine, matmul_rate, peak_during, ratio, show
+from recollect.bench.peers import install
+from recollect.bench.suites.memories import perceptron_operations
+from recollect.bench.suites.memory_peers import titans_memory
 from recollect.ops.miras import MirasSpec, MirasState, Parameters, presets, scan
 from recollect.ops.miras.biases import l2
 from recollect.ops.miras.memories import mlp
@@ -34,11 +37,7 @@ from recollect.ops.miras.rules import gd
 
 HEADS, SIZE, LENGTH = 8, 64, 2048
 CHUNKS = {64: 5.0, 16: 10.0}  # chunk size: how many times faster than the peer
-PEER_PACKAGES = (
-    "titans-pytorch==0.5.5 assoc-scan einops einx tensordict hyper-connections rotary-embedding-torch axial-positional-embedding "
-    "x-transformers torch-einops-utils pyvers cloudpickle frozendict loguru"
-)
-INSTALL = f"pip install --no-deps --target FOLDER {PEER_PACKAGES}; then --peer FOLDER"
+INSTALL = f"{install('titans_pytorch')} --target FOLDER; then --peer FOLDER"
 
 
 class Inputs(NamedTuple):
@@ -141,28 +140,18 @@ def error_rows() -> list[Measure]:
 # --- against the peer, and the floor ------------------------------------------------------------------------------------------
 
 
-def peer_memory(folder: str | None) -> Any | None:
-    """The peer's class, None if it is not installed."""
+def has_peer(folder: str | None) -> bool:
+    """Whether the peer is installed, in the folder or in this environment."""
     if folder:
         sys.path.insert(0, folder)
-    try:
-        return importlib.import_module("titans_pytorch").NeuralMemory
-    except ModuleNotFoundError:
-        return None
+    return importlib.util.find_spec("titans_pytorch") is not None
 
 
-def peer_step(make: Any, chunk: int) -> Callable[[], object]:
+def peer_step(chunk: int) -> Callable[[], object]:
     """Forward + backward of the peer at the headline size."""
-    torch.manual_seed(0)
-    width = HEADS * SIZE
-    module = make(
-        dim=width, heads=HEADS, dim_head=SIZE, chunk_size=chunk, batch_size=chunk, momentum=False, pre_rmsnorm=False,
-        default_step_transform_max_lr=0.02,
-    )  # fmt: skip
-    module.to_queries = module.to_keys = module.to_values = module.combine_heads = nn.Identity()
-    module.retrieve_gate = None
-    x = F.normalize(torch.randn(1, LENGTH, width), dim=-1).requires_grad_()
-    grad = torch.randn(1, LENGTH, width)
+    module = titans_memory(HEADS, SIZE, chunk)
+    x = F.normalize(torch.randn(1, LENGTH, HEADS * SIZE), dim=-1).requires_grad_()
+    grad = torch.randn(1, LENGTH, HEADS * SIZE)
 
     def run() -> None:
         module.zero_grad(set_to_none=True)
@@ -174,10 +163,10 @@ def peer_step(make: Any, chunk: int) -> Callable[[], object]:
 
 def operations(chunk: int, length: int) -> float:
     """FLOPs of the forward pass as matrix products: 28 K^2 + 10 C K multiply-adds per token and head."""
-    return 2 * (28 * SIZE**2 + 10 * chunk * SIZE) * length * HEADS
+    return perceptron_operations(SIZE, chunk) * length * HEADS
 
 
-def peer_rows(make: Any | None, repeats: int) -> list[Measure]:
+def peer_rows(peer: bool, repeats: int) -> list[Measure]:
     """Forward + backward against the peer, forward against the floor, for each chunk size."""
     rows = []
     for chunk, goal in CHUNKS.items():
@@ -188,11 +177,11 @@ def peer_rows(make: Any | None, repeats: int) -> list[Measure]:
             "channels": lambda spec=spec, x=wide: step(spec, x),  # type: ignore[misc]
             "forward": lambda spec=spec, x=x: read_only(spec, x),  # type: ignore[misc]
         }
-        if make is not None:
-            runs["peer"] = peer_step(make, chunk)
+        if peer:
+            runs["peer"] = peer_step(chunk)
         seconds = interleaved(runs, repeats=repeats)
         name = f"chunk {chunk}, T={LENGTH}"
-        if make is None:
+        if not peer:
             rows.append(
                 Measure(
                     f"forward + backward, titans-pytorch / ours, {name}", f"peer not installed: {INSTALL}", f">= {goal:.0f}x"
@@ -339,8 +328,8 @@ def main() -> int:
     if not all(row.met for row in rows):
         print("not timed: the default form is less exact than twice the token loop")
         return show("Miras, errors", rows, arguments.json) or 1
-    make = peer_memory(arguments.peer)
-    rows += peer_rows(make, repeats) + length_rows(repeats) + decode_rows(10 * repeats) + linear_rows(repeats)
+    peer = has_peer(arguments.peer)
+    rows += peer_rows(peer, repeats) + length_rows(repeats) + decode_rows(10 * repeats) + linear_rows(repeats)
     return show("Miras memories, fp32, B=1, 8 heads of 64, two matrices of hidden size 256", rows, arguments.json)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import recollect
 from bench.harness import Measure, copy_rate, extra_peak_bytes, interleaved, machine, matmul_rate, peak_during, ratio, show
+from recollect.bench.suites.attention import operations
 from recollect.models import RecollectConfig, RecollectForCausalLM
 from recollect.ops.multi_token import Mixing, choose, multi_token_attention
 
@@ -64,15 +65,6 @@ def worst_error(length: int) -> tuple[float, float]:
     return error(None), error("materialized")
 
 
-def operations(length: int) -> dict[str, float]:
-    """FLOPs of forward + backward on the causal part, recomputation of the maps in the backward pass included."""
-    pairs = HEADS * length * (length + 1) / 2
-    products = 2 * SIZE * pairs * (2 + 5)  # QK, PV; again QK, and dV, dP, dQ, dK
-    stencils = 2 * C_Q * C_K * pairs * (2 + 2 + 4)  # both sides: forward, recomputed, then gradients of map and kernel
-    mixes = 2 * HEADS * pairs * (2 + 2 + 4)
-    return {"matrix products": products, "stencils": stencils, "head mixing": mixes}
-
-
 def train_step(model: RecollectForCausalLM, tokens: Tensor) -> None:
     """One training step's forward and backward."""
     model.zero_grad(set_to_none=True)
@@ -91,7 +83,7 @@ def op_rows(length: int, repeats: int) -> list[Measure]:
     faster, low, high = ratio(seconds["materialized"], seconds["default"])
     slower, plain_low, plain_high = ratio(seconds["default"], seconds["sdpa"])
     median = sorted(seconds["default"])[len(seconds["default"]) // 2]
-    rate, count = matmul_rate(), operations(length)
+    rate, count = matmul_rate(), operations(HEADS, SIZE, length)
     total = sum(count.values())
     work = ", ".join(f"{name} {value / 1e9:.0f}" for name, value in count.items())
     return [

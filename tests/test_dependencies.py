@@ -32,10 +32,12 @@ ALLOWED: dict[str, set[str]] = {
     # The loss that is reported is the one that is trained on.
     "evaluation": {"data", "inference", "models", "pages", "state", "tasks", "training", "user_modules"},
     "comparison": {"data", "evaluation", "kernels", "mixers", "models", "pages", "state", "tasks", "training", "user_modules"},
+    "bench": {"comparison", "mixers", "models", "ops", "state", "training"},
     "reproduction": {"comparison", "evaluation", "inference", "inspection", "models", "pages", "training"},
     "inspection": {"evaluation", "mixers", "models", "ops", "pages"},
     "__main__": {"cli"},
     "cli": {
+        "bench",
         "comparison",
         "data",
         "evaluation",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from recollect.cli import compare, evaluate, inspect, listing, memory, reproduce, retrofit, train  # noqa: F401 (each registers its commands)
+from recollect.cli import bench, compare, evaluate, inspect, listing, memory, reproduce, retrofit, train  # noqa: F401 (each registers its commands)
 from recollect.cli.shared import app
 
 __all__ = ["app", "main"]

@@ -1,0 +1,102 @@
+"""`recollect bench` as it is typed: tables, files, what wrong input is told."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from bench import peers
+from recollect.bench import floor
+from recollect.bench.runner import Runner
+from recollect.cli import app
+
+TINY = ("--lengths", "16,32", "--heads", "2", "--head-dim", "8", "--repeats", "2", "--device", "cpu")
+
+
+def invoke(*words: object) -> tuple[int, str, str]:
+    done = CliRunner().invoke(app, ["bench", *(str(word) for word in words)], env={"COLUMNS": "200"})
+    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+    return done.exit_code, done.stdout, done.stderr
+
+
+def test_a_suite_is_measured_and_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prevents a command that leaves its numbers where nobody finds them, or measures again what is there."""
+    monkeypatch.setattr(floor, "rates", lambda device, dtype: floor.Rates(1e9, 1e9))
+    out = tmp_path / "out"
+    words = ("mta", *TINY, "--contenders", "native,sdpa", "--out", out)
+    status, said, err = invoke(*words)
+    assert status == 0, err
+    for word in ("native", "sdpa", "time ~ T^", "roofline", "peak memory", "16", "32", "GFLOP/s", "plain attention"):
+        assert word in said
+    assert {path.name for path in out.iterdir()} >= {"rows.jsonl", "mta.md", "mta.png", "mta.svg"}
+    rows = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
+    timed = [row for row in rows if row["length"]]
+    assert {(row["contender"], row["length"]) for row in timed} == {(n, t) for n in ("native", "sdpa") for t in (16, 32)}
+    assert all(row["low"] <= row["seconds"] <= row["high"] and row["floor_seconds"] > 0 for row in timed)
+    assert all("error" in row for row in rows if row["length"] is None)
+    status, again, err = invoke(*words)
+    assert (status, err) == (0, ""), "nothing was left to measure"
+    assert len((out / "rows.jsonl").read_text().splitlines()) == len(rows)
+    assert "sdpa" in again
+
+
+def test_the_contenders_are_listed_with_what_they_lack(tmp_path: Path) -> None:
+    """Prevents names that nobody can find, and a folder for a mere question."""
+    status, said, _ = invoke("--list", "--device", "cpu", "--out", tmp_path / "out")
+    assert status == 0
+    for word in ("native", "liger", "fla_gla", "mamba_ssm", "titans_pytorch", "flex_attention", "gated_delta_net", "GPU only"):
+        assert word in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("mtaa",), "did you mean 'mta'"),
+        (("mta", "--contenders", "natve"), "did you mean 'native'"),
+        (("mta", "--lengths", "12,x"), "--lengths"),
+        (("mta", "--lengths", "16,16"), "different whole numbers"),
+        (("mta", "--lengths", "0"), "at least 2"),
+        (("mta", "--repeats", "0"), "--repeats is at least 1"),
+        (("mta", "--head-dim", "7"), "--head-dim is even"),
+        (("mta", "--limit", "0"), "--limit is a positive number"),
+        (("mta", "--dtype", "int8"), "--dtype is one of float32"),
+        (("mta", "--device", "cuda:99"), "device 'cuda:99' cannot be used here"),
+        (("mta", "--device", "nowhere"), "device 'nowhere' cannot be used here"),
+        (("mta", "--out", "file/out"), "file"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_a_users_mistake_is_one_sentence(
+    words: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prevents tracebacks, and files of a run that never began."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("no folder")
+    status, out, err = invoke(*words)
+    assert (status, out, err.count("\n")) == (2, "", 1), err
+    assert message in err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_an_interruption_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prevents a traceback after Ctrl-C."""
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Runner, "run", interrupted)
+    status, _, err = invoke("mta", *TINY, "--out", tmp_path)
+    assert status == 130
+    assert "run the same command again" in err
+
+
+def test_peers_are_printed_with_their_install_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    """Prevents a hint, `python -m bench.peers`, that leads nowhere."""
+    peers.main()
+    said = capsys.readouterr().out
+    for word in ("flash-attn", "liger-kernel", "flash-linear-attention", "mamba-ssm", "titans-pytorch", "--no-deps"):
+        assert word in said

@@ -1,0 +1,136 @@
+"""What is timed for real: every contender that runs on a CPU is right, and the check would notice if it were not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from recollect import state
+from recollect.bench import peers
+from recollect.bench.contenders import UNMEASURED, missing
+from recollect.bench.setting import Setting
+from recollect.bench.suites import CONTENDERS, SUITES, attention, attention_peers, decoding, memories
+from tests.bench.toys import SETTING
+
+
+def setting(suite: str) -> Setting:
+    return SETTING._replace(suite=suite)
+
+
+HERE = [key for key, contender in CONTENDERS.items() if not missing(contender, setting(contender.suite))]
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """24 tokens are a chunk and a half."""
+    for module in (attention, attention_peers, memories):
+        monkeypatch.setattr(module, "CHECK_LENGTH", 24)
+
+
+@pytest.mark.parametrize("key", HERE)
+def test_what_runs_here_is_right_and_has_a_step(key: str) -> None:
+    """Prevents a contender that is registered and cannot run, an oracle of another function, and work that is not positive."""
+    contender = CONTENDERS[key]
+    here = setting(contender.suite)
+    if contender.check is not None:
+        check = contender.check(here)
+        assert check.passed, check
+    step = contender.prepare(here, SUITES[contender.suite].inputs(here, 17))
+    assert all(torch.isfinite(part).all() for part in step())
+    if contender.work is not None:
+        assert min(contender.work(here, 17, step)) > 0
+
+
+@pytest.mark.parametrize("spoiled", [0, 1, 5])
+def test_a_wrong_output_or_gradient_is_noticed(spoiled: int) -> None:
+    """Prevents a check that looks at the output only, or that allows an error of a thousandth."""
+
+    def make(here: Setting, x: attention.Attention) -> object:
+        def step() -> list[Tensor]:
+            parts = attention.step(x, attention.everything, None)
+            parts[spoiled] = parts[spoiled] * 1.001
+            return parts
+
+        return step
+
+    assert not attention.check(setting("mta"), make=make, part=attention.everything).passed  # type: ignore[arg-type]
+
+
+def test_an_oracle_that_loses_digits_itself_allows_no_more_than_half_of_them() -> None:
+    """Prevents twice a large error of the plain form from passing anything: Memora's token loop is 4e-3 off in fp32."""
+    check = CONTENDERS["miras/memora"].check
+    assert check is not None
+    allowed = check(setting("miras")).allowed
+    assert allowed is not None
+    assert allowed <= torch.finfo(torch.float32).eps ** 0.5
+
+
+def test_a_stretched_state_has_the_shapes_of_one_that_was_read() -> None:
+    """Prevents timing a decoder on a context shorter than the row says."""
+    here = setting("decode")
+    for name in ("attention", "mta", "diff"):
+        mixer = decoding.build(here, name)
+        with torch.inference_mode():
+            _, whole = mixer(decoding.text(here, 100))
+        made = decoding.read(mixer, here, 100)
+        assert [part.shape for _, part in state.leaves(made)] == [part.shape for _, part in state.leaves(whole)]
+
+
+def test_a_constant_state_has_read_the_whole_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prevents a state of the first tokens only."""
+    monkeypatch.setattr(decoding, "PIECE", 16)
+    here, seen = setting("decode"), []
+    mixer = decoding.build(here, "gla")
+    mixer.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0].shape[1]))
+    decoding.read(mixer, here, 100)
+    assert sum(seen) == 100 + 1, "and one token to see whether the state grows"
+
+
+def test_the_post_only_form_is_what_liger_computes() -> None:
+    """Prevents kernels that stand a row off: with Liger's operator written out, our step and its step agree."""
+    here = setting("mta")
+    x = attention.inputs(here, 20).to(torch.float64)
+
+    def operator(scores: Tensor, weight: Tensor, *, padding: tuple[int, int], groups: int) -> Tensor:
+        later = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+        weights = scores.masked_fill(later, -1e9).softmax(-1)
+        return torch.nn.functional.conv2d(weights, weight, padding=padding, groups=groups).masked_fill(later, 0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        module = type("functional", (), {"liger_multi_token_attention": staticmethod(operator)})
+        patch.setattr(attention_peers.importlib, "import_module", lambda name: module)
+        theirs = attention_peers.liger_step(x)
+    for a, b in zip(theirs, attention.step(x, attention.post_only, "materialized"), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
+
+
+def test_triton_says_that_nobody_has_measured_it() -> None:
+    """Prevents numbers of an untried kernel without a word about it."""
+    assert UNMEASURED in CONTENDERS["mta/triton"].note(setting("mta"))
+    for key in ("miras/gla", "train/mta", "decode/delta_net"):
+        here = setting(key.split("/")[0])
+        assert UNMEASURED in CONTENDERS[key].note(here._replace(device="cuda"))
+        assert UNMEASURED not in CONTENDERS[key].note(here)
+    assert missing(CONTENDERS["mta/triton"], setting("mta")) == "runs on a GPU only"
+
+
+def test_every_peer_is_a_contender_and_leaves_torch_alone() -> None:
+    """Prevents install lines for what is not compared, contenders that nobody is told how to install, and a replaced torch."""
+    beside = {key for peer in peers.PEERS for key in peer.beside}
+    assert beside == {key for key, contender in CONTENDERS.items() if contender.needs}
+    for peer in peers.PEERS:
+        words = peer.install.split()
+        assert words[:2] == ["pip", "install"]
+        assert "--no-deps" in words
+        assert not {"torch", "triton"} & set(words[2:]) - {peer.module}
+        assert {CONTENDERS[key].needs for key in peer.beside} == {(peer.module,)}
+
+
+@pytest.mark.parametrize("name", decoding.MIXERS)
+def test_a_cache_that_is_stretched_is_said_to_be(name: str) -> None:
+    """Prevents numbers of a made-up context without a word about it, by what the state does."""
+    here = setting("decode")
+    mixer = decoding.build(here, name)
+    sizes = {state.nbytes(decoding.read(mixer, here, length)) for length in (70, 90)}
+    assert (len(sizes) > 1) == (name in decoding.GROWING) == bool(CONTENDERS[f"decode/{name}"].note(here))
