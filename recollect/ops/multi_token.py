@@ -18,7 +18,6 @@ Source: Golovneva et al. 2025, arXiv 2504.00927, Eq. 3-7.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -27,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from recollect.ops import plugins
 from recollect.ops.attention import check_shapes, visible
 
 DECODE_QUERIES = 8  # at most so many new queries count as decoding
@@ -60,10 +60,6 @@ class Settings(NamedTuple):
     dropout_p: float = 0.0
     seed: int = 0
 
-
-# Faster equals of this file: packages that, when imported, add themselves to BACKENDS, ABLE and PREFERRED. Loaded by name on first
-# use, so that the ops depend on no kernel.
-PLUGINS = ("recollect.kernels",)
 
 Backend = Callable[[Tensor, Tensor, Tensor, Mixing, Settings, "Tensor | None", Rows], "tuple[Tensor, Rows]"]
 BACKENDS: dict[str, Backend] = {}
@@ -175,18 +171,8 @@ def choose(q: Tensor, k: Tensor, mixing: Mixing, backend: str | None = None) -> 
 
 def backends() -> dict[str, Backend]:
     """Every form of the op by name, the plugins' included."""
-    _load_plugins()
+    plugins.load()
     return BACKENDS
-
-
-def _load_plugins() -> None:
-    """Import them, on the first call."""
-    for name in PLUGINS:
-        importlib.import_module(name)
-
-
-# torch.compiler.assume_constant_result, which would import the compiler with this file: torch.compile runs it and does not look inside.
-_load_plugins._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def materialized(

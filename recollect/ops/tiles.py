@@ -8,18 +8,17 @@ Axis legend: B batch, T time, H heads, K key dim, V value dim, N tiles, C tokens
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from recollect.ops import plugins
 from recollect.ops.decay import cumulative_log_decay
 
 BACKENDS = ("chunked", "sequential")
-# Faster equals of the token loop on a matrix state: packages that, when imported, add themselves here. Loaded on first use.
-PLUGINS = ("recollect.kernels",)
+# Faster equals of the token loop on a matrix state add themselves here.
 Recurrence = Callable[..., "tuple[Tensor, Tensor]"]
 RECURRENCES: dict[str, Recurrence] = {}  # arguments as those of `recollect.kernels.triton.recurrence`
 ABLE: dict[str, Callable[[Tensor], bool]] = {}  # can it run on tensors like q?
@@ -182,21 +181,12 @@ def faster_recurrence(backend: str | None, q: Tensor) -> Recurrence | None:
     Raises:
         RuntimeError: the named one cannot run on tensors like q.
     """
-    _load_plugins()
+    plugins.load()
     if backend is None:
         backend = next((name for name, should in PREFERRED if should(q)), None)
     elif backend in RECURRENCES and not ABLE[backend](q):
         raise RuntimeError(f"backend {backend!r} cannot run here ({q.dtype} on {q.device.type}); pass backend='chunked'")
     return None if backend is None else RECURRENCES.get(backend)
-
-
-def _load_plugins() -> None:
-    for name in PLUGINS:
-        importlib.import_module(name)
-
-
-# As in `recollect.ops.multi_token`: torch.compile runs it and does not look inside.
-_load_plugins._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def by_slabs(scan: Callable[..., tuple[Tensor, Tensor]], state: Tensor | None, *tokens: Tensor | None) -> tuple[Tensor, Tensor]:

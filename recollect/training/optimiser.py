@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from recollect.training.config import TrainingConfig
 
@@ -75,10 +74,9 @@ def make_optimisers(model: nn.Module, config: TrainingConfig) -> Optimisers:
     """AdamW over `parameter_groups`, fused (one kernel per step instead of a dozen per parameter); or Muon for the matrices.
 
     Muon takes what `parameter_groups` decays, with momentum 0.95, Nesterov and five Newton-Schulz steps; its update is scaled to the
-    root mean square of AdamW's, so that one learning rate serves both.
+    root mean square of AdamW's, so that one learning rate serves both. Matrices that FSDP or tensor parallelism has cut stay cut: torch
+    divides the products of Newton-Schulz among the processes, which gather a factor before each.
 
-    Raises:
-        ValueError: Muon for matrices that FSDP has cut: it needs them whole.
     Source: Jordan et al. 2024, kellerjordan.github.io/posts/muon; Liu et al. 2025, arXiv 2502.16982.
     """
     matrices, others = parameter_groups(model, config.weight_decay, decay_all=config.decay_all)
@@ -86,8 +84,6 @@ def make_optimisers(model: nn.Module, config: TrainingConfig) -> Optimisers:
     if config.optimiser == "adamw" or not matrices["params"]:
         groups = [group for group in (matrices, others) if group["params"]]
         return Optimisers([torch.optim.AdamW(groups, **adamw)])
-    if any(isinstance(p, DTensor) for p in matrices["params"]):
-        raise ValueError("optimiser muon needs whole matrices, which FSDP cuts: use engine.strategy=ddp, or adamw")
     scale = 1.0 if config.muon_lr is None else config.muon_lr / config.lr
     muon = torch.optim.Muon([{**matrices, "scale": scale}], lr=config.lr, adjust_lr_fn="match_rms_adamw")
     return Optimisers([muon, *([torch.optim.AdamW([others], **adamw)] if others["params"] else [])])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from recollect.bench.clock import foreseen, growth, interleaved, ratio, timing
@@ -40,9 +41,8 @@ def test_the_exponent_of_a_power_is_found(exponent: float) -> None:
 
 def test_the_exponent_is_that_of_least_squares() -> None:
     """Prevents a slope between the first and the last point, by numpy's fit as the other opinion."""
-    numpy = pytest.importorskip("numpy")
     points = {16: 1.0, 32: 5.0, 64: 6.0, 128: 20.0}
-    slope, _ = numpy.polyfit(numpy.log(list(points)), numpy.log(list(points.values())), 1)
+    slope, _ = np.polyfit(np.log(list(points)), np.log(list(points.values())), 1)
     assert growth(points) == pytest.approx(slope)
     assert growth({16: 1.0}) is None
 

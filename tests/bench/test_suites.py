@@ -8,7 +8,7 @@ from torch import Tensor
 
 from recollect import state
 from recollect.bench import peers
-from recollect.bench.contenders import UNMEASURED, missing
+from recollect.bench.contenders import ATTENTIONS, UNMEASURED, missing
 from recollect.bench.setting import Setting
 from recollect.bench.suites import CONTENDERS, SUITES, attention, attention_peers, decoding, memories
 from tests.bench.toys import SETTING
@@ -133,4 +133,4 @@ def test_a_cache_that_is_stretched_is_said_to_be(name: str) -> None:
     here = setting("decode")
     mixer = decoding.build(here, name)
     sizes = {state.nbytes(decoding.read(mixer, here, length)) for length in (70, 90)}
-    assert (len(sizes) > 1) == (name in decoding.GROWING) == bool(CONTENDERS[f"decode/{name}"].note(here))
+    assert (len(sizes) > 1) == (name in ATTENTIONS) == bool(CONTENDERS[f"decode/{name}"].note(here))

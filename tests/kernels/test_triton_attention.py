@@ -150,7 +150,7 @@ def test_it_is_never_the_default_without_a_gpu() -> None:
 
 
 CODE = """
-from recollect.kernels.triton import stencil
+from recollect.kernels.triton import softmax, stencil
 
 bf16, fp32 = "*bf16", "*fp32"
 taps = dict(C_Q=6, C_K=11, LEFT=5, MERGED=1, HAS_START=True, BM=stencil.ROWS, BN=stencil.KEYS, KW=32, ACC=tl.float32, PRECISION="tf32")
@@ -164,8 +164,15 @@ for text in (
     compiled(stencil._kernel_gradient, dict(grad=fp32, x=bf16, sums=fp32, start="*i32"), **taps),
 ):
     assert "mma" in text, "no tensor cores"
-compiled(stencil._softmax, dict(x=fp32, lse=fp32), KNOWN=False, N=1024, ACC=tl.float32)
-compiled(stencil._softmax_backward, dict(weights=fp32, grad=fp32), N=1024, ACC=tl.float32)
+fp64 = dict(x="*fp64", y="*fp64", mid="*fp64", taps="*fp64", matrix="*fp64", start="*i32")
+exact, plain = dict(ACC=tl.float64, PRECISION="ieee"), dict(HAS_START=False, FILL=0.0)
+compiled(stencil._stencil, fp64, **{**taps, **mixed, **side, **exact, **plain})
+compiled(stencil._stencil, maps, **{**taps, **mixed, **side, **plain, "HAS_KERNEL": False, "C_Q": 1, "C_K": 1, "LEFT": 0, "KW": 16})
+compiled(stencil._stencil, maps, **{**taps, **back, **plain, "MERGED": 2, "PRECISION": "tf32x3"}, GROUP=1, GROUP_WIDTH=1)
+compiled(stencil._kernel_gradient, dict(grad=fp32, x=bf16, sums=fp32, start="*i32"), **{**taps, "MERGED": 2, "HAS_START": False})
+for known in (False, True):
+    compiled(softmax._softmax, dict(x=fp32, lse=fp32), KNOWN=known, N=1024, ACC=tl.float32)
+compiled(softmax._softmax_backward, dict(weights=fp32, grad=fp32), N=1024, ACC=tl.float32)
 pointers = dict(grad=fp32, mid=fp32, out=fp32, sums=fp32, matrix=fp32, start="*i32")
 compiled(stencil._mix_backward, pointers, **mixed, HAS_START=True, N=256, ACC=tl.float32)
 """

@@ -106,11 +106,17 @@ def test_it_is_never_the_default_without_a_gpu(monkeypatch: pytest.MonkeyPatch) 
 CODE = """
 from recollect.kernels.triton import recurrence
 
-constants = dict(K=128, V=128, KW=128, N=recurrence.ROWS, DECAY=2, DELTA=True, WIDE=False, HAS_RESET=True)
-for kernel in (recurrence._forward_kernel, recurrence._reverse_kernel, recurrence._again_kernel):
-    numbers = {"n_tokens": "i32", "n_heads": "i32", "n_entries": "i32"}
-    pointers = {name: "*fp32" for name in kernel.arg_names if name not in numbers and name not in constants}
-    compiled(kernel, {**pointers, "reset": "*i8"}, **constants)
+numbers = {"n_tokens": "i32", "n_heads": "i32", "n_entries": "i32"}
+for choice in (
+    dict(DECAY=0, DELTA=False, WIDE=False, HAS_RESET=False),
+    dict(DECAY=1, DELTA=True, WIDE=False, HAS_RESET=False),
+    dict(DECAY=2, DELTA=True, WIDE=False, HAS_RESET=True),
+    dict(DECAY=3, DELTA=True, WIDE=True, HAS_RESET=True),
+):
+    constants = dict(K=128, V=128, KW=128, N=recurrence.ROWS, **choice)
+    for kernel in (recurrence._forward_kernel, recurrence._reverse_kernel, recurrence._again_kernel):
+        pointers = {name: "*fp32" for name in kernel.arg_names if name not in numbers and name not in constants}
+        compiled(kernel, {**pointers, "reset": "*i8"}, **constants)
 """
 
 

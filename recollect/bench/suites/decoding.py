@@ -13,7 +13,7 @@ from torch import Tensor
 
 import recollect.mixers
 from recollect import state
-from recollect.bench.contenders import SUITES, Check, Contender, Suite, loosely, register, unmeasured
+from recollect.bench.contenders import ATTENTIONS, SUITES, Check, Contender, Suite, loosely, register, unmeasured
 from recollect.bench.floor import Work
 from recollect.bench.setting import Setting
 from recollect.mixers import Mixer
@@ -22,7 +22,6 @@ from recollect.state import State
 MIXERS = (
     "attention", "mta", "talking_heads", "diff", "yaad", "moneta", "memora", "delta_net", "gated_delta_net", "gla", "mamba2",
 )  # fmt: skip
-GROWING = frozenset({"attention", "mta", "talking_heads", "diff"})  # with the context
 PIECE = 512  # tokens read at a time
 SHORT = 64  # tokens after which it is known whether a state grows
 
@@ -124,7 +123,7 @@ def work(setting: Setting, length: int, step: Decoder) -> Work:
 
 def note(setting: Setting, *, name: str) -> str:
     """That a cache was stretched, and what nobody has measured."""
-    return "; ".join(filter(None, [f"the cache repeats {SHORT} tokens" if name in GROWING else "", unmeasured(setting)]))
+    return "; ".join(filter(None, [f"the cache repeats {SHORT} tokens" if name in ATTENTIONS else "", unmeasured(setting)]))
 
 
 def contender(name: str) -> Contender:

@@ -14,13 +14,12 @@ import torch
 from torch import Tensor
 
 import recollect.mixers
-from recollect.bench.contenders import SUITES, Check, Contender, Suite, loosely, register, unmeasured
+from recollect.bench.contenders import ATTENTIONS, SUITES, Check, Contender, Suite, loosely, register, unmeasured
 from recollect.bench.floor import Work
 from recollect.bench.setting import Setting
 
 LAYERS, VOCABULARY = 6, 257
 MIXERS = ("attention", "mta", "talking_heads", "diff", "yaad", "gated_delta_net")
-ATTENDS = frozenset({"attention", "mta", "talking_heads", "diff"})
 CHECKED = 48  # tokens of the comparison in fp64
 
 
@@ -102,7 +101,7 @@ def contender(name: str) -> Contender:
         about=recollect.mixers.entry(name).summary,
         prepare=partial(prepare, name=name),
         check=partial(check, name=name),
-        work=partial(work, attends=name in ATTENDS),
+        work=partial(work, attends=name in ATTENTIONS),
         note=unmeasured,
     )
 

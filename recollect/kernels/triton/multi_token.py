@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from recollect.kernels.triton import stencil
+from recollect.kernels.triton import softmax, stencil
 from recollect.kernels.triton.stencil import Frame
 from recollect.ops.multi_token import Mixing, Rows, Settings, blocked, dropout_mask, key_padding, read, scores
 
@@ -110,7 +110,7 @@ def block_maps(call: Call, top: int, bottom: int, lse: Tensor, *, known: bool) -
     frame, precision = call.at(first_weight), call.q.dtype
     stencil.apply_side(raw[:, :, pre.halo :], weights, frame, *pre, precision, fill=float("-inf"), keep=mid_pre)
     sums = lse[:, :, first_weight:bottom].contiguous()
-    stencil.softmax_(weights, sums, frame, known=known)
+    softmax.softmax_(weights, sums, frame, known=known)
     if not known:
         lse[:, :, first_weight:bottom] = sums
     weights = call.above(weights, post.halo - (top - first_weight), call.rows.weights)
@@ -179,7 +179,7 @@ def backward(call: Call, lse: Tensor, grads: Gradients) -> None:
         grad = weight_gradient(call, top, bottom, maps, grads)
         grad = side_backward(call, top, bottom, "post", grad, maps.weights, maps.mid_post, grads)
         grad = plus_returned(call, top, bottom, grad, grads.weights)
-        stencil.softmax_backward_(maps.weights[:, :, call.post.halo :], grad, call.at(top))
+        softmax.softmax_backward_(maps.weights[:, :, call.post.halo :], grad, call.at(top))
         skip = maps.raw.shape[2] - (bottom - top) - call.pre.halo
         grad = side_backward(call, top, bottom, "pre", grad, maps.raw[:, :, skip:], maps.mid_pre, grads)
         grad = plus_returned(call, top, bottom, grad, grads.raw)

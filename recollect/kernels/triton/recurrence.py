@@ -18,6 +18,8 @@ Axis legend: B batch, T time, H heads, K key dim, V value dim.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -31,8 +33,16 @@ NO_DECAY, PER_HEAD, PER_KEY, PER_VALUE = range(4)
 def _rows(x, token, row, V: tl.constexpr, WIDE: tl.constexpr):
     """Entries of a vector over rows at a token; one number a token unless WIDE."""
     if WIDE:
-        return tl.load(x + token * V + row, mask=row < V, other=0.0)
-    return tl.load(x + token)
+        entries = tl.load(x + token * V + row, mask=row < V, other=0.0)
+    else:
+        entries = tl.load(x + token)
+    return entries
+
+
+@triton.jit
+def _columns(x, token, key, K: tl.constexpr):
+    """[1, K] of a vector over keys at a token."""
+    return tl.load(x + token * K + key, mask=key < K, other=0.0)[None, :]
 
 
 @triton.jit
@@ -41,10 +51,21 @@ def _decayed(state, decay, token, row, key, K: tl.constexpr, V: tl.constexpr, DE
     if DECAY == 1:
         state = state * tl.load(decay + token)
     elif DECAY == 2:
-        state = state * tl.load(decay + token * K + key, mask=key < K, other=0.0)[None, :]
+        state = state * _columns(decay, token, key, K)
     elif DECAY == 3:
-        state = state * tl.load(decay + token * V + row, mask=row < V, other=0.0)[:, None]
+        state = state * _rows(decay, token, row, V, True)[:, None]
     return state
+
+
+@triton.jit
+def _written(
+    state, added, k, v, b, decay, token, row, key, K: tl.constexpr, V: tl.constexpr, DECAY: tl.constexpr, DELTA: tl.constexpr
+):
+    """The state after a token whose delta rule adds `added` along b."""
+    state = _decayed(state, decay, token, row, key, K, V, DECAY)
+    if DELTA:
+        state += added[:, None] * _columns(b, token, key, K)
+    return state + _rows(v, token, row, V, True)[:, None] * _columns(k, token, key, K)
 
 
 @triton.jit
@@ -81,16 +102,13 @@ def _forward_kernel(
         token = (head // n_heads * n_tokens + t) * n_heads + head % n_heads
         if HAS_RESET:
             s = tl.where(tl.load(reset + head // n_heads * n_tokens + t) != 0, 0.0, s)
+        added = 0.0
         if DELTA:
-            seen = tl.sum(s * tl.load(a + token * K + key, mask=key < K, other=0.0)[None, :], axis=1)
+            seen = tl.sum(s * _columns(a, token, key, K), axis=1)
             tl.store(read + token * V + row, seen, mask=row < V)
             added = seen * _rows(strength, token, row, V, WIDE)
-        s = _decayed(s, decay, token, row, key, K, V, DECAY)
-        if DELTA:
-            s += added[:, None] * tl.load(b + token * K + key, mask=key < K, other=0.0)[None, :]
-        written = tl.load(v + token * V + row, mask=row < V, other=0.0)
-        s += written[:, None] * tl.load(k + token * K + key, mask=key < K, other=0.0)[None, :]
-        out = tl.sum(s * tl.load(q + token * K + key, mask=key < K, other=0.0)[None, :], axis=1)
+        s = _written(s, added, k, v, b, decay, token, row, key, K, V, DECAY, DELTA)
+        out = tl.sum(s * _columns(q, token, key, K), axis=1)
         tl.store(y + token * V + row, out, mask=row < V)
     tl.store(last + place, s, mask=inside)
 
@@ -135,21 +153,21 @@ def _reverse_kernel(
     for back in range(n_tokens):
         t = n_tokens - 1 - back
         token = (head // n_heads * n_tokens + t) * n_heads + head % n_heads
-        out = tl.load(grad_y + token * V + row, mask=row < V, other=0.0)
-        g += out[:, None] * tl.load(q + token * K + key, mask=key < K, other=0.0)[None, :]
-        written = tl.load(v + token * V + row, mask=row < V, other=0.0)
-        to_v = tl.sum(g * tl.load(k + token * K + key, mask=key < K, other=0.0)[None, :], axis=1)
+        out = _rows(grad_y, token, row, V, True)
+        g += out[:, None] * _columns(q, token, key, K)
+        written = _rows(v, token, row, V, True)
+        to_v = tl.sum(g * _columns(k, token, key, K), axis=1)
         tl.store(grad_v + token * V + row, to_v, mask=row < V)
         tl.store(grad_k + slice_ + token * K + key, tl.sum(g * written[:, None], axis=0), mask=key < K)
         if DELTA:
             power = _rows(strength, token, row, V, WIDE)
-            added = power * tl.load(read + token * V + row, mask=row < V, other=0.0)
-            to_added = tl.sum(g * tl.load(b + token * K + key, mask=key < K, other=0.0)[None, :], axis=1)
+            added = power * _rows(read, token, row, V, True)
+            to_added = tl.sum(g * _columns(b, token, key, K), axis=1)
             tl.store(grad_added + token * V + row, to_added, mask=row < V)
             tl.store(grad_b + slice_ + token * K + key, tl.sum(g * added[:, None], axis=0), mask=key < K)
         g = _decayed(g, decay, token, row, key, K, V, DECAY)
         if DELTA:
-            g += (power * to_added)[:, None] * tl.load(a + token * K + key, mask=key < K, other=0.0)[None, :]
+            g += (power * to_added)[:, None] * _columns(a, token, key, K)
         if HAS_RESET:
             g = tl.where(tl.load(reset + head // n_heads * n_tokens + t) != 0, 0.0, g)
     tl.store(grad_state + place, g, mask=inside)
@@ -191,31 +209,37 @@ def _again_kernel(
         token = (head // n_heads * n_tokens + t) * n_heads + head % n_heads
         if HAS_RESET:
             s = tl.where(tl.load(reset + head // n_heads * n_tokens + t) != 0, 0.0, s)
+        added = 0.0
         if DELTA:
             power = _rows(strength, token, row, V, WIDE)
-            to_read = power * tl.load(grad_added + token * V + row, mask=row < V, other=0.0)
+            to_read = power * _rows(grad_added, token, row, V, True)
             tl.store(grad_a + slice_ + token * K + key, tl.sum(s * to_read[:, None], axis=0), mask=key < K)
-            added = power * tl.load(read + token * V + row, mask=row < V, other=0.0)
-        s = _decayed(s, decay, token, row, key, K, V, DECAY)
-        if DELTA:
-            s += added[:, None] * tl.load(b + token * K + key, mask=key < K, other=0.0)[None, :]
-        written = tl.load(v + token * V + row, mask=row < V, other=0.0)
-        s += written[:, None] * tl.load(k + token * K + key, mask=key < K, other=0.0)[None, :]
-        out = tl.load(grad_y + token * V + row, mask=row < V, other=0.0)
+            added = power * _rows(read, token, row, V, True)
+        s = _written(s, added, k, v, b, decay, token, row, key, K, V, DECAY, DELTA)
+        out = _rows(grad_y, token, row, V, True)
         tl.store(grad_q + slice_ + token * K + key, tl.sum(s * out[:, None], axis=0), mask=key < K)
 
 
-def _constants(
-    q: Tensor, v: Tensor, a: Tensor | None, log_decay: Tensor | None, strength: Tensor | None, on_values: bool
-) -> dict:
-    """What the kernels are compiled for."""
+def _arguments(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    log_decay: Tensor | None,
+    strength: Tensor | None,
+    reset: Tensor | None,
+    on_values: bool,
+) -> tuple[list[Tensor], list[Tensor], dict[str, Any]]:
+    """[q, k, v, a, b] and [decay, strength, reset] as the kernels read them, with q in the place of what is missing, and what the
+    kernels are compiled for."""
     if log_decay is None:
         decay = NO_DECAY
     elif log_decay.dim() == 3:
         decay = PER_HEAD
     else:
         decay = PER_VALUE if on_values else PER_KEY
-    return {
+    options = {
         "K": q.shape[-1],
         "V": v.shape[-1],
         "KW": triton.next_power_of_2(q.shape[-1]),
@@ -223,7 +247,11 @@ def _constants(
         "DECAY": decay,
         "DELTA": a is not None,
         "WIDE": strength is not None and strength.shape[-1] > 1,
+        "HAS_RESET": reset is not None,
     }
+    gates = (None if log_decay is None else log_decay.exp(), strength, None if reset is None else reset.to(torch.int8))
+    tokens, made = ([(q if x is None else x).contiguous() for x in some] for some in ((q, k, v, a, b), gates))
+    return tokens, made, options
 
 
 @torch.library.custom_op("recollect::recurrence", mutates_args=())
@@ -239,17 +267,12 @@ def _forward(
     state: Tensor,
     on_values: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v, state = (x.contiguous() for x in (q, k, v, state))
+    tokens, gates, options = _arguments(q, k, v, a, b, log_decay, strength, reset, on_values)
     batch, n_tokens, n_heads, _ = q.shape
-    y, read, last = torch.empty_like(v), torch.empty_like(v) if a is not None else v.new_empty(0), torch.empty_like(state)
-    decay = None if log_decay is None else log_decay.exp().contiguous()
-    options = _constants(q, v, a, log_decay, strength, on_values)
-    a, b, strength = (None if x is None else x.contiguous() for x in (a, b, strength))
-    marks = None if reset is None else reset.to(torch.int8).contiguous()
-    missing = [q if x is None else x for x in (a, b, decay, strength, marks)]
-    _forward_kernel[(batch * n_heads, triton.cdiv(v.shape[-1], ROWS))](
-        *(q, k, v, *missing, state, y, read, last, n_tokens, n_heads), **options, HAS_RESET=reset is not None
-    )
+    state, y = state.contiguous(), v.new_empty(v.shape)
+    read, last = v.new_empty(v.shape if a is not None else 0), torch.empty_like(state)
+    grid = (batch * n_heads, triton.cdiv(v.shape[-1], ROWS))
+    _forward_kernel[grid](*tokens, *gates, state, y, read, last, n_tokens, n_heads, **options)
     return y, read, last
 
 
@@ -277,22 +300,18 @@ def _backward(
     state: Tensor,
     on_values: bool,
 ) -> list[Tensor]:
-    grad_y, grad_last, q, k, v, state = (x.contiguous() for x in (grad_y, grad_last, q, k, v, state))
+    tokens, gates, options = _arguments(q, k, v, a, b, log_decay, strength, reset, on_values)
+    grad_y, grad_last, state = (x.contiguous() for x in (grad_y, grad_last, state))
     batch, n_tokens, n_heads, _ = q.shape
-    options = {**_constants(q, v, a, log_decay, strength, on_values), "HAS_RESET": reset is not None}
     n_slices = triton.cdiv(v.shape[-1], ROWS)
     grid, sizes = (batch * n_heads, n_slices), (n_tokens, n_heads, q.numel())
-    grad_v, grad_added, grad_state = torch.empty_like(v), torch.empty_like(v), torch.empty_like(state)
+    grad_v, grad_added, grad_state = v.new_empty(v.shape), v.new_empty(v.shape), torch.empty_like(state)
     to_q, to_k, to_a, to_b = (q.new_empty(n_slices, *q.shape) for _ in range(4))
-    a, b, strength = (None if x is None else x.contiguous() for x in (a, b, strength))
-    decay = None if log_decay is None else log_decay.exp().contiguous()
-    marks = None if reset is None else reset.to(torch.int8).contiguous()
-    some_a, some_b, some_decay, some_strength, some_marks = (q if x is None else x for x in (a, b, decay, strength, marks))
-    gates = (some_decay, some_strength, some_marks, read)
     _reverse_kernel[grid](
-        *(grad_y, q, k, v, some_a, some_b, *gates, grad_last, grad_v, to_k, to_b, grad_added, grad_state, *sizes), **options
+        *(grad_y, *tokens, *gates, read, grad_last, grad_v, to_k, to_b, grad_added, grad_state, *sizes), **options
     )
-    _again_kernel[grid](*(grad_y, k, v, some_b, *gates, grad_added, state, to_q, to_a, *sizes), **options)
+    _, whole_k, whole_v, _, whole_b = tokens
+    _again_kernel[grid](*(grad_y, whole_k, whole_v, whole_b, *gates, read, grad_added, state, to_q, to_a, *sizes), **options)
     grad_q, grad_k = to_q.sum(0), to_k.sum(0)
     found = [grad_q, grad_k, grad_v]
     grad_a = grad_b = grad_q.new_zeros(())

@@ -1,4 +1,4 @@
-"""Triton kernels on attention maps: convolution and head mixing, softmax of rows, and their backward passes.
+"""Triton kernels on attention maps: convolution and head mixing, and their backward passes.
 
 A map is [B, H, rows, S] with S contiguous. A convolution along keys is a product with a band (Toeplitz) matrix: a tile of BN keys
 reads BN + c_k - 1, so that c_q small products a tile, and not c_q c_k multiplications an entry, do the work on tensor cores. The
@@ -9,13 +9,14 @@ Which entries exist is arithmetic, not memory: query row i sees keys start_i .. 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 ROWS, KEYS = 32, 16  # of a tile
-ROW_KEYS = 1024  # keys that a program working along a row takes at a time
 
 
 @triton.jit
@@ -176,50 +177,6 @@ def _stencil(
 
 
 @triton.jit
-def _softmax(x, lse, n_rows, n_keys, first, x_head, x_row, KNOWN: tl.constexpr, N: tl.constexpr, ACC: tl.constexpr):
-    """Logits of one row into weights, in place; its log-sum-exp is written, or known."""
-    row, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    x += head * x_head + row * x_row
-    last = tl.minimum(first + row + 1, n_keys)
-    column = tl.arange(0, N)
-    if KNOWN:
-        total = tl.load(lse + head * n_rows + row)
-    else:
-        top, sum_ = tl.full((), float("-inf"), ACC), tl.zeros((), ACC)
-        for low in range(0, last, N):
-            part = tl.load(x + low + column, mask=low + column < last, other=float("-inf")).to(ACC)
-            above = tl.maximum(top, tl.max(part))
-            known = tl.where(above == float("-inf"), 0.0, above)
-            sum_ = sum_ * tl.exp(top - known) + tl.sum(tl.exp(part - known))
-            top = above
-        total = top + tl.log(sum_)
-        tl.store(lse + head * n_rows + row, total)
-    for low in range(0, n_keys, N):
-        part = tl.load(x + low + column, mask=low + column < last, other=float("-inf")).to(ACC)
-        tl.store(x + low + column, tl.exp(part - total).to(x.dtype.element_ty), mask=low + column < n_keys)
-
-
-@triton.jit
-def _softmax_backward(weights, grad, n_keys, first, w_head, w_row, g_head, g_row, N: tl.constexpr, ACC: tl.constexpr):
-    """Gradient of one row's weights into that of its logits, in place."""
-    row, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    weights += head * w_head + row * w_row
-    grad += head * g_head + row * g_row
-    last = tl.minimum(first + row + 1, n_keys)
-    column = tl.arange(0, N)
-    dot = tl.zeros((), ACC)
-    for low in range(0, last, N):
-        inside = low + column < last
-        weight = tl.load(weights + low + column, mask=inside, other=0.0).to(ACC)
-        dot += tl.sum(weight * tl.load(grad + low + column, mask=inside, other=0.0).to(ACC))
-    for low in range(0, n_keys, N):
-        inside = low + column < last
-        weight = tl.load(weights + low + column, mask=inside, other=0.0).to(ACC)
-        part = tl.load(grad + low + column, mask=inside, other=0.0).to(ACC)
-        tl.store(grad + low + column, (weight * (part - dot)).to(grad.dtype.element_ty), mask=low + column < n_keys)
-
-
-@triton.jit
 def _mix_backward(
     grad,
     mid,
@@ -255,9 +212,7 @@ def _mix_backward(
     if HAS_START:
         low_key = tl.load(start + batch * (n_positions - earlier) + position - earlier)
     column = tl.arange(0, N)
-    for o in range(GROUP):  # zeros to add to
-        place = ((row * (tl.num_programs(1)) + tl.program_id(1)) * GROUP + o) * GROUP + member
-        tl.store(sums + place, tl.zeros((GROUP_WIDTH,), ACC), mask=member < GROUP)
+    cross = tl.zeros((GROUP_WIDTH, GROUP_WIDTH), ACC)
     for low in range(0, n_keys, N):
         key = low + column
         inside = (key >= low_key) & (key <= position) & (key < n_keys)
@@ -268,11 +223,11 @@ def _mix_backward(
             part = tl.load(grad + (head + o) * g_head + row * g_row + key, mask=inside, other=0.0).to(ACC)
             weight = tl.load(matrix + (group * GROUP + o) * GROUP + member, mask=member < GROUP, other=0.0).to(ACC)
             total += weight[:, None] * part[None, :]
-            place = ((row * (tl.num_programs(1)) + tl.program_id(1)) * GROUP + o) * GROUP + member
-            before = tl.load(sums + place, mask=member < GROUP, other=0.0)
-            tl.store(sums + place, before + tl.sum(middle * part[None, :], axis=1), mask=member < GROUP)
+            cross += tl.where(member[:, None] == o, tl.sum(middle * part[None, :], axis=1)[None, :], 0.0)
         to = out + (head + member)[:, None] * o_head + row * o_row + key[None, :]
         tl.store(to, total.to(out.dtype.element_ty), mask=(key < n_keys)[None, :] & (member < GROUP)[:, None])
+    place = ((row * tl.num_programs(1) + tl.program_id(1)) * GROUP + member[:, None]) * GROUP + member[None, :]
+    tl.store(sums + place, cross, mask=(member < GROUP)[:, None] & (member < GROUP)[None, :])
 
 
 @triton.jit
@@ -330,22 +285,24 @@ def _kernel_gradient(
         tl.store(place + b, tl.sum(tl.where(tap == b, cross, 0.0)))
 
 
-class Frame:
+class Frame(NamedTuple):
     """Where a map lies among positions and heads: what every kernel is told.
 
     first: position of the map's row 0; earlier: positions before the first query; start: int32 [B, T] or None.
     """
 
-    def __init__(self, first: int, earlier: int, n_positions: int, start: Tensor | None) -> None:
-        self.first, self.earlier, self.n_positions, self.start = first, earlier, n_positions, start
+    first: int
+    earlier: int
+    n_positions: int
+    start: Tensor | None
 
     def at(self, first: int) -> Frame:
         """The same for a map whose row 0 is at another position."""
-        return Frame(first, self.earlier, self.n_positions, self.start)
+        return self._replace(first=first)
 
     @property
     def where(self) -> tuple[int, int, int]:
-        return self.first, self.earlier, self.n_positions
+        return self[:3]
 
 
 def accumulator(dtype: torch.dtype) -> tuple[tl.dtype, str]:
@@ -405,27 +362,6 @@ def apply_side(
         KW=triton.next_power_of_2(KEYS + c_k - 1),
         ACC=acc,
         PRECISION=dots,
-    )
-
-
-def softmax_(x: Tensor, lse: Tensor, frame: Frame, *, known: bool) -> None:
-    """Logits [B, H, rows, S] into weights, in place; lse [B, H, rows] is written, or read if known."""
-    batch, n_heads, n_rows, n_keys = x.shape
-    _softmax[(n_rows, batch * n_heads)](
-        *(x, lse, n_rows, n_keys, frame.first, x.stride(1), x.stride(2)),
-        KNOWN=known,
-        N=min(ROW_KEYS, triton.next_power_of_2(n_keys)),
-        ACC=accumulator(x.dtype)[0],
-    )
-
-
-def softmax_backward_(weights: Tensor, grad: Tensor, frame: Frame) -> None:
-    """The gradient of weights [B, H, rows, S] into that of their logits, in place."""
-    batch, n_heads, n_rows, n_keys = grad.shape
-    _softmax_backward[(n_rows, batch * n_heads)](
-        *(weights, grad, n_keys, frame.first, weights.stride(1), weights.stride(2), grad.stride(1), grad.stride(2)),
-        N=min(ROW_KEYS, triton.next_power_of_2(n_keys)),
-        ACC=accumulator(grad.dtype)[0],
     )
 
 

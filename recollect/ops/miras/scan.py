@@ -6,13 +6,13 @@ Axis legend: B batch, T time, H heads, K key dim, V value dim, S cached keys.
 from __future__ import annotations
 
 import difflib
-import importlib
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from recollect.ops import plugins
 from recollect.ops.miras.checks import check_gates, check_parameters, check_shapes, check_state
 from recollect.ops.miras.chunked import chunked
 from recollect.ops.miras.closed import delta_rule, hebbian, own_scan
@@ -21,10 +21,6 @@ from recollect.ops.miras.memories import Parameters
 from recollect.ops.miras.sequential import sequential
 from recollect.ops.miras.slots import lay_out, whole
 from recollect.ops.miras.spec import MirasSpec, MirasState, Tail, held
-
-# Faster equals of this package: packages that, when imported, add themselves to BACKENDS and PREFERRED. Loaded by name on first use, so
-# that the ops depend on no kernel.
-PLUGINS = ("recollect.kernels",)
 
 
 class Call(NamedTuple):
@@ -126,18 +122,8 @@ def scan(
 
 def backends() -> dict[str, Backend]:
     """Every form of the scan by name, the plugins' included."""
-    _load_plugins()
+    plugins.load()
     return BACKENDS
-
-
-def _load_plugins() -> None:
-    """Import them, on the first call."""
-    for name in PLUGINS:
-        importlib.import_module(name)
-
-
-# torch.compiler.assume_constant_result, which would import the compiler with this file: torch.compile runs it and does not look inside.
-_load_plugins._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _choose(call: Call, backend: str | None) -> Backend:
