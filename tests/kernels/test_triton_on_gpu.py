@@ -69,7 +69,7 @@ SHAPES = [  # length, heads, key-value heads, size, c_q, c_k, group
 ]
 
 
-@pytest.mark.parametrize(("shape", "dtype"), itertools.product(SHAPES, LOW), ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), list(itertools.product(SHAPES, LOW)), ids=str)
 def test_attention_errs_no_more_than_the_oracle(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """Prevents kernels whose tiles only fit the interpreter's small shapes."""
     ids = torch.arange(shape[0], device=DEVICE).expand(2, -1) // 50
@@ -106,7 +106,7 @@ def scan_inputs(length: int, size: int, *, delta: bool) -> dict[str, Tensor]:
     return {**named, "a": k, "b": -torch.rand(2, length, 4, 1, device=DEVICE) * k} if delta else named
 
 
-@pytest.mark.parametrize(("size", "delta", "dtype"), itertools.product([64, 128, 80], [False, True], LOW))
+@pytest.mark.parametrize(("size", "delta", "dtype"), list(itertools.product([64, 128, 80], [False, True], LOW)))
 def test_recurrences_err_no_more_than_the_oracle(size: int, delta: bool, dtype: torch.dtype) -> None:
     """Prevents a cumulative sum for the decays that loses what it adds up, and states in low precision."""
     run = delta_scan if delta else gated_linear_scan
