@@ -26,7 +26,6 @@ from recollect.comparison.inspection import write_inspection
 from recollect.comparison.model import make_model, state_bytes
 from recollect.comparison.plan import Plan
 from recollect.comparison.workload import Workload, make_workload
-from recollect.data.tokenizer import tokenizer_file
 from recollect.evaluation.metrics import score
 from recollect.models import RecollectForCausalLM
 from recollect.training.checkpoint import Saving
@@ -96,7 +95,7 @@ def _run(folder: Path, journal: Journal, checkpoint_seconds: float, stop: thread
     if progress.step < plan.steps_of(label):
         journal.write({"event": "stopped", "step": progress.step})
         return STOPPED
-    save_model(model, folder / "model", tokenizer=tokenizer_file(plan.data.get("tokenizer", "bytes")))
+    save_model(model, folder / "model", tokenizer=workload.tokenizer_file(folder))
     write_inspection(folder, model, workload)
     journal.write({"event": "done", "step": progress.step})
     return DONE

@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import itertools
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch import Tensor
 from recollect.comparison.options import check_types
 from recollect.comparison.written import make_written
 from recollect.data import TextWindows, load_tokenizer
+from recollect.data.tokenizer import tokenizer_file
 from recollect.evaluation.metrics import Score, share_right
 from recollect.tasks import TASKS, TEXT_TASKS, Batch, Task, build_task, stream_seed
 
@@ -66,6 +68,9 @@ class Workload(Protocol):
     def text(self, tokens: Tensor) -> str:
         """Readable form of tokens [T]."""
 
+    def tokenizer_file(self, folder: Path) -> Path | None:
+        """The file of the tokenizer that goes with a model, written into a folder if it is nowhere yet; None for bytes, symbols."""
+
 
 class TaskWorkload:
     """A registered synthetic task: endless training data, a fixed held-out set that no training seed can produce."""
@@ -103,6 +108,9 @@ class TaskWorkload:
     def text(self, tokens: Tensor) -> str:
         return self.task.text(tokens)
 
+    def tokenizer_file(self, folder: Path) -> Path | None:
+        return None
+
 
 class TextWorkload:
     """Running text: windows of the training part against the held-out part, in bits per byte."""
@@ -110,8 +118,8 @@ class TextWorkload:
     metric = "bits_per_byte"
     chance: float | None = None
 
-    def __init__(self, data: TextWindows) -> None:
-        self.data = data
+    def __init__(self, data: TextWindows, tokenizer_file: Path | None = None) -> None:
+        self.data, self._tokenizer_file = data, tokenizer_file
         self.vocab_size = data.tokenizer.vocab_size
         self.length = data.length
         self.fingerprint = data.fingerprint
@@ -133,6 +141,9 @@ class TextWorkload:
 
     def text(self, tokens: Tensor) -> str:
         return self.data.text(tokens)
+
+    def tokenizer_file(self, folder: Path) -> Path | None:
+        return self._tokenizer_file
 
 
 def make_workload(task: str, task_options: Mapping[str, Any], data: Mapping[str, Any] | None = None) -> Workload:
@@ -162,10 +173,11 @@ def make_workload(task: str, task_options: Mapping[str, Any], data: Mapping[str,
             raise ValueError(f"task 'text' has no option {option!r}{hint} Its options: {', '.join(TEXT_OPTIONS)}")
     check_types(_TextOptions, task_options, of="task 'text'")
     data = data or {}
+    tokenizer = data.get("tokenizer", "bytes")
     windows = TextWindows(
         data.get("paths", ()),
         evaluation_paths=data.get("evaluation_paths") or None,
-        tokenizer=load_tokenizer(data.get("tokenizer", "bytes")),
+        tokenizer=load_tokenizer(tokenizer),
         **task_options,
     )
-    return TextWorkload(windows)
+    return TextWorkload(windows, tokenizer_file(tokenizer))

@@ -1,4 +1,4 @@
-"""Tasks in text as data for byte-level models: what is read is given, what is to be written is asked, byte by byte.
+"""Tasks in text as data for small models: what is read is given, what is to be written is asked, token by token.
 
 Axis legend: n examples, T time.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,13 +16,14 @@ import torch
 from torch import Tensor
 
 from recollect.comparison.options import check_types
-from recollect.data.text import DOCUMENT_START, VOCAB_SIZE, decode
+from recollect.data.tokenizer import START, ByteTokenizer, FileTokenizer, learn_tokenizer, write_tokenizer
 from recollect.evaluation.metrics import Score
 from recollect.tasks import IGNORE, Batch, stream_seed
-from recollect.tasks.text import TEXT_TASKS, Question, TextTask, n_bytes
+from recollect.tasks.text import TEXT_TASKS, Question, TextTask
 
 LEARN = ("answers", "everything")
 PROBE = 256  # questions whose longest is taken for the length, where the task has none of its own
+TEXTS, BYTES_PER_TOKEN = 1000, 6  # from which a vocabulary is learned: so many, with so much room
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,46 +33,58 @@ class WrittenOptions:
     Attributes:
         shortest: training texts have lengths from this to the task's `length`, drawn anew at every step: a model that has learned
             short texts has something to go on with; 0: all have the full length.
+        grow: steps over which the longest of these lengths grows from `shortest` to `length`; 0: it is `length` from the first.
         learn: "answers": only what is to be written is learned; "everything": the prompts too, as a language model would.
+        vocab_size: tokens, at most, of a byte-level BPE learned from texts of the task's own, in which a word is about one token;
+            lengths are counted in them; 0: bytes.
     """
 
     shortest: int = 0
+    grow: int = 0
     learn: str = "answers"
+    vocab_size: int = 0
 
 
 OPTIONS = {field.name: field for field in dataclasses.fields(WrittenOptions)}
 
 
 class WrittenWorkload:
-    """A `TextTask` in bytes. An example is right if every byte of its target is the likeliest one: greedy decoding would write it."""
+    """A `TextTask` in tokens. An example is right if every token of its target is the likeliest one: greedy decoding would write it."""
 
     metric = "error"
-    fingerprint = ""
-    vocab_size = VOCAB_SIZE
 
     def __init__(self, task: TextTask, options: WrittenOptions) -> None:
         """
         Raises:
-            ValueError: an unknown way to learn, or a shortest length that the task does not have or cannot have.
+            ValueError: an unknown way to learn, a shortest length that the task does not have or cannot have, growth from nowhere, or a
+                vocabulary smaller than the bytes.
         """
         if options.learn not in LEARN:
             raise ValueError(f"learn is {' or '.join(LEARN)}; got {options.learn!r}")
         own = int(getattr(task, "length", 0))
         if options.shortest and not 0 < options.shortest <= own:
             raise ValueError(f"shortest is 1 to the task's length of {own}, or 0; got {options.shortest}")
+        if options.grow < 0 or (options.grow and not options.shortest):
+            raise ValueError(f"grow is a number of steps, and needs shortest, the length to grow from; got {options.grow}")
         self.task, self.options = task, options
+        self.tokenizer = _learned(task, options.vocab_size) if options.vocab_size else ByteTokenizer()
+        self.fingerprint = self.tokenizer.fingerprint if options.vocab_size else ""
+        self.vocab_size = self.tokenizer.vocab_size
         if options.shortest:
-            self._of_length(options.shortest).sample(1, seed=0, measure=_measure)  # refuses lengths that no prompt fits
+            self._of_length(options.shortest).sample(
+                PROBE, seed=0, measure=self._measure
+            )  # refuses lengths that prompts do not fit
         self.chance: float | None = task.chance
-        self.length = own or max(len(_bytes(task, question)) for question in task.sample(PROBE, seed=1))
+        self.length = own or max(len(row) for row in self._tokens(task, task.sample(PROBE, seed=1, measure=self._measure)))
 
     def train_batch(self, n: int, *, run_seed: int, step: int) -> Batch:
         seed = stream_seed("train", run_seed, step)
         task = self.task
         if self.options.shortest:
-            length = int(np.random.default_rng(seed).integers(self.options.shortest, self.length + 1))
-            task = self._of_length(length)
-        return self._batch(task, task.sample(n, seed=seed, measure=_measure), learn=self.options.learn)
+            grown = min(1.0, (step + 1) / self.options.grow) if self.options.grow else 1.0
+            longest = self.options.shortest + round(grown * (self.length - self.options.shortest))
+            task = self._of_length(int(np.random.default_rng(seed).integers(self.options.shortest, longest + 1)))
+        return self._batch(task, task.sample(n, seed=seed, measure=self._measure), learn=self.options.learn)
 
     def held_out(self, n: int, *, batch_size: int) -> Iterator[Batch]:
         for index in itertools.count():
@@ -78,7 +92,7 @@ class WrittenWorkload:
             if size <= 0:
                 return
             # Always drawn in full and then cut, so that the first examples do not depend on n.
-            questions = self.task.sample(batch_size, seed=stream_seed("test", index), measure=_measure)
+            questions = self.task.sample(batch_size, seed=stream_seed("test", index), measure=self._measure)
             yield self._batch(self.task, questions[:size], learn="answers")
 
     def correct(self, predictions: Tensor, labels: Tensor) -> Tensor:
@@ -92,20 +106,36 @@ class WrittenWorkload:
         return score.error
 
     def text(self, tokens: Tensor) -> str:
-        return decode(tokens)
+        return self.tokenizer.decode(tokens)
+
+    def tokenizer_file(self, folder: Path) -> Path | None:
+        """The vocabulary, written into a folder; None for bytes."""
+        if isinstance(self.tokenizer, ByteTokenizer):
+            return None
+        file = folder / "tokenizer.json"
+        write_tokenizer(self.tokenizer.description, file)
+        return file
 
     def _of_length(self, length: int) -> TextTask:
         return dataclasses.replace(self.task, length=length)  # type: ignore[type-var]  # text tasks are dataclasses
 
-    @staticmethod
-    def _batch(task: TextTask, questions: Sequence[Question], *, learn: str) -> Batch:
-        rows = [_bytes(task, question) for question in questions]
+    def _measure(self, text: str) -> int:
+        """Tokens of a text, its start included."""
+        return len(self.tokenizer.encode_batch([text])[0]) + 1
+
+    def _tokens(self, task: TextTask, questions: Sequence[Question]) -> list[np.ndarray[Any, Any]]:
+        """Start, prompt and target of each question [T]."""
+        texts = self.tokenizer.encode_batch([question.prompt + task.target(question) for question in questions])
+        return [np.concatenate([[self.tokenizer.start], text.astype(np.int64)]) for text in texts]
+
+    def _batch(self, task: TextTask, questions: Sequence[Question], *, learn: str) -> Batch:
+        rows, prompts = self._tokens(task, questions), self.tokenizer.encode_batch([question.prompt for question in questions])
         longest = max(len(row) for row in rows) - 1
-        inputs = torch.full((len(rows), longest), DOCUMENT_START)
+        inputs = torch.full((len(rows), longest), self.tokenizer.start)
         labels = torch.full((len(rows), longest), IGNORE)
-        for b, (row, question) in enumerate(zip(rows, questions, strict=True)):
-            tokens = torch.from_numpy(row.astype(np.int64))
-            first = n_bytes(question.prompt) if learn == "answers" else 0
+        for b, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
+            tokens = torch.from_numpy(row)
+            first = _common(row[1:], prompt) if learn == "answers" else 0
             inputs[b, : len(row) - 1] = tokens[:-1]  # padding on the right: nothing before it sees it
             labels[b, first : len(row) - 1] = tokens[first + 1 :]
         return Batch(inputs, labels, [dict(question.tags) for question in questions])
@@ -131,11 +161,17 @@ def make_written(name: str, options: Mapping[str, Any]) -> WrittenWorkload:
     return WrittenWorkload(cls(**own), WrittenOptions(**rest))
 
 
-def _bytes(task: TextTask, question: Question) -> np.ndarray[Any, Any]:
-    """Document start, prompt and target [T]."""
-    text = (question.prompt + task.target(question)).encode()
-    return np.concatenate([[DOCUMENT_START], np.frombuffer(text, np.uint8)])
+def _learned(task: TextTask, vocab_size: int) -> FileTokenizer:
+    """A BPE of examples that no run trains on and none is tested on."""
+    if length := int(getattr(task, "length", 0)):
+        task = dataclasses.replace(task, length=BYTES_PER_TOKEN * length)  # type: ignore[type-var]  # text tasks are dataclasses
+    questions = task.sample(TEXTS, seed=stream_seed("train", 0, 0, 0))
+    texts = (question.prompt + task.target(question) for question in questions)
+    return FileTokenizer(learn_tokenizer(texts, vocab_size=vocab_size), start=START, where="vocab_size")
 
 
-def _measure(text: str) -> int:
-    return n_bytes(text) + 1
+def _common(row: np.ndarray[Any, Any], prompt: np.ndarray[Any, Any]) -> int:
+    """Leading tokens that a text and its prompt share: a token across the border belongs to what is asked."""
+    n = min(len(row), len(prompt))
+    differs = np.flatnonzero(row[:n] != prompt[:n])
+    return int(differs[0]) if len(differs) else n

@@ -104,6 +104,7 @@ class FileTokenizer:
         if start not in _special_tokens(description):
             raise ValueError(f"{where}: its start token {start!r} is not among its special tokens; correct bos_token")
         self._tokenizer = tokenizer
+        self.description = text
         self._bytes = _bytes_of_tokens(description, tokenizer.get_vocab(with_added_tokens=True), where)
         self._is_byte_level = "ByteLevel" in _kinds(description["decoder"])
         self.start = _special_tokens(description)[start]
@@ -212,6 +213,24 @@ def train_tokenizer(
     Raises:
         ValueError: bad paths or files, or vocab_size out of range; also where the text is too small for so many tokens.
     """
+    files = find_files(paths, suffixes=ALL_SUFFIXES)
+    texts = (piece for document in read_documents(files, field=field) for piece in cut_text(document.decode("utf-8")))
+    tokenizer = learn_tokenizer(texts, vocab_size=vocab_size, progress=progress)
+    if tokenizer.get_vocab_size() < vocab_size:
+        raise ValueError(
+            f"the text gives only {tokenizer.get_vocab_size()} tokens, vocab_size={vocab_size} is asked; add text or ask for fewer"
+        )
+    file = Path(out) if Path(out).suffix == ".json" else Path(out) / "tokenizer.json"
+    write_tokenizer(tokenizer.to_str(), file)
+    return file
+
+
+def learn_tokenizer(texts: Iterable[str], *, vocab_size: int, progress: bool = False) -> tokenizers.Tokenizer:
+    """A byte-level BPE learned from texts: `vocab_size` tokens as `train_tokenizer` has them, fewer where the texts give no more.
+
+    Raises:
+        ValueError: vocab_size out of range.
+    """
     if vocab_size < 257:
         raise ValueError(f"vocab_size is at least 257, 256 bytes and the start of a document; got {vocab_size}")
     try:
@@ -219,7 +238,6 @@ def train_tokenizer(
         from tokenizers import decoders, models, pre_tokenizers, trainers
     except ImportError as error:
         raise missing_package("tokenizers", "training a tokenizer") from error
-    files = find_files(paths, suffixes=ALL_SUFFIXES)
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -229,18 +247,16 @@ def train_tokenizer(
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=progress,
     )
-    texts = (piece for document in read_documents(files, field=field) for piece in cut_text(document.decode("utf-8")))
     tokenizer.train_from_iterator(texts, trainer)
-    if tokenizer.get_vocab_size() < vocab_size:
-        raise ValueError(
-            f"the text gives only {tokenizer.get_vocab_size()} tokens, vocab_size={vocab_size} is asked; add text or ask for fewer"
-        )
-    file = Path(out) if Path(out).suffix == ".json" else Path(out) / "tokenizer.json"
+    return tokenizer
+
+
+def write_tokenizer(description: str, file: Path) -> None:
+    """Write the JSON of a tokenizer; a crash leaves no half-written file."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=file.parent, prefix=".tokenizer.") as folder:
-        tokenizer.save(str(Path(folder, "tokenizer.json")))
-        os.replace(Path(folder, "tokenizer.json"), file)
-    return file
+        Path(folder, file.name).write_text(description, encoding="utf-8")
+        os.replace(Path(folder, file.name), file)
 
 
 def cut_text(text: str) -> Iterator[str]:

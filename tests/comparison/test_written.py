@@ -12,6 +12,7 @@ from recollect.comparison import Request, compare
 from recollect.comparison.workload import make_workload
 from recollect.comparison.written import WrittenWorkload
 from recollect.data.text import DOCUMENT_START, decode
+from recollect.data.tokenizer import load_tokenizer
 from recollect.tasks import IGNORE
 
 TASKS: dict[str, dict[str, Any]] = {
@@ -57,6 +58,33 @@ def test_training_lengths_are_drawn_and_held_out_ones_are_not() -> None:
     assert all(batch.inputs.shape[1] > 240 for batch in work.held_out(8, batch_size=4))
 
 
+def test_training_lengths_grow() -> None:
+    """Prevents a curriculum that begins with long texts, or never ends."""
+    work = make_workload("needles", {**TASKS["needles"], "shortest": 180, "grow": 40})
+    lengths = [
+        max(work.train_batch(1, run_seed=0, step=step).inputs.shape[1] for step in range(n, n + 8)) for n in (0, 16, 200)
+    ]
+    assert lengths[0] < 205 < lengths[1] < 255 < lengths[2]
+
+
+def test_words_are_tokens(tmp_path: Path) -> None:
+    """Prevents labels at the wrong tokens, lengths in bytes, and a vocabulary that differs from process to process."""
+    options = {**TASKS["needles"], "length": 100, "shortest": 80, "vocab_size": 600}
+    work, again = (make_workload("needles", options) for _ in range(2))
+    assert work.fingerprint == again.fingerprint != make_workload("needles", {**options, "vocab_size": 500}).fingerprint
+    batch = work.train_batch(8, run_seed=0, step=0)
+    assert batch.inputs.max() < work.vocab_size <= 600
+    assert 60 < batch.inputs.shape[1] <= 100
+    tokenizer = load_tokenizer(str(work.tokenizer_file(tmp_path)))
+    for inputs, labels in zip(batch.inputs, batch.labels, strict=True):
+        asked = (labels != IGNORE).nonzero()[:, 0]
+        assert asked.diff().eq(1).all()
+        assert torch.equal(inputs[asked[1:]], labels[asked[:-1]])
+        prompt = tokenizer.decode(inputs[: asked[0] + 1])
+        assert len(tokenizer.encode_batch([prompt])[0]) == asked[0]  # the prompt as a model would get it, and the start
+        assert work.task.solve(prompt) == tokenizer.decode(labels)
+
+
 def test_held_out_questions_are_the_same_for_everyone() -> None:
     """Prevents a test set that depends on its size or coincides with what is trained on."""
     work = make_workload("needles", TASKS["needles"])
@@ -74,6 +102,8 @@ def test_held_out_questions_are_the_same_for_everyone() -> None:
         ({"length": 300, "shortest": 400}, "shortest is 1 to the task's length of 300"),
         ({"length": 300, "shortest": 20}, "raise length"),
         ({"learn": "nothing"}, "learn is answers or everything"),
+        ({"grow": 10}, "grow is a number of steps, and needs shortest"),
+        ({"vocab_size": 100}, "vocab_size is at least 257"),
         ({"n_needles": "two"}, "must be an integer"),
     ],
 )
@@ -85,11 +115,12 @@ def test_wrong_options_are_refused(options: dict[str, Any], message: str) -> Non
 
 def test_mixers_can_be_compared_on_a_task_in_text(tmp_path: Path) -> None:
     """Prevents a workload that the comparison, its report or its checkpoints cannot take."""
+    options = {"start": "random", "length": 120, "shortest": 100, "vocab_size": 400}
     request = Request(
         task="needles",
         mixers=["attention", "gated_delta_net"],
         budget="2steps",
-        task_options={"length": 200, "shortest": 0},
+        task_options=options,
         width=16,
         heads=2,
         layers=1,
@@ -100,3 +131,5 @@ def test_mixers_can_be_compared_on_a_task_in_text(tmp_path: Path) -> None:
     outcome = compare(request, out=tmp_path / "out", jobs=1)
     assert not outcome.failed
     assert "error" in (tmp_path / "out" / "table.txt").read_text()
+    tokenizer = load_tokenizer(tmp_path / "out" / "runs" / "attention-seed0" / "model")
+    assert tokenizer.fingerprint == make_workload("needles", options).fingerprint
