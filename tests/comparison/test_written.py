@@ -67,6 +67,18 @@ def test_training_lengths_grow() -> None:
     assert lengths[0] < 205 < lengths[1] < 255 < lengths[2]
 
 
+def test_texts_without_a_length_grow_too() -> None:
+    """Prevents stories that are long from the first step, or other ones in every process."""
+    options = {**TASKS["babilong"], "vocab_size": 512, "shortest": 40, "grow": 40}
+    work = make_workload("babilong", options)
+    first = work.train_batch(16, run_seed=0, step=0)
+    assert first.inputs.shape[1] < 42
+    assert torch.equal(first.inputs, make_workload("babilong", options).train_batch(16, run_seed=0, step=0).inputs)
+    assert work.train_batch(16, run_seed=0, step=100).inputs.shape[1] > 60
+    with pytest.raises(ValueError, match=r"fewer than one in 16 .* their median is"):
+        make_workload("babilong", {**options, "shortest": 15})
+
+
 def test_words_are_tokens(tmp_path: Path) -> None:
     """Prevents labels at the wrong tokens, lengths in bytes, and a vocabulary that differs from process to process."""
     options = {**TASKS["needles"], "length": 100, "shortest": 80, "vocab_size": 600}
