@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from recollect.kernels import fla
+from recollect.kernels import describe_recurrences, fla
 from recollect.ops import tiles
 from recollect.ops.linear_scan import delta_rule_scan, delta_scan, gated_linear_scan, slot_scan
 from recollect.ops.miras import presets, scan
@@ -448,6 +448,24 @@ def test_without_the_package_it_says_how_to_get_it(
     with pytest.raises(RuntimeError, match=rf"{why}.*pip install.*recollect\[fla\].*pass backend='chunked'"):
         delta_rule_scan(**named, backend="fla")
     assert not here
+
+
+def test_naming_chunked_means_ours(here: Calls) -> None:
+    """Prevents a peer that is compared with itself."""
+    for name in ("retnet", "gated_delta_net"):
+        q, k, v = (torch.randn(B, 20, H, n, dtype=torch.float64) for n in (K, K, V))
+        scan(getattr(presets, name)(), q, k, v, {"alpha": torch.rand(B, 20, H).double()}, backend="chunked")
+        assert not here
+        scan(getattr(presets, name)(), q, k, v, {"alpha": torch.rand(B, 20, H).double()})
+        assert len(here) == 1
+        here.clear()
+
+
+def test_what_runs_on_a_gpu_is_said(theirs: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prevents a package of others that is used without a word, or missing without one."""
+    assert "THE KERNELS OF flash-linear-attention 0.6.0" in describe_recurrences()
+    monkeypatch.setattr(fla, "FOUND", ())
+    assert "flash-linear-attention is not installed: pip install 'recollect[fla]'" in describe_recurrences()
 
 
 def test_a_compiled_model_stays_one_graph(here: Calls) -> None:

@@ -32,11 +32,21 @@ def hebbian(
     valid: Tensor | None,
     floor: float | None,
     products: torch.dtype,
+    backend: str | None,
 ) -> tuple[Tensor, MirasState]:
     """A matrix written without being read: decayed linear attention."""
     k, log_decay = inputs.k * inputs.eta, _log_decay(spec, inputs)
     y, s = gated_linear_scan(
-        inputs.q, k, inputs.v, log_decay, state.dual[0], reset=reset, valid=valid, floor=floor, products=products
+        inputs.q,
+        k,
+        inputs.v,
+        log_decay,
+        state.dual[0],
+        reset=reset,
+        valid=valid,
+        floor=floor,
+        products=products,
+        backend=backend,
     )
     return y, held((s,))
 

@@ -26,7 +26,8 @@ from recollect.ops.tiles import products_dtype
 
 class Call(NamedTuple):
     """One scan with everything checked and in one precision. `start` is the state at the start of a document (None: none starts
-    here), which is `learned` if the caller gave parameters; `products` is the dtype that matrix products may be taken in."""
+    here), which is `learned` if the caller gave parameters; `products` is the dtype that matrix products may be taken in, `backend`
+    the form that the caller named."""
 
     spec: MirasSpec
     inputs: Inputs
@@ -38,6 +39,7 @@ class Call(NamedTuple):
     decay_floor: float | None
     learned: bool
     products: torch.dtype
+    backend: str | None
 
 
 Backend = Callable[[Call], tuple[Tensor, MirasState]]
@@ -117,7 +119,7 @@ def scan(
     if state is None:
         assert start is not None
         state = start
-    call = Call(spec, inputs, state, start, parameters, reset, valid, decay_floor, learned, products)
+    call = Call(spec, inputs, state, start, parameters, reset, valid, decay_floor, learned, products, backend)
     y, after = _choose(call, backend)(call)
     return y.to(q.dtype), after
 
@@ -144,9 +146,9 @@ def _chunked(call: Call) -> tuple[Tensor, MirasState]:
     spec, inputs, state, reset, valid = call.spec, call.inputs, call.state, call.reset, call.valid
     zeros = reset is None or not call.learned  # what the forms below take documents to start from
     if spec.hebbian and zeros:
-        return hebbian(spec, inputs, state, reset, valid, call.decay_floor, call.products)
+        return hebbian(spec, inputs, state, reset, valid, call.decay_floor, call.products, call.backend)
     if spec.linear and spec.bias.name == "l2" and spec.chunk_size == 1 and spec.rule.name in ("gd", "multi_step") and zeros:
-        return delta_rule(spec, inputs, None, state, reset, valid, call.decay_floor, call.products, None)
+        return delta_rule(spec, inputs, None, state, reset, valid, call.decay_floor, call.products, call.backend)
     batch_size, n_tokens = inputs.q.shape[:2]
     if reset is None and valid is None and (state is call.start or not spec.stale):
         slots = whole(n_tokens, batch_size, spec.chunk_size, inputs.q.device)
