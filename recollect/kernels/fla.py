@@ -15,6 +15,7 @@ Axis legend: B batch, T time, H heads, K key dim, V value dim, N documents.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import re
 from importlib import metadata
@@ -33,6 +34,7 @@ LARGEST_KEY = 256
 OLDEST = (0, 6)  # what their functions are called with below was read in its source
 
 
+@functools.cache
 def version(package: str) -> tuple[int, ...]:
     """The first numbers of an installed package's version; empty if it is not installed."""
     try:

@@ -475,3 +475,6 @@ def test_a_compiled_model_stays_one_graph(here: Calls) -> None:
     compiled = torch.compile(lambda x: delta_rule_scan(**x)[0], fullgraph=True, backend="eager")
     assert_near(compiled(named), wanted, EXACT, "y")
     assert not here
+    broken = torch.compile(lambda x: 2 * delta_rule_scan(**x, backend="fla")[0], backend="eager")
+    assert_near(broken(named), 2 * wanted, EXACT, "named")
+    assert here.names == ["chunk_gated_delta_rule"]
