@@ -232,7 +232,7 @@ def results(kind: str, named: dict[str, Tensor], **options: Any) -> list[Tensor]
     return [y, state, *torch.autograd.grad(total, list(named.values()))]
 
 
-def documents(length: int = T) -> dict[str, Tensor]:
+def documents() -> dict[str, Tensor]:
     """Starts in the middle, one after the other, at a row's first token and at padding, where nothing starts."""
     reset = torch.tensor([[False, False, True, False, True, True], [True, False, False, False, True, False]])
     valid = torch.tensor([[True] * 6, [True, True, False, True, False, True]])
