@@ -60,7 +60,7 @@ LEAN = {
     "": set(),
     "ops": set(),
     "state": {"safetensors"},
-    "kernels": {"triton"},
+    "kernels": {"fla", "triton"},
     "mixers": {"safetensors"},
     "pages": set(),
     "tasks": set(),
@@ -153,5 +153,5 @@ def test_every_library_is_a_declared_dependency_and_used() -> None:
     extras = project["optional-dependencies"]
     declared, optional = modules(project["dependencies"]), modules(extras["train"] + extras["eval"])
     used = {name for path in files() for _, name in libraries(path)}
-    assert used - {"triton", "pyarrow"} - optional == declared  # pyarrow comes with datasets
+    assert used - {"fla", "triton", "pyarrow"} - optional == declared  # pyarrow comes with datasets
     assert optional - used <= {"tensorboard"}  # torch imports it

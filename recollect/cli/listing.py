@@ -25,7 +25,7 @@ def list_(
     import recollect.tasks.find_block
     import recollect.tasks.recall  # noqa: F401 (each registers its task)
     from recollect.comparison.defaults import defaults_of
-    from recollect.kernels import describe, describe_gpu
+    from recollect.kernels import describe, describe_gpu, describe_recurrences
     from recollect.mixers import MIXERS, PATTERNS, available
     from recollect.tasks.base import TASKS
     from recollect.user_modules import import_user_modules
@@ -77,3 +77,4 @@ def list_(
     console.print(tasks)
     console.print(f"Multi-Token Attention on the CPU: {describe()}", markup=False, highlight=False)
     console.print(f"Multi-Token Attention on a GPU: {describe_gpu()}", markup=False, highlight=False)
+    console.print(f"Linear recurrences and delta rules on a GPU: {describe_recurrences()}", markup=False, highlight=False)

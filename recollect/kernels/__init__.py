@@ -1,6 +1,6 @@
 """Faster equals of `recollect.ops`, each naming its oracle and its error bound. Importing this package offers them to the ops."""
 
-from recollect.kernels import miras, multi_token, triton
+from recollect.kernels import fla, miras, multi_token, triton
 from recollect.kernels.compile import compiler, products
 from recollect.ops import tiles
 from recollect.ops.miras.scan import BACKENDS as SCANS
@@ -14,9 +14,9 @@ ABLE_TO_ATTEND.update(native=multi_token.can_run, triton=triton.can_attend)
 PREFERRED_ATTENTIONS.extend([("native", multi_token.can_run), ("triton", triton.should_attend)])
 SCANS["native"] = miras.native
 PREFERRED_SCANS.append(("native", miras.can_scan))
-tiles.RECURRENCES["triton"] = triton.recur
-tiles.ABLE["triton"] = triton.can_run
-tiles.PREFERRED.append(("triton", triton.should_recur))
+tiles.RECURRENCES.update(triton=triton.recur, fla=fla.run)
+tiles.LACKS.update(triton=triton.lacks, fla=fla.lacks)
+tiles.PREFERRED.extend([("triton", triton.should_recur), ("fla", fla.should_run)])
 
 
 def describe() -> str:
@@ -35,3 +35,13 @@ def describe_gpu() -> str:
     if triton.INSTALLED:
         return "Triton kernels, which their authors have not measured on a GPU yet"
     return "plain PyTorch blocks (pip install 'recollect[kernels]' brings Triton kernels)"
+
+
+def describe_recurrences() -> str:
+    """Which form of the linear recurrences and delta rules runs on a GPU, and why."""
+    few = "Triton kernels for up to 16 tokens without gradients, " if triton.INSTALLED else ""
+    if why := fla.installed():
+        return f"{few}plain PyTorch tiles{' for all else' if few else ''} ({why})"
+    found = ".".join(str(n) for n in fla.FOUND)
+    low = "in bfloat16 or float16 (autocast's too), THE KERNELS OF flash-linear-attention"
+    return f"{low} {found}, not measured on a GPU here; {few}plain PyTorch tiles for all else"

@@ -64,6 +64,7 @@ def delta_scan(
     valid: Tensor | None = None,
     floor: float | None = None,
     tile: int = 32,
+    products: torch.dtype | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """S_t = S_{t-1} Diag(exp(log_decay_t)) + (strength_t * (S_{t-1} a_t)) b_t^T + v_t k_t^T, y_t = S_t q_t.
@@ -81,7 +82,10 @@ def delta_scan(
         valid: bool [B, T], false at padding: it leaves the state as it is, its y is 0, its content has no effect.
         floor: the most negative log decay one token can have, if known; None: any. Saves time for decays per channel.
         tile: tokens that are computed at once, >= 1; no effect on the result.
-        backend: None (the best that can run here), "chunked", "sequential" or "triton" (the token loop on a GPU).
+        products: the dtype that matrix products may be taken in where another than fp32 is faster; None: that of the most precise of
+            q, k and v, or autocast's. Only "fla" takes them in bf16 or fp16.
+        backend: None (the best that can run here), "chunked", "sequential", "triton" (the token loop on a GPU) or "fla" (the kernels
+            of flash-linear-attention, if installed).
     Returns:
         y [B, T, H, V] in q's dtype, and S after the last token, [B, H, V, K], in fp32 (fp64 for fp64 input).
     Raises:
@@ -89,20 +93,82 @@ def delta_scan(
         RuntimeError: the named backend cannot run on these inputs.
     Source: Yang et al. 2024, arXiv 2406.06484 (chunk form) and 2412.06464 (with decay); Peng et al. 2025, arXiv 2503.14456.
     """
+    products = products or tiles.products_dtype(q, k, v)
+    return _scan(q, k, v, a, b, log_decay, state, strength, None, reset, valid, floor, tile, products, backend)
+
+
+def delta_rule_scan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_decay: Tensor | None = None,
+    state: Tensor | None = None,
+    *,
+    reset: Tensor | None = None,
+    valid: Tensor | None = None,
+    floor: float | None = None,
+    tile: int = 32,
+    products: torch.dtype | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The exact delta rule, after a decay: S' = S_{t-1} Diag(exp(log_decay_t)), S_t = S' - beta_t (S' k_t - v_t) k_t^T, y_t = S_t q_t.
+
+    `delta_scan` with the write key beta k, a = exp(log_decay) k and b = -beta k; there are kernels for this rule that are not for any.
+
+    Args:
+        q, k: [B, T, H, K]; v: [B, T, H, V].
+        beta: [B, T, H], the step.
+        log_decay, state, reset, valid, floor, tile, products, backend: as in `delta_scan`.
+    Returns, Raises: as `delta_scan`.
+    Source: DeltaNet, Yang et al. 2024, arXiv 2406.06484; Gated DeltaNet, arXiv 2412.06464 (a decay per head); Kimi Delta Attention,
+    arXiv 2510.26692 (one per key channel).
+    """
+    tiles.check_tokens(q, k, v, reset, valid)
+    tiles.check_shape("beta", beta, q.shape[:3])
+    tiles.check_shape("log_decay", log_decay, q.shape[:3], q.shape)
+    products = products or tiles.products_dtype(q, k, v)
+    k, beta = tiles.real_part(k, valid), tiles.real_part(beta, valid)
+    read, write = k, beta[..., None] * k
+    if log_decay is not None:
+        log_decay = tiles.real_part(log_decay, valid)
+        read = k * (log_decay if log_decay.dim() == 4 else log_decay[..., None]).exp()
+    rule = (k, beta)
+    return _scan(q, write, v, read, -write, log_decay, state, None, rule, reset, valid, floor, tile, products, backend)
+
+
+def _scan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    log_decay: Tensor | None,
+    state: Tensor | None,
+    strength: Tensor | None,
+    rule: tuple[Tensor, Tensor] | None,
+    reset: Tensor | None,
+    valid: Tensor | None,
+    floor: float | None,
+    tile: int,
+    products: torch.dtype,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    """`delta_scan`, which in the case of `delta_rule_scan` is told the rule's own key and beta as well."""
     tiles.check_tokens(q, k, v, reset, valid)
     if q.shape[1] > tiles.SLAB:
 
         def slab(carried: Tensor | None, *parts: Tensor | None) -> tuple[Tensor, Tensor]:
-            q, k, v, a, b, log_decay, strength, reset, valid = parts
+            q, k, v, a, b, log_decay, strength, key, beta, reset, valid = parts
             assert q is not None
             assert k is not None
             assert v is not None
             assert a is not None
             assert b is not None
-            marks = {"strength": strength, "reset": reset, "valid": valid}
-            return delta_scan(q, k, v, a, b, log_decay, carried, **marks, floor=floor, tile=tile, backend=backend)
+            rule = None if key is None or beta is None else (key, beta)
+            return _scan(q, k, v, a, b, log_decay, carried, strength, rule, reset, valid, floor, tile, products, backend)
 
-        return tiles.by_slabs(slab, state, q, k, v, a, b, log_decay, strength, reset, valid)
+        return tiles.by_slabs(slab, state, q, k, v, a, b, log_decay, strength, *(rule or (None, None)), reset, valid)
     tiles.check_shape("a", a, q.shape)
     tiles.check_shape("b", b, q.shape)
     tiles.check_shape("log_decay", log_decay, q.shape[:3], q.shape)
@@ -110,13 +176,13 @@ def delta_scan(
     n_rows, n_tokens, n_heads, key_dim = q.shape
     state = tiles.first_state(state, (n_rows, n_heads, v.shape[-1], key_dim), q)
     reset = tiles.real_resets(reset, valid)
-    log_decay = tiles.real_log_decay(log_decay, q, valid, reset)
+    decays, log_decay = log_decay is not None, tiles.real_log_decay(log_decay, q, valid, reset)
     dtype, (q, k, v, a, b) = q.dtype, (tiles.real_part(x, valid) for x in (q, k, v, a, b))
     strength = q.new_ones(q.shape[:3]) if strength is None else tiles.real_part(strength, valid)
     strength = strength[..., None] if strength.dim() == 3 else strength
-    if (recurrence := tiles.faster_recurrence(backend, q)) is not None:
-        y, state = recurrence(q, k, v, a, b, log_decay, strength, state, reset)
-        return y.to(dtype), state
+    call = tiles.Recurrence(q, k, v, a, b, log_decay, strength, state, reset, False, decays, products, floor, rule)
+    if (found := tiles.by_faster_form(backend, call)) is not None:
+        return found[0].to(dtype), found[1]
     if tiles.runs_sequentially(backend, n_tokens, tile):
         y, state = _by_tokens(q, k, v, a, b, log_decay, strength, state, reset)
         return y.to(dtype), state

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from recollect.ops import tiles
 from recollect.ops.decay import decayed_scores, decayed_sum
-from recollect.ops.delta_scan import delta_scan
+from recollect.ops.delta_scan import delta_rule_scan, delta_scan
 from recollect.ops.least_squares_scan import least_squares_scan
 
-__all__ = ["delta_scan", "gated_linear_scan", "least_squares_scan", "slot_scan"]
+__all__ = ["delta_rule_scan", "delta_scan", "gated_linear_scan", "least_squares_scan", "slot_scan"]
 
 
 def gated_linear_scan(
@@ -32,6 +32,7 @@ def gated_linear_scan(
     decay_axis: str = "key",
     floor: float | None = None,
     tile: int = 64,
+    products: torch.dtype | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Linear attention with decay: S_t = S_{t-1} * exp(log_decay_t) + v_t k_t^T, y_t = S_t q_t.
@@ -45,7 +46,10 @@ def gated_linear_scan(
         decay_axis: "key" or "value", the axis that a decay per channel belongs to.
         floor: the most negative log decay one token can have, if known; None: any. Saves time for decays per channel.
         tile: tokens that are computed at once, >= 1; no effect on the result.
-        backend: None (the best that can run here), "chunked", "sequential" or "triton" (the token loop on a GPU).
+        products: the dtype that matrix products may be taken in where another than fp32 is faster; None: that of the most precise of
+            q, k and v, or autocast's. Only "fla" takes them in bf16 or fp16.
+        backend: None (the best that can run here), "chunked", "sequential", "triton" (the token loop on a GPU) or "fla" (the kernels
+            of flash-linear-attention, if installed).
     Returns:
         y [B, T, H, V] in q's dtype, and S after the last token, [B, H, V, K], in fp32 (fp64 for fp64 input).
     Raises:
@@ -55,6 +59,7 @@ def gated_linear_scan(
     arXiv 2312.06635 (per key channel).
     """
     tiles.check_tokens(q, k, v, reset, valid)
+    products = products or tiles.products_dtype(q, k, v)
     if q.shape[1] > tiles.SLAB:
 
         def slab(carried: Tensor | None, *parts: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -62,9 +67,19 @@ def gated_linear_scan(
             assert q is not None
             assert k is not None
             assert v is not None
-            marks = {"reset": reset, "valid": valid}
             return gated_linear_scan(
-                q, k, v, log_decay, carried, **marks, decay_axis=decay_axis, floor=floor, tile=tile, backend=backend
+                q,
+                k,
+                v,
+                log_decay,
+                carried,
+                reset=reset,
+                valid=valid,
+                decay_axis=decay_axis,
+                floor=floor,
+                tile=tile,
+                products=products,
+                backend=backend,
             )
 
         return tiles.by_slabs(slab, state, q, k, v, log_decay, reset, valid)
@@ -75,11 +90,12 @@ def gated_linear_scan(
     n_rows, n_tokens, n_heads, key_dim = q.shape
     state = tiles.first_state(state, (n_rows, n_heads, v.shape[-1], key_dim), q)
     reset = tiles.real_resets(reset, valid)
-    log_decay = tiles.real_log_decay(log_decay, q, valid, reset)
+    decays, log_decay = log_decay is not None, tiles.real_log_decay(log_decay, q, valid, reset)
     dtype, (q, k, v) = q.dtype, (tiles.real_part(x, valid) for x in (q, k, v))
     on_values = log_decay.dim() == 4 and decay_axis == "value"
-    if (recurrence := tiles.faster_recurrence(backend, q)) is not None:
-        y, state = recurrence(q, k, v, None, None, log_decay, None, state, reset, on_values)
+    call = tiles.Recurrence(q, k, v, None, None, log_decay, None, state, reset, on_values, decays, products, floor)
+    if (found := tiles.by_faster_form(backend, call)) is not None:
+        y, state = found
     elif tiles.runs_sequentially(backend, n_tokens, tile):
         y, state = _by_tokens(q, k, v, log_decay, state, reset, on_values)
     elif on_values:

@@ -8,6 +8,7 @@ Axis legend: B batch, T time, H heads, K key dim, V value dim, N tiles, C tokens
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -18,12 +19,51 @@ from recollect.ops import plugins
 from recollect.ops.decay import cumulative_log_decay
 
 BACKENDS = ("chunked", "sequential")
-# Faster equals of the token loop on a matrix state add themselves here.
-Recurrence = Callable[..., "tuple[Tensor, Tensor]"]
-RECURRENCES: dict[str, Recurrence] = {}  # arguments as those of `recollect.kernels.triton.recurrence`
-ABLE: dict[str, Callable[[Tensor], bool]] = {}  # can it run on tensors like q?
-PREFERRED: list[tuple[str, Callable[[Tensor], bool]]] = []  # where it is the default
 SLAB = 4096  # tokens whose tiles are in memory at once; longer calls gain nothing but page faults
+
+
+class Recurrence(NamedTuple):
+    """One scan over a matrix state, checked, in its computing dtype, padding blanked:
+
+        r_t = S_{t-1} a_t,  S_t = S_{t-1} D_t + (strength_t r_t) b_t^T + v_t k_t^T,  y_t = S_t q_t
+
+    Attributes:
+        q, k, a, b: [B, T, H, K]; v: [B, T, H, V]. a, b and strength: None without a delta rule.
+        log_decay: of D, [B, T, H], or [B, T, H, K] or, with on_values, [B, T, H, V]; zeros unless `decays`.
+        strength: [B, T, H, 1 or V].
+        state: S before the first token, [B, H, V, K].
+        reset: bool [B, T] or None.
+        products: the dtype that matrix products may be taken in.
+        floor: the most negative log decay of a token, if known.
+        rule: (key, beta [B, T, H]) if this is the exact delta rule: k = beta key, a = D key, b = -beta key, strength 1.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    a: Tensor | None
+    b: Tensor | None
+    log_decay: Tensor
+    strength: Tensor | None
+    state: Tensor
+    reset: Tensor | None
+    on_values: bool
+    decays: bool
+    products: torch.dtype
+    floor: float | None = None
+    rule: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def differentiated(self) -> bool:
+        """Whether anything here will get a gradient."""
+        tensors = (self.q, self.k, self.v, self.a, self.b, self.log_decay, self.strength, self.state)
+        return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+# Faster equals of the token loop on a matrix state add themselves here, each returning y [B, T, H, V] and the last state.
+RECURRENCES: dict[str, Callable[[Recurrence], tuple[Tensor, Tensor]]] = {}
+LACKS: dict[str, Callable[[Recurrence], str]] = {}  # why it cannot run one; "" where it can
+PREFERRED: list[tuple[str, Callable[[Recurrence], bool]]] = []  # where it is the default: the first that says so
 
 
 class Breaks(NamedTuple):
@@ -175,18 +215,26 @@ def runs_sequentially(backend: str | None, n_tokens: int, tile: int) -> bool:
     return backend == "sequential" or (backend is None and n_tokens == 1)
 
 
-def faster_recurrence(backend: str | None, q: Tensor) -> Recurrence | None:
-    """The faster equal of the token loop that will run, if one is named or is the default here.
+def by_faster_form(backend: str | None, x: Recurrence) -> tuple[Tensor, Tensor] | None:
+    """y and the last state by the faster equal of the token loop that is named or is the default here; None: there is none.
 
     Raises:
-        RuntimeError: the named one cannot run on tensors like q.
+        RuntimeError: the named one cannot run this.
     """
     plugins.load()
     if backend is None:
-        backend = next((name for name, should in PREFERRED if should(q)), None)
-    elif backend in RECURRENCES and not ABLE[backend](q):
-        raise RuntimeError(f"backend {backend!r} cannot run here ({q.dtype} on {q.device.type}); pass backend='chunked'")
-    return None if backend is None else RECURRENCES.get(backend)
+        backend = next((name for name, should in PREFERRED if should(x)), None)
+    elif backend in RECURRENCES and (why := LACKS[backend](x)):
+        raise RuntimeError(f"backend {backend!r} cannot run here ({why}); pass backend='chunked'")
+    return RECURRENCES[backend](x) if backend in RECURRENCES else None
+
+
+def products_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype that matrix products of these may be taken in: that of the most precise one, or autocast's where it is on."""
+    dtype, device = functools.reduce(torch.promote_types, (x.dtype for x in tensors)), tensors[0].device.type
+    if dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return dtype
 
 
 def by_slabs(scan: Callable[..., tuple[Tensor, Tensor]], state: Tensor | None, *tokens: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from recollect import state as states
 from recollect.ops import tiles
-from recollect.ops.linear_scan import delta_scan, gated_linear_scan, least_squares_scan, slot_scan
+from recollect.ops.linear_scan import delta_rule_scan, delta_scan, gated_linear_scan, least_squares_scan, slot_scan
 from tests.laws import assert_bitwise, assert_near, assert_same_state
 
 EXACT = 1e-12
@@ -58,6 +58,11 @@ def delta(length: int, decay: tuple[int, ...] | None, strength: tuple[int, ...] 
     return tokens
 
 
+def rule(length: int, decay: tuple[int, ...] | None) -> dict[str, Tensor]:
+    tokens = qkv(length) if decay is None else with_decay(length, *decay)
+    return {**tokens, "beta": uniform(B, length, H, seed=7)}
+
+
 def least_squares(length: int, *, full: bool) -> dict[str, Tensor]:
     if not full:
         return qkv(length)
@@ -92,6 +97,7 @@ CASES = {
     "least squares, all gates": Case(least_squares_scan, functools.partial(least_squares, full=True), square_state),
 }
 for _decay_name, _decay in (("no decay", None), ("per head", ()), ("per key", (K,))):
+    CASES[f"rule, {_decay_name}"] = Case(delta_rule_scan, functools.partial(rule, decay=_decay), matrix_state)
     for _strength_name, _strength in (("", None), (", strength per head", ()), (", strength per row", (V,))):
         CASES[f"delta, {_decay_name}{_strength_name}"] = Case(
             delta_scan, functools.partial(delta, decay=_decay, strength=_strength), matrix_state
@@ -169,6 +175,22 @@ def test_token_loops_follow_the_recurrence(kind: str, strength: str | None) -> N
             expected_y, expected_end = by_definition(*of_head, start[row, m])
             assert_near(y[row, :, m], expected_y, EXACT, "y")
             assert_near(end[row, m], expected_end, EXACT, "state")
+
+
+@pytest.mark.parametrize("channels", [None, (), (K,)])
+def test_the_exact_delta_rule_follows_its_recurrence(channels: tuple[int, ...] | None) -> None:
+    """A decay, then a step towards the value under the key: in a loop over rows, heads and tokens."""
+    tokens, start = rule(6, channels), matrix_state()
+    y, end = delta_rule_scan(**tokens, state=start, backend="sequential")
+    for row in range(B):
+        for m in range(H):
+            S, of_head = start[row, m], {name: x[row, :, m] for name, x in tokens.items()}
+            for t in range(6):
+                key = of_head["k"][t]
+                S = S if channels is None else S * of_head["log_decay"][t].exp()
+                S = S - of_head["beta"][t] * torch.outer(S @ key - of_head["v"][t], key)
+                assert_near(y[row, t, m], S @ of_head["q"][t], EXACT, "y")
+            assert_near(end[row, m], S, EXACT, "state")
 
 
 def test_least_squares_fits_the_weighted_pairs() -> None:

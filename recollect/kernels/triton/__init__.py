@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from recollect.ops.multi_token import Mixing, Rows, Settings
+from recollect.ops.tiles import Recurrence
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 FEW_TOKENS = 16
@@ -46,13 +46,18 @@ def attend(
     return fused(q, k, v, mixing, settings, start, rows)
 
 
-def should_recur(q: Tensor) -> bool:
+def lacks(x: Recurrence) -> str:
+    """Why the recurrence cannot run; "" where it can."""
+    return "" if can_run(x.q) else f"{x.q.dtype} on {x.q.device.type}"
+
+
+def should_recur(x: Recurrence) -> bool:
     """On a GPU, a few tokens that nobody differentiates: one launch instead of a dozen. Longer calls are tiles of matrix products."""
-    return q.is_cuda and can_run(q) and q.shape[1] <= FEW_TOKENS and not (torch.is_grad_enabled() and q.requires_grad)
+    return x.q.is_cuda and can_run(x.q) and x.q.shape[1] <= FEW_TOKENS and not x.differentiated
 
 
-def recur(*inputs: Any) -> tuple[Tensor, Tensor]:
+def recur(x: Recurrence) -> tuple[Tensor, Tensor]:
     """Recurrences on a matrix state, `recollect.kernels.triton.recurrence`; triton is imported on first use."""
     from recollect.kernels.triton.recurrence import recurrence
 
-    return recurrence(*inputs)
+    return recurrence(x.q, x.k, x.v, x.a, x.b, x.log_decay, x.strength, x.state, x.reset, x.on_values)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from recollect.ops.attention import softmax_attention
-from recollect.ops.linear_scan import delta_scan, gated_linear_scan, least_squares_scan, slot_scan
+from recollect.ops.linear_scan import delta_rule_scan, delta_scan, gated_linear_scan, least_squares_scan, slot_scan
 from recollect.ops.miras.inputs import Inputs
 from recollect.ops.miras.spec import MirasSpec, MirasState, held
 
@@ -19,13 +19,35 @@ def _scalar(gate: Tensor) -> Tensor:
     return gate.squeeze(-1) if gate.shape[-1] == 1 else gate
 
 
+def _log_decay(spec: MirasSpec, inputs: Inputs) -> Tensor | None:
+    """The decay as the scans take it, None where the spec has none."""
+    return _scalar(inputs.log_alpha) if spec.retention.decays else None
+
+
 def hebbian(
-    inputs: Inputs, state: MirasState, reset: Tensor | None, valid: Tensor | None, floor: float | None
+    spec: MirasSpec,
+    inputs: Inputs,
+    state: MirasState,
+    reset: Tensor | None,
+    valid: Tensor | None,
+    floor: float | None,
+    products: torch.dtype,
+    backend: str | None,
 ) -> tuple[Tensor, MirasState]:
     """A matrix written without being read: decayed linear attention."""
-    k = inputs.k * inputs.eta
-    log_alpha = _scalar(inputs.log_alpha)
-    y, s = gated_linear_scan(inputs.q, k, inputs.v, log_alpha, state.dual[0], reset=reset, valid=valid, floor=floor)
+    k, log_decay = inputs.k * inputs.eta, _log_decay(spec, inputs)
+    y, s = gated_linear_scan(
+        inputs.q,
+        k,
+        inputs.v,
+        log_decay,
+        state.dual[0],
+        reset=reset,
+        valid=valid,
+        floor=floor,
+        products=products,
+        backend=backend,
+    )
     return y, held((s,))
 
 
@@ -37,10 +59,19 @@ def delta_rule(
     reset: Tensor | None,
     valid: Tensor | None,
     floor: float | None,
+    products: torch.dtype,
     backend: str | None,
 ) -> tuple[Tensor, MirasState]:
     """A matrix, the l2 bias, one token per gradient: M <- M alpha - (M k - v) (eta k)^T, k decayed first if the gradient is."""
-    k, v, eta = inputs.k, inputs.v, inputs.eta
+    k, v, eta, log_decay = inputs.k, inputs.v, inputs.eta, _log_decay(spec, inputs)
+    before = None if state is None else state.dual[0]
+    exact = write is None and not spec.rule.implicit and eta.shape[-1] == 1
+    if exact and (spec.gradient_at == "decayed" or log_decay is None):
+        eta = eta.squeeze(-1)
+        y, s = delta_rule_scan(
+            inputs.q, k, v, eta, log_decay, before, reset=reset, valid=valid, floor=floor, products=products, backend=backend
+        )
+        return y, held((s,))
     read = k * inputs.log_alpha.exp() if spec.gradient_at == "decayed" else k
     strength = None
     if spec.rule.implicit:
@@ -55,12 +86,13 @@ def delta_rule(
         v,
         read,
         -erase,
-        _scalar(inputs.log_alpha),
-        None if state is None else state.dual[0],
+        log_decay,
+        before,
         strength=strength,
         reset=reset,
         valid=valid,
         floor=floor,
+        products=products,
         backend=backend,
     )
     return y, held((s,))

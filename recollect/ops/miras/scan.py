@@ -21,11 +21,13 @@ from recollect.ops.miras.memories import Parameters
 from recollect.ops.miras.sequential import sequential
 from recollect.ops.miras.slots import lay_out, whole
 from recollect.ops.miras.spec import MirasSpec, MirasState, Tail, held
+from recollect.ops.tiles import products_dtype
 
 
 class Call(NamedTuple):
     """One scan with everything checked and in one precision. `start` is the state at the start of a document (None: none starts
-    here), which is `learned` if the caller gave parameters."""
+    here), which is `learned` if the caller gave parameters; `products` is the dtype that matrix products may be taken in, `backend`
+    the form that the caller named."""
 
     spec: MirasSpec
     inputs: Inputs
@@ -36,6 +38,8 @@ class Call(NamedTuple):
     valid: Tensor | None
     decay_floor: float | None
     learned: bool
+    products: torch.dtype
+    backend: str | None
 
 
 Backend = Callable[[Call], tuple[Tensor, MirasState]]
@@ -88,7 +92,7 @@ def scan(
     if spec.rule.n_steps > 1 or k.dim() == 5:
         return _several_steps(spec, q, k, v, gates, state, parameters, reset, valid, decay_floor, backend)
     check_shapes(q, k, v, reset, valid)
-    exact = torch.promote_types(q.dtype, torch.float32)
+    exact, products = torch.promote_types(q.dtype, torch.float32), products_dtype(q, k, v)
     inputs, write = _inputs(spec, q.to(exact), k.to(exact), v.to(exact), gates)
     if state is not None:
         state = check_state(spec, inputs, state)
@@ -108,14 +112,14 @@ def scan(
             raise ValueError("documents of this form of the delta rule start from zeros: leave parameters or reset out")
         if learned and state is None:
             state = _start(spec, inputs, check_parameters(spec, inputs, parameters))
-        y, after = delta_rule(spec, inputs, write, state, reset, valid, decay_floor, backend)
+        y, after = delta_rule(spec, inputs, write, state, reset, valid, decay_floor, products, backend)
         return y.to(q.dtype), after
     parameters = check_parameters(spec, inputs, parameters)
     start = None if state is not None and reset is None else _start(spec, inputs, parameters)  # decoding needs none
     if state is None:
         assert start is not None
         state = start
-    call = Call(spec, inputs, state, start, parameters, reset, valid, decay_floor, learned)
+    call = Call(spec, inputs, state, start, parameters, reset, valid, decay_floor, learned, products, backend)
     y, after = _choose(call, backend)(call)
     return y.to(q.dtype), after
 
@@ -142,9 +146,9 @@ def _chunked(call: Call) -> tuple[Tensor, MirasState]:
     spec, inputs, state, reset, valid = call.spec, call.inputs, call.state, call.reset, call.valid
     zeros = reset is None or not call.learned  # what the forms below take documents to start from
     if spec.hebbian and zeros:
-        return hebbian(inputs, state, reset, valid, call.decay_floor)
+        return hebbian(spec, inputs, state, reset, valid, call.decay_floor, call.products, call.backend)
     if spec.linear and spec.bias.name == "l2" and spec.chunk_size == 1 and spec.rule.name in ("gd", "multi_step") and zeros:
-        return delta_rule(spec, inputs, None, state, reset, valid, call.decay_floor, None)
+        return delta_rule(spec, inputs, None, state, reset, valid, call.decay_floor, call.products, call.backend)
     batch_size, n_tokens = inputs.q.shape[:2]
     if reset is None and valid is None and (state is call.start or not spec.stale):
         slots = whole(n_tokens, batch_size, spec.chunk_size, inputs.q.device)
