@@ -138,7 +138,8 @@ def work(setting: Setting, length: int, _: Any, *, preset: Preset) -> Work:
 def contender(name: str) -> Contender:
     """One memory as a contender."""
     preset = PRESETS[name]
-    make = partial(prepare, preset=preset)
+    # Of matrices our own tiles: on a GPU the default may be flash-linear-attention, which is a contender itself.
+    make = partial(prepare, preset=preset, backend="chunked" if preset.spec.memory.name == "matrix" else None)
     return Contender(
         name=name,
         suite="miras",
