@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from recollect.reproduction.experiment import Experiment, Published, Training
-from recollect.reproduction.parts import SMALL_TEXT, TINY_TEXT, curve, text_size, train_variants
+from recollect.reproduction.experiment import Asking, Experiment, Published, Training
+from recollect.reproduction.parts import SMALL_TEXT, TAUGHT, TEACHING, TINY_TEXT, WORDS, curve, text_size, train_variants
 
 NAMES = {
     "attention": "Transformer++",
@@ -134,20 +134,25 @@ SCALING = Experiment(
     size=_SIZE,
 )
 
+
+def _key(column: str, *, budget: str, **options: Any) -> Training:
+    """A needle taught in words, short texts first."""
+    request = {"task": "ruler", "task_options": {**options, **WORDS}, **TEACHING, "budget": budget}
+    return Training(column=column, request=request, names=TAUGHT)
+
+
 NEEDLES = Experiment(
     name="miras-niah",
     about="RULER's single needle (section 6, Table 3)",
     published=(TABLE_3,),
     tiny=(
-        Training(
-            column="1 needle",
-            request={
-                "task": "needles",
-                "task_options": {"n_needles": 1, "n_digits": 3, "length": 224, "shortest": 144, "start": "random"},
-                "mixers": ["attention", "gated_delta_net", *THREE],
-                "budget": "600steps",
-            },
-            names=NAMES,
+        _key("PK", haystack="noise", answer_tokens=12, shortest=144, length=256, grow=750, budget="1500steps"),
+        Asking(
+            of="PK",
+            suite="ruler",
+            options={"only": ("niah_single_1",), "lengths": (256, 512, 1024), "n": 100},
+            by="length",
+            context=1024,
         ),
     ),
     small=tuple(
@@ -173,7 +178,7 @@ NEEDLES = Experiment(
         for name in THREE
     ),
     size={
-        "tiny": "fewer than 1 M parameters, trained for this task on texts of 144 to 224 bytes; the paper: larger, not so trained.",
+        "tiny": "2 layers of width 64, taught this task on texts of 144 to 256 tokens; the paper: larger, not taught it.",
         "small": "fewer than 1 M parameters, trained for this task on texts of 512 to 768 bytes; the paper: larger, not so trained.",
     },
 )

@@ -7,7 +7,7 @@ from typing import Any
 
 from recollect.comparison.published import COLUMNS, FIND_BLOCK
 from recollect.reproduction.experiment import TEXT, Asking, Continuing, Experiment, Looking, Published, Stage, Training
-from recollect.reproduction.parts import SMALL_TEXT, TINY_TEXT, curve, text_size, train_variants
+from recollect.reproduction.parts import SMALL_TEXT, TAUGHT, TEACHING, TINY_TEXT, WORDS, curve, text_size, train_variants
 
 FOUR = ("attention", "diff", "talking_heads", "mta")
 NAMES = {"attention": "Transformer", "diff": "DIFF", "talking_heads": "Talking Heads", "mta": "MTA"}
@@ -124,7 +124,7 @@ NEEDLES = Experiment(
             model="MTA",
         ),
     ),
-    tiny=(_needles("2 needles", 2, length=240, shortest=160, budget="600steps"),),
+    tiny=(_needles("2 needles", 2, length=240, shortest=176, budget="600steps"),),
     small=tuple(
         _needles(f"{n} needles", n, length=768, shortest=320, budget="4000steps", layers=4, width=128, heads=4)
         for n in (2, 4, 6)
@@ -136,23 +136,27 @@ NEEDLES = Experiment(
         for length in (2048, 4096)
     ),
     size={
-        "tiny": "1 M parameters or fewer, trained for this task on texts of 160 to 240 bytes; the paper: 880 M, not trained for it.",
+        "tiny": "1 M parameters or fewer, trained for this task on texts of 176 to 240 bytes; the paper: 880 M, not trained for it.",
         "small": "1 M parameters, trained for this task on texts of 320 to 768 bytes; the paper: 880 M, not trained for it.",
     },
 )
 
 
-def _babilong(qa: int, *, length: int = 0, **rest: Any) -> Training:
+def _babilong(qa: int, *, shortest: int = 0, grow: int = 0, **rest: Any) -> Training:
     options: dict[str, Any] = {
         "qa": qa,
-        "length": length,
         "instruction": False,
         "examples": False,
         "answer_format": False,
+        **WORDS,
+        **({"shortest": shortest, "grow": grow} if grow else {}),
     }
-    return Training(
-        column=f"QA{qa}", request={"task": "babilong", "task_options": options, "mixers": list(FOUR), **rest}, names=NAMES
-    )
+    request = {"task": "babilong", "task_options": options, **TEACHING, **rest}
+    return Training(column=f"QA{qa}", request=request, names=TAUGHT)
+
+
+# Tokens of the stories that come first: about the shortest tenth. Those of QA4 are all as long.
+_FIRST_STORIES = {1: 40, 2: 71, 3: 123, 5: 96}
 
 
 BABILONG = Experiment(
@@ -165,16 +169,27 @@ BABILONG = Experiment(
             model="MTA",
         ),
     ),
-    tiny=(_babilong(1, budget="800steps"),),
-    small=tuple(_babilong(qa, budget="6000steps", layers=4, width=128, heads=4) for qa in range(1, 6)),
+    tiny=(_babilong(1, shortest=_FIRST_STORIES[1], grow=1200, budget="2000steps"),),
+    small=tuple(
+        _babilong(
+            qa,
+            shortest=_FIRST_STORIES.get(qa, 0),
+            grow=4000 if qa in _FIRST_STORIES else 0,
+            budget="6000steps",
+            layers=4,
+            width=128,
+            heads=4,
+        )
+        for qa in range(1, 6)
+    ),
     paper=tuple(
         f"recollect evaluate runs/{name}-880m-4k babilong -o lengths=0,1024,2048,4096 -o n=1000 -o facts=babi -o background=pg19 "
         f"--device cuda --dtype bfloat16 --out babilong/{name}"
         for name in RECIPES
     ),
     size={
-        "tiny": "models trained for this task on facts alone; the paper: 880 M parameters, not trained for it.",
-        "small": "1 M parameters, trained for this task on facts alone; the paper: 880 M parameters, not trained for it.",
+        "tiny": "2 layers of width 64, taught this task on facts alone, two facts first; the paper: 880 M parameters, not taught.",
+        "small": "4 layers of width 128, taught this task on facts alone, short stories first; the paper: 880 M, not taught.",
     },
 )
 

@@ -18,6 +18,18 @@ SMALL_TEXT: Mapping[str, Any] = {
     "width": 192,
     "layers": 6,
 }
+# Who learns a task in text from nothing: the Transformer, the strongest of the others, the models of both papers. They read words (a
+# vocabulary of the task's own) and have no SwiGLUs, which make such tasks slower to learn.
+TAUGHT: Mapping[str, str] = {
+    "attention": "Transformer",
+    "gated_delta_net": "Gated DeltaNet",
+    "mta": "MTA",
+    "moneta": "Moneta",
+    "yaad": "Yaad",
+    "memora": "Memora",
+}
+TEACHING: Mapping[str, Any] = {"mixers": list(TAUGHT), "mlp": False, "batch_size": 64}
+WORDS: Mapping[str, Any] = {"vocab_size": 512}
 
 
 def text_size(paper: str) -> dict[str, str]:
