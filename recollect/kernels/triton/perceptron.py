@@ -2,9 +2,9 @@
 
     y_t = q_t + LayerNorm(W_out,t gelu(W_in,t q_t)),    W_t = diag(alpha_t) W_{t-1} - eta_t * gradient at the chunk's first matrices
 
-Equal of `recollect.kernels.memory` and of `backend="chunked"`, its oracle, in fp32 and fp64. One program holds one head of one batch
-element and walks its tokens in pieces of 16, so that everything is products of matrices; see `perceptron_forward` and
-`perceptron_backward`. Sums over programs are taken by PyTorch from a place for each: equal inputs give equal bits. NOT YET MEASURED
+Equal of `recollect.kernels.memory` and of `backend="chunked"`, its oracle, in fp32 and fp64. One program has one head of one batch
+element and walks its tokens in pieces of 16, so that everything is products of matrices (`perceptron_walk`); what needs no matrix of
+the memory is done for all pieces at once, before and after the walk (`perceptron_tokens`). Sums over programs are taken by PyTorch from a place for each: equal inputs give equal bits. NOT YET MEASURED
 ON A GPU: checked by Triton's interpreter, and compiled for NVIDIA GPUs in the tests.
 
 Axis legend: B batch, T time, H heads, K key dim, O hidden size, P pieces, S saved states.
@@ -19,32 +19,29 @@ import triton
 from torch import Tensor
 
 from recollect.kernels.memory import BIASES, Perceptron, Settings
-from recollect.kernels.triton.perceptron_backward import backward_kernel
-from recollect.kernels.triton.perceptron_forward import forward_kernel
+from recollect.kernels.triton.perceptron_tokens import finish, finish_back, prepare, prepare_back
+from recollect.kernels.triton.perceptron_walk import walk, walk_back
 from recollect.kernels.triton.pieces import SEGMENT, TOKENS, cut
 from recollect.kernels.triton.stencil import accumulator
 
-HIDDEN_UNITS = 32  # that a program takes at a time
+HIDDEN_UNITS, WARPS = 32, 8  # of a walk: hidden units at a time
 
 
 def _options(
     q: Tensor, hidden: int, eta: Tensor, log_alpha: Tensor, delta: Tensor | None, bias: int, sharpness: float
-) -> dict[str, Any]:
-    """What both kernels are compiled for."""
-    return {
+) -> tuple[dict[str, Any], ...]:
+    """What kernels are compiled for: all; those that read gates; those that know the bias; those that walk."""
+    every = {
         "KEY": q.shape[-1],
         "KW": triton.next_power_of_2(q.shape[-1]),
-        "HIDDEN": hidden,
-        "BO": HIDDEN_UNITS if hidden % HIDDEN_UNITS == 0 else TOKENS,
-        "BIAS": bias,
-        "SHARPNESS": sharpness,
-        "ETA_WIDE": eta.shape[-1] > 1,
-        "ALPHA_WIDE": log_alpha.shape[-1] > 1,
-        "DELTA_WIDE": delta is not None and delta.shape[-1] > 1,
-        "HAS_DELTA": delta is not None,
         "PRECISION": accumulator(q.dtype)[1],
-        "num_stages": 1,  # the matrices change between loops: nothing is to be loaded ahead
+        "num_stages": 1,  # what a loop reads the one before has written: nothing is to be loaded ahead
     }
+    gates = {"ETA_WIDE": eta.shape[-1] > 1, "ALPHA_WIDE": log_alpha.shape[-1] > 1}
+    wide = delta is not None and delta.shape[-1] > 1
+    biases = {"BIAS": bias, "SHARPNESS": sharpness, "DELTA_WIDE": wide, "HAS_DELTA": delta is not None}
+    units = HIDDEN_UNITS if hidden % HIDDEN_UNITS == 0 else TOKENS
+    return every, gates, biases, {"HIDDEN": hidden, "BO": units, "num_warps": WARPS}
 
 
 @torch.library.custom_op("recollect::perceptron_scan", mutates_args=())
@@ -71,36 +68,30 @@ def _forward(
     batch, length, n_heads, _ = q.shape
     hidden = state.shape[-2]
     tokens = [(q if x is None else x).contiguous() for x in (q, k, v, eta, log_alpha, delta, scale, shift)]
+    query, keys, values, steps, decays, thresholds, *norm = tokens
+    table, sizes = (order, entries, ends), (length, n_heads, entries.shape[1])
     states = state.new_empty(batch, n_heads, 3, *state.shape[2:])
     for n, part in enumerate((state, anchor, start)):
         if part is not None:
             states[:, :, n] = part
     room = q.new_empty(batch, n_heads, TOKENS, hidden)
-    y = torch.zeros_like(tokens[0]) if padded else torch.empty_like(tokens[0])
+    y = torch.zeros_like(query) if padded else torch.empty_like(query)
     last = state.new_empty(batch, n_heads, 2, *state.shape[2:])
     saved = state.new_empty(batch, n_heads, n_slots, *state.shape[2:])
-    written, read = (torch.empty_like(y) if n_slots else y.new_empty(0) for _ in range(2))
-    forward_kernel[(batch * n_heads,)](
-        *(
-            order,
-            entries,
-            ends,
-            *tokens,
-            states,
-            room,
-            y,
-            last,
-            saved,
-            written,
-            read,
-            length,
-            n_heads,
-            entries.shape[1],
-            n_slots,
-        ),
-        **_options(q, hidden, eta, log_alpha, delta, bias, sharpness),
+    read, written = torch.empty_like(y), torch.empty_like(y) if n_slots else y.new_empty(0)
+    decayed, in_end, rest, gu = q.new_empty(4, batch, n_heads, length, q.shape[-1])
+    scores = q.new_empty(batch, n_heads, length, TOKENS)
+    total = q.new_empty(batch, n_heads, sizes[-1], q.shape[-1])
+    every, gates, biases, walks = _options(q, hidden, eta, log_alpha, delta, bias, sharpness)
+    grid = (batch * n_heads, sizes[-1])
+    prepare[grid](*table, query, keys, steps, decays, decayed, in_end, rest, scores, total, *sizes, **every, **gates)
+    walk[grid[:1]](
+        *(*table, keys, values, thresholds, *norm, decayed, in_end, rest, gu, scores, total, states, room),
+        *(last, saved, written, read, *sizes, n_slots),
+        **{**every, **biases, **walks},
         LEARN=n_slots > 0,
     )
+    finish[grid](*table, query, steps, decays, *norm, gu, scores, read, y, *sizes, **every, **gates)
     return y, last, saved, written, read
 
 
@@ -110,7 +101,7 @@ def _(
 ):
     y, heads = q.new_empty(q.shape), state.shape[:2]
     last, saved = (state.new_empty(*heads, n, *state.shape[2:]) for n in (2, n_slots))
-    return y, last, saved, *(q.new_empty(q.shape if n_slots else 0) for _ in range(2))
+    return y, last, saved, q.new_empty(q.shape if n_slots else 0), q.new_empty(q.shape)
 
 
 @torch.library.custom_op("recollect::perceptron_scan_backward", mutates_args=())
@@ -140,24 +131,50 @@ def _backward(
     batch, length, n_heads, _ = q.shape
     hidden = anchor.shape[-2]
     tokens = [(q if x is None else x).contiguous() for x in (q, k, v, eta, log_alpha, delta, scale, shift)]
-    whole = [anchor.contiguous() if start is None else start.contiguous(), anchor.contiguous()]
+    query, keys, values, steps, decays, thresholds, *norm = tokens
+    grad_y = grad_y.contiguous()
+    table, sizes = (order, entries, ends), (length, n_heads, entries.shape[1])
     states = anchor.new_empty(batch, n_heads, SEGMENT + 1, *anchor.shape[2:])
     room = q.new_empty(batch, n_heads, SEGMENT, 4, TOKENS, hidden)
-    d_tokens = [torch.zeros_like(x) if padded else torch.empty_like(x) for x in tokens[: 5 + (delta is not None)]]
-    partial = [q.new_empty(batch, *x.shape) for x in (scale, shift)]
+    empty = torch.zeros_like if padded else torch.empty_like
+    d_q, d_k, d_v, d_eta, d_log_alpha, d_delta = (empty(x) for x in tokens[:6])
+    of_pieces = q.new_zeros(2, batch, n_heads, sizes[-1], q.shape[-1])
+    of_heads = q.new_empty(2, batch, n_heads, q.shape[-1])
     d_start = anchor.new_zeros(anchor.shape if start is not None else 0)
     full = (ends[:, 1] != 0).view(-1, 1, 1, 1, 1)
     d_anchor = grad_last[:, :, 1]
     d_state = (grad_last[:, :, 0] + d_anchor.masked_fill(~full, 0)).contiguous()
     d_anchor = d_anchor.masked_fill(full, 0).contiguous()
-    places = [*d_tokens, *([] if delta is not None else [d_tokens[0]]), *partial, d_start, d_state, d_anchor]
-    backward_kernel[(batch * n_heads,)](
-        *(order, entries, ends, *tokens, *whole, saved, written, read, grad_y.contiguous(), states, room, *places),
-        *(length, n_heads, entries.shape[1], saved.shape[2]),
-        **_options(q, hidden, eta, log_alpha, delta, bias, sharpness),
+
+    decayed, in_end, out_end, gu, d_seen, moved = q.new_empty(6, batch, n_heads, length, q.shape[-1])
+    scores, d_scores = q.new_empty(2, batch, n_heads, length, TOKENS)
+    total = q.new_empty(batch, n_heads, sizes[-1], q.shape[-1])
+    every, gates, biases, walks = _options(q, hidden, eta, log_alpha, delta, bias, sharpness)
+    grid = (batch * n_heads, sizes[-1])
+    prepare[grid](*table, query, keys, steps, decays, decayed, in_end, out_end, scores, total, *sizes, **every, **gates)
+    prepare_back[grid](
+        *(*table, keys, values, steps, decays, thresholds, *norm, written, read, grad_y),
+        *(gu, out_end, d_seen, moved, d_scores, *of_pieces, *sizes),
+        **{**every, **gates, **biases},
+    )
+    first = anchor if start is None else start
+    walk_back[grid[:1]](
+        *(*table, keys, values, steps, decays, thresholds, *norm, first.contiguous(), anchor.contiguous(), saved, written),
+        *(decayed, in_end, out_end, gu, d_seen, moved, scores, d_scores, total, states, room),
+        *(d_k, d_v, d_delta, *of_heads, d_start, d_state, d_anchor, *sizes, saved.shape[2]),
+        **{**every, **gates, **biases, **walks},
         HAS_START=start is not None,
     )
-    found = [*d_tokens, *(x.sum(0) for x in partial), d_state, d_anchor]
+    finish_back[grid](
+        *(*table, query, keys, steps, decays, read, grad_y, gu, d_seen, in_end, out_end, decayed, d_scores, total),
+        *(d_q, d_k, d_eta, d_log_alpha, *sizes),
+        **every,
+        **gates,
+    )
+    d_scale, d_shift = (
+        per_piece.sum((0, 2)) + per_head.sum(0) for per_piece, per_head in zip(of_pieces, of_heads, strict=True)
+    )
+    found = [d_q, d_k, d_v, d_eta, d_log_alpha, *([] if delta is None else [d_delta]), d_scale, d_shift, d_state, d_anchor]
     return found if start is None else [*found, d_start.sum(0)]
 
 

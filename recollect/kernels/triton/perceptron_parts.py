@@ -25,11 +25,39 @@ def product(a, b, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def tokens_of(order, begin, count, step: tl.constexpr):
-    """The tokens of a piece, `step` behind each: their places, and whether they exist."""
+def tokens_of(order, entry, batch, head, n_tokens, n_heads, step: tl.constexpr):
+    """The tokens of a piece, `step` behind each: their places in the order, their rows in [B, T, H], and whether they exist."""
     t = tl.arange(0, SIZE) + step
-    real = t < count
-    return tl.load(order + begin + t, mask=real, other=0), real
+    begin = tl.load(entry)
+    real = t < tl.load(entry + 1)
+    place = tl.load(order + batch * n_tokens + begin + t, mask=real, other=0)
+    return begin + t, (batch * n_tokens + place) * n_heads + head, real
+
+
+@triton.jit
+def square(x, at, real):
+    """[16, 16] of a piece's rows of x, zeros beyond."""
+    return tl.load(x + at[:, None] * SIZE + tl.arange(0, SIZE)[None, :], mask=real[:, None], other=0.0)
+
+
+@triton.jit
+def put_square(x, at, real, value):
+    """Store what `square` reads."""
+    tl.store(x + at[:, None] * SIZE + tl.arange(0, SIZE)[None, :], value, mask=real[:, None])
+
+
+@triton.jit
+def line(x, KEY: tl.constexpr, KW: tl.constexpr):
+    """[1, KW]: one vector of channels."""
+    c = tl.arange(0, KW)
+    return tl.load(x + c, mask=c < KEY, other=0.0)[None, :]
+
+
+@triton.jit
+def put_line(x, value, KEY: tl.constexpr, KW: tl.constexpr):
+    """Store what `line` reads."""
+    c = tl.arange(0, KW)[None, :]
+    tl.store(x + c, value, mask=c < KEY)
 
 
 @triton.jit
@@ -82,8 +110,8 @@ def put_hidden(x, o, value, HIDDEN: tl.constexpr, BO: tl.constexpr):
 
 @triton.jit
 def whole(alpha, to_end):
-    """[KW]: the decay over the piece."""
-    return tl.sum(tl.where((tl.arange(0, SIZE) == 0)[:, None], alpha * to_end, 0.0), axis=0)
+    """[1, KW]: the decay over the piece."""
+    return tl.sum(tl.where((tl.arange(0, SIZE) == 0)[:, None], alpha * to_end, 0.0), axis=0)[None, :]
 
 
 @triton.jit
@@ -239,4 +267,4 @@ def descent_back(
     d_delta = tl.where(inside, d_delta, 0.0)
     d_unit = scale * d_r - a * (tl.sum(g * unit, axis=1) / KEY)[:, None] - g * along
     d_u = normalised_back(d_unit, unit, rate, KEY, KW) - of_rate * unit
-    return d_u, d_r, d_delta, tl.sum(d_g * value + d_r * unit, axis=0)
+    return d_u, d_r, d_delta, tl.sum(d_g * value + d_r * unit, axis=0)[None, :]

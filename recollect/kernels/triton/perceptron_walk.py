@@ -1,0 +1,370 @@
+"""The perceptron memory's walk over the pieces of one head of one batch element, forward and backward: one program each.
+
+Its matrices lie in scratch that a level-two cache holds, as [2, O, K]: W_in, and W_out transposed. Every piece passes twice over the
+hidden units, BO at a time; what the passes multiply with is read anew for each BO, which leaves registers to the products. Scratch that
+other threads of the program have written is read behind a barrier.
+
+Forward: two states are in use, the one where the chunk began (gradients are taken there) and the one being written, so that the first
+piece of a chunk writes to the place of the last chunk's and nothing is copied. Backward: a segment is computed again from the state
+saved at its first piece, then its pieces are differentiated from the last to the first. The equations are those of memory.c.
+
+Axis legend: B batch, T time, H heads, K key dim, O hidden size, P pieces.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from recollect.kernels.triton.perceptron_parts import (
+    attended_back,
+    block,
+    channels,
+    descent,
+    descent_back,
+    gelu,
+    hidden,
+    line,
+    product,
+    put,
+    put_block,
+    put_hidden,
+    put_line,
+    put_square,
+    square,
+    tokens_of,
+)
+
+SEGMENT = tl.constexpr(4)
+
+
+@triton.jit
+def walk(
+    order,
+    entries,
+    ends,
+    k,
+    v,
+    delta,
+    scale,
+    shift,
+    decayed,
+    in_end,
+    rest,
+    gu,
+    s,
+    total,
+    states,
+    room,
+    last,
+    saved,
+    written,
+    read,
+    n_tokens,
+    n_heads,
+    n_rows,
+    n_slots,
+    KEY: tl.constexpr,
+    KW: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    BO: tl.constexpr,
+    BIAS: tl.constexpr,
+    SHARPNESS: tl.constexpr,
+    DELTA_WIDE: tl.constexpr,
+    HAS_DELTA: tl.constexpr,
+    LEARN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """decayed .. total: as `prepare` leaves them, gu for what is written with; s becomes the second layer's scores.
+    states [B, H, 3, 2, O, K]: the current one, that of the open chunk's start, that of a document's start, the first two used up;
+    room [B, H, 16, O]; last [B, H, 2, 2, O, K]: the first two as they are at the end."""
+    program = tl.program_id(0).to(tl.int64)
+    batch, head = program // n_heads, program % n_heads
+    AREA: tl.constexpr = HIDDEN * KEY
+    tile = program * n_tokens * KEY
+    states += program * 6 * AREA
+    saved += program * n_slots * 2 * AREA
+    room += program * 16 * HIDDEN
+    s += program * n_tokens * 16
+    here = tl.full((), 0, tl.int32)
+    point = tl.full((), 1, tl.int32)
+    for n in range(tl.load(ends + batch * 2)):
+        entry = entries + (batch * n_rows + n) * 6
+        flags, slot = tl.load(entry + 2), tl.load(entry + 3).to(tl.int64)
+        at, row, real = tokens_of(order, entry, batch, head, n_tokens, n_heads, 0)
+        here = tl.where(flags >= 2, 2, here)
+        point = tl.where(flags % 2 == 1, here, point)
+        there = tl.where(flags % 2 == 1, tl.where(here == 0, 1, 0), here)
+        origin, source, target = states + point * 2 * AREA, states + here * 2 * AREA, states + there * 2 * AREA
+
+        keys = channels(k, row, real, KEY, KW, True)
+        u = tl.zeros_like(keys)
+        for o in range(0, HIDDEN, BO):
+            pre = product(keys, tl.trans(block(origin, o, KEY, KW, BO)), PRECISION)
+            put_hidden(room, o, pre, HIDDEN, BO)
+            act, _, _ = gelu(pre)
+            u += product(act, block(origin + AREA, o, KEY, KW, BO), PRECISION)
+        if HAS_DELTA:
+            threshold = channels(delta, row, real, KEY, KW, DELTA_WIDE)
+        else:
+            threshold = keys
+        gain, offset = line(scale + head * KEY, KEY, KW), line(shift + head * KEY, KEY, KW)
+        values = channels(v, row, real, KEY, KW, True)
+        factor = descent(u, keys, values, threshold, gain, offset, KEY, KW, BIAS, SHARPNESS)
+        put(gu + tile, at, real, factor, KEY, KW, True)
+        if LEARN:
+            put(written, row, real, u, KEY, KW, True)
+        tl.debug_barrier()
+
+        a = tl.zeros((16, 16), keys.dtype)
+        seen = tl.zeros_like(keys)
+        for o in range(0, HIDDEN, BO):
+            factor = channels(gu + tile, at, real, KEY, KW, True)
+            inner, keep = square(s, at, real), line(total + (program * n_rows + n) * KEY, KEY, KW)
+            act, slope, _ = gelu(hidden(room, o, HIDDEN, BO))
+            gp = product(factor, tl.trans(block(origin + AREA, o, KEY, KW, BO)), PRECISION) * slope
+            w_in, w_out = block(source, o, KEY, KW, BO), block(source + AREA, o, KEY, KW, BO)
+            if LEARN and slot >= 0:
+                put_block(saved + slot * 2 * AREA, o, w_in, KEY, KW, BO)
+                put_block(saved + slot * 2 * AREA + AREA, o, w_out, KEY, KW, BO)
+            pre = product(channels(decayed + tile, at, real, KEY, KW, True), tl.trans(w_in), PRECISION)
+            act_r, _, _ = gelu(pre - product(inner, gp, PRECISION))
+            a += product(act_r, tl.trans(act), PRECISION)
+            seen += product(act_r, w_out, PRECISION)
+            f_in = channels(in_end + tile, at, real, KEY, KW, True)
+            f_out = factor * channels(rest + tile, at, real, KEY, KW, True)
+            put_block(target, o, keep * w_in - product(tl.trans(gp), f_in, PRECISION), KEY, KW, BO)
+            put_block(target + AREA, o, keep * w_out - product(tl.trans(act), f_out, PRECISION), KEY, KW, BO)
+        tl.debug_barrier()
+        put(read, row, real, seen, KEY, KW, True)
+        put_square(s, at, real, a)
+        here = there
+    point = tl.where(tl.load(ends + batch * 2 + 1) != 0, here, point)
+    last += program * 4 * AREA
+    _copy(states + here * 2 * AREA, last, HIDDEN, KEY, KW, BO)
+    _copy(states + point * 2 * AREA, last + 2 * AREA, HIDDEN, KEY, KW, BO)
+
+
+@triton.jit
+def _copy(source, target, HIDDEN: tl.constexpr, KEY: tl.constexpr, KW: tl.constexpr, BO: tl.constexpr):
+    """Both matrices of a state."""
+    for o in range(0, 2 * HIDDEN, BO):
+        put_block(target, o, block(source, o, KEY, KW, BO), KEY, KW, BO)
+
+
+@triton.jit
+def walk_back(
+    order,
+    entries,
+    ends,
+    k,
+    v,
+    eta,
+    log_alpha,
+    delta,
+    scale,
+    shift,
+    start,
+    anchor,
+    saved,
+    written,
+    decayed,
+    in_end,
+    out_end,
+    gu,
+    d_seen,
+    moved,
+    s,
+    d_a,
+    total,
+    states,
+    room,
+    d_k,
+    d_v,
+    d_delta,
+    d_scale,
+    d_shift,
+    d_start,
+    d_state,
+    d_anchor,
+    n_tokens,
+    n_heads,
+    n_rows,
+    n_slots,
+    KEY: tl.constexpr,
+    KW: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    BO: tl.constexpr,
+    BIAS: tl.constexpr,
+    SHARPNESS: tl.constexpr,
+    ETA_WIDE: tl.constexpr,
+    ALPHA_WIDE: tl.constexpr,
+    DELTA_WIDE: tl.constexpr,
+    HAS_DELTA: tl.constexpr,
+    HAS_START: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """decayed .. total: as `prepare` and `prepare_back` leave them. They become what `finish_back` reads: decayed of_query, in_end end_in,
+    out_end to_out, d_a d_s, total along.
+    states [B, H, 5, 2, O, K]: at the start of each piece of a segment and of the chunk open there; room [B, H, 4, 4, 16, O];
+    d_scale, d_shift [B, H, K]; d_start, d_state, d_anchor [B, H, 2, O, K], the last two holding those of the last states."""
+    program = tl.program_id(0).to(tl.int64)
+    batch, head = program // n_heads, program % n_heads
+    AREA: tl.constexpr = HIDDEN * KEY
+    WIDTH: tl.constexpr = 16 * HIDDEN
+    tile = program * n_tokens * KEY
+    gain, offset = line(scale + head * KEY, KEY, KW), line(shift + head * KEY, KEY, KW)
+    to_gain, to_offset = tl.zeros_like(gain), tl.zeros_like(gain)
+    states += program * 10 * AREA
+    saved += program * n_slots * 2 * AREA
+    anchor += program * 2 * AREA
+    start += head * 2 * AREA
+    room += program * 16 * WIDTH
+    s += program * n_tokens * 16
+    d_a += program * n_tokens * 16
+    total += program * n_rows * KEY
+    d_state += program * 2 * AREA
+    d_anchor += program * 2 * AREA
+    d_start += program * 2 * AREA
+    entries += batch * n_rows * 6
+    high = tl.load(ends + batch * 2)
+    while high > 0:
+        low = tl.load(entries + (high - 1) * 6 + 4)
+        slot, chunk_at = tl.load(entries + low * 6 + 3).to(tl.int64), tl.load(entries + low * 6 + 5)
+        if slot >= 0:
+            _copy(saved + slot * 2 * AREA, states, HIDDEN, KEY, KW, BO)
+        if HAS_START and slot < 0:
+            _copy(start, states, HIDDEN, KEY, KW, BO)
+        if chunk_at < 0:
+            _copy(anchor, states + SEGMENT * 2 * AREA, HIDDEN, KEY, KW, BO)
+        elif chunk_at < low:
+            slot = tl.load(entries + chunk_at * 6 + 3).to(tl.int64)
+            if slot >= 0:
+                _copy(saved + slot * 2 * AREA, states + SEGMENT * 2 * AREA, HIDDEN, KEY, KW, BO)
+            if HAS_START and slot < 0:
+                _copy(start, states + SEGMENT * 2 * AREA, HIDDEN, KEY, KW, BO)
+        tl.debug_barrier()
+
+        for n in range(low, high):
+            entry = entries + n * 6
+            chunk_at = tl.load(entry + 5)
+            at, row, real = tokens_of(order, entry, batch, head, n_tokens, n_heads, 0)
+            origin = states + tl.where(chunk_at >= low, chunk_at - low, SEGMENT) * 2 * AREA
+            source, kept = states + (n - low) * 2 * AREA, room + (n - low) * 4 * WIDTH
+            for o in range(0, HIDDEN, BO):
+                pre = product(channels(k, row, real, KEY, KW, True), tl.trans(block(origin, o, KEY, KW, BO)), PRECISION)
+                factor = channels(gu + tile, at, real, KEY, KW, True)
+                back = product(factor, tl.trans(block(origin + AREA, o, KEY, KW, BO)), PRECISION)
+                put_hidden(kept, o, pre, HIDDEN, BO)
+                put_hidden(kept + WIDTH, o, back, HIDDEN, BO)
+                if n + 1 < high:
+                    act, slope, _ = gelu(pre)
+                    keep = line(total + n * KEY, KEY, KW)
+                    gained = product(tl.trans(back * slope), channels(in_end + tile, at, real, KEY, KW, True), PRECISION)
+                    put_block(source + 2 * AREA, o, keep * block(source, o, KEY, KW, BO) - gained, KEY, KW, BO)
+                    gained = product(tl.trans(act), channels(out_end + tile, at, real, KEY, KW, True), PRECISION)
+                    put_block(source + 3 * AREA, o, keep * block(source + AREA, o, KEY, KW, BO) - gained, KEY, KW, BO)
+            tl.debug_barrier()
+
+        for behind in range(high - low):
+            n = high - 1 - behind
+            entry = entries + n * 6
+            flags, chunk_at = tl.load(entry + 2), tl.load(entry + 5)
+            at, row, real = tokens_of(order, entry, batch, head, n_tokens, n_heads, 0)
+            origin = states + tl.where(chunk_at >= low, chunk_at - low, SEGMENT) * 2 * AREA
+            source, kept = states + (n - low) * 2 * AREA, room + (n - low) * 4 * WIDTH
+
+            end_in, end_out = tl.zeros((16, KW), gain.dtype), tl.zeros((16, KW), gain.dtype)
+            of_query, d_gu = tl.zeros((16, KW), gain.dtype), tl.zeros((16, KW), gain.dtype)
+            a, d_s, along = tl.zeros((16, 16), gain.dtype), tl.zeros((16, 16), gain.dtype), tl.zeros_like(gain)
+            for o in range(0, HIDDEN, BO):
+                act, slope, _ = gelu(hidden(kept, o, HIDDEN, BO))
+                gp = hidden(kept + WIDTH, o, HIDDEN, BO) * slope
+                keep = line(total + n * KEY, KEY, KW)
+                query, inner = channels(decayed + tile, at, real, KEY, KW, True), square(s, at, real)
+                w_in, g_in = block(source, o, KEY, KW, BO), block(d_state, o, KEY, KW, BO)
+                act_r, slope_r, _ = gelu(product(query, tl.trans(w_in), PRECISION) - product(inner, gp, PRECISION))
+                a += product(act_r, tl.trans(act), PRECISION)
+                d_gp = -product(channels(in_end + tile, at, real, KEY, KW, True), tl.trans(g_in), PRECISION)
+                end_in += product(gp, g_in, PRECISION)
+                g_in = g_in * keep
+                along += tl.sum(g_in * w_in, axis=0)[None, :]
+
+                w_out, g_out = block(source + AREA, o, KEY, KW, BO), block(d_state + AREA, o, KEY, KW, BO)
+                reads, outer = channels(moved + tile, at, real, KEY, KW, True), square(d_a, at, real)
+                d_pre = product(reads, tl.trans(w_out), PRECISION) + product(outer, act, PRECISION)
+                d_pre = d_pre * slope_r
+                d_act = product(tl.trans(outer), act_r, PRECISION)
+                d_act -= product(channels(out_end + tile, at, real, KEY, KW, True), tl.trans(g_out), PRECISION)
+                put_hidden(kept + 3 * WIDTH, o, d_act, HIDDEN, BO)
+                end_out += product(act, g_out, PRECISION)
+                g_out = g_out * keep
+                along += tl.sum(g_out * w_out, axis=0)[None, :]
+                put_block(d_state + AREA, o, g_out + product(tl.trans(act_r), reads, PRECISION), KEY, KW, BO)
+
+                of_query += product(d_pre, w_in, PRECISION)
+                put_block(d_state, o, g_in + product(tl.trans(d_pre), query, PRECISION), KEY, KW, BO)
+                d_gp -= product(tl.trans(inner), d_pre, PRECISION)
+                put_hidden(kept + 2 * WIDTH, o, d_gp, HIDDEN, BO)
+                d_s -= product(d_pre, tl.trans(gp), PRECISION)
+                d_gu += product(d_gp * slope, block(origin + AREA, o, KEY, KW, BO), PRECISION)
+            tl.debug_barrier()
+
+            along -= tl.sum(end_in * channels(in_end + tile, at, real, KEY, KW, True), axis=0)[None, :]
+            along -= tl.sum(end_out * channels(out_end + tile, at, real, KEY, KW, True), axis=0)[None, :]
+            _, next_row, follows = tokens_of(order, entry, batch, head, n_tokens, n_heads, 1)
+            alpha = tl.exp(channels(log_alpha, row, real, KEY, KW, ALPHA_WIDE))
+            after = tl.exp(channels(log_alpha, next_row, follows, KEY, KW, ALPHA_WIDE))
+            to_out = -end_out * tl.cumprod(after, axis=0, reverse=True)
+            to_out -= attended_back(a, channels(d_seen + tile, at, real, KEY, KW, True), alpha, after, KW, PRECISION)
+            d_gu += to_out * channels(eta, row, real, KEY, KW, ETA_WIDE)
+            tl.debug_barrier()
+            put(in_end + tile, at, real, end_in, KEY, KW, True)
+            put(out_end + tile, at, real, to_out, KEY, KW, True)
+            put(decayed + tile, at, real, of_query, KEY, KW, True)
+            put_square(d_a, at, real, d_s)
+            put_line(total + n * KEY, along, KEY, KW)
+
+            keys, values = channels(k, row, real, KEY, KW, True), channels(v, row, real, KEY, KW, True)
+            if HAS_DELTA:
+                threshold = channels(delta, row, real, KEY, KW, DELTA_WIDE)
+            else:
+                threshold = keys
+            u = channels(written, row, real, KEY, KW, True)
+            d_u, d_r, d_threshold, of_gain = descent_back(
+                d_gu, u, keys, values, threshold, gain, offset, KEY, KW, BIAS, SHARPNESS
+            )
+            to_gain += of_gain
+            to_offset += tl.sum(d_r, axis=0)[None, :]
+            put(d_v, row, real, -d_r, KEY, KW, True)
+            if HAS_DELTA:
+                put(d_delta, row, real, d_threshold, KEY, KW, DELTA_WIDE)
+
+            for o in range(0, HIDDEN, BO):
+                act, slope, curve = gelu(hidden(kept, o, HIDDEN, BO))
+                back, d_gp = hidden(kept + WIDTH, o, HIDDEN, BO), hidden(kept + 2 * WIDTH, o, HIDDEN, BO)
+                d_act = hidden(kept + 3 * WIDTH, o, HIDDEN, BO)
+                d_act += product(d_u, tl.trans(block(origin + AREA, o, KEY, KW, BO)), PRECISION)
+                d_pre = d_gp * back * curve + d_act * slope
+                d_r += product(d_pre, block(origin, o, KEY, KW, BO), PRECISION)
+                g_in = block(d_anchor, o, KEY, KW, BO)
+                g_in += product(tl.trans(d_pre), channels(k, row, real, KEY, KW, True), PRECISION)
+                g_out = block(d_anchor + AREA, o, KEY, KW, BO) + product(tl.trans(act), d_u, PRECISION)
+                g_out += product(tl.trans(d_gp * slope), channels(gu + tile, at, real, KEY, KW, True), PRECISION)
+                if flags % 2 == 1:  # a chunk starts: its first state is this state
+                    put_block(d_state, o, block(d_state, o, KEY, KW, BO) + g_in, KEY, KW, BO)
+                    put_block(d_state + AREA, o, block(d_state + AREA, o, KEY, KW, BO) + g_out, KEY, KW, BO)
+                put_block(d_anchor, o, tl.where(flags % 2 == 1, 0.0, g_in), KEY, KW, BO)
+                put_block(d_anchor + AREA, o, tl.where(flags % 2 == 1, 0.0, g_out), KEY, KW, BO)
+            put(d_k, row, real, d_r, KEY, KW, True)
+            tl.debug_barrier()
+            if HAS_START and flags >= 2:
+                for o in range(0, 2 * HIDDEN, BO):
+                    g = block(d_state, o, KEY, KW, BO)
+                    put_block(d_start, o, block(d_start, o, KEY, KW, BO) + g, KEY, KW, BO)
+                    tl.debug_barrier()
+                    put_block(d_state, o, tl.zeros_like(g), KEY, KW, BO)
+                tl.debug_barrier()
+        high = low
+    put_line(d_scale + program * KEY, to_gain, KEY, KW)
+    put_line(d_shift + program * KEY, to_offset, KEY, KW)
