@@ -4,8 +4,9 @@
 
 Equal of `recollect.kernels.memory` and of `backend="chunked"`, its oracle, in fp32 and fp64. One program has one head of one batch
 element and walks its tokens in pieces of 16, so that everything is products of matrices (`perceptron_walk`); what needs no matrix of
-the memory is done for all pieces at once, before and after the walk (`perceptron_tokens`). Sums over programs are taken by PyTorch from a place for each: equal inputs give equal bits. NOT YET MEASURED
-ON A GPU: checked by Triton's interpreter, and compiled for NVIDIA GPUs in the tests.
+the memory is done for all pieces at once, before and after the walk (`perceptron_tokens`). Sums over programs are taken by PyTorch from
+a place for each: equal inputs give equal bits. NOT YET MEASURED ON A GPU: checked by Triton's interpreter, and compiled for NVIDIA GPUs
+in the tests.
 
 Axis legend: B batch, T time, H heads, K key dim, O hidden size, P pieces, S saved states.
 """

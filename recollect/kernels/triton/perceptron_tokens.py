@@ -146,8 +146,8 @@ def prepare_back(
     HAS_DELTA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """What the piece wrote with, and the gradients of what its reads' norm took, as it is and decayed from the piece's start, and of the
-    second layer's scores. out_end: holds `rest`; d_scale, d_shift [B, H, P, K]: what the outputs give."""
+    """What the piece wrote with, and the gradients of the second layer's scores and of what the reads' norm took, as it is and decayed
+    from the piece's start. out_end: holds `rest`; d_scale, d_shift [B, H, P, K]: what the outputs give."""
     program, n = tl.program_id(0).to(tl.int64), tl.program_id(1)
     batch, head = program // n_heads, program % n_heads
     if n < tl.load(ends + batch * 2):

@@ -204,8 +204,8 @@ def walk_back(
     HAS_START: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """decayed .. total: as `prepare` and `prepare_back` leave them. They become what `finish_back` reads: decayed of_query, in_end end_in,
-    out_end to_out, d_a d_s, total along.
+    """decayed .. total: as `prepare` and `prepare_back` leave them. They become what `finish_back` reads: decayed is then of_query, in_end
+    end_in, out_end to_out, d_a d_s, and total along.
     states [B, H, 5, 2, O, K]: at the start of each piece of a segment and of the chunk open there; room [B, H, 4, 4, 16, O];
     d_scale, d_shift [B, H, K]; d_start, d_state, d_anchor [B, H, 2, O, K], the last two holding those of the last states."""
     program = tl.program_id(0).to(tl.int64)
