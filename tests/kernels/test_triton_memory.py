@@ -155,10 +155,9 @@ def test_error_in_single_precision_is_at_most_twice_the_plain_chunks() -> None:
             for form, dtype in (("chunked", torch.float64), ("triton", torch.float32), ("chunked", torch.float32))
         )
         for n, (value, *pair) in enumerate(zip(exact, *single, strict=True)):
-            for sum_, x in zip(errors.setdefault(n, [0.0, 0.0]), pair, strict=True):
-                del sum_
+            sums = errors.setdefault(n, [0.0, 0.0])
             for m, x in enumerate(pair):
-                errors[n][m] += float((x.double() - value).detach().norm() / value.detach().norm().clamp(min=1e-30))
+                sums[m] += float((x.double() - value).detach().norm() / value.detach().norm().clamp(min=1e-30))
     for n, (ours, theirs) in errors.items():
         assert ours <= 2 * theirs, f"{n}: {ours:.1e}, the chunks {theirs:.1e}"
 

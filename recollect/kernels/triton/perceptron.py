@@ -65,7 +65,7 @@ def _forward(
     padded: bool,
     bias: int,
     sharpness: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, length, n_heads, _ = q.shape
     hidden = state.shape[-2]
     tokens = [(q if x is None else x).contiguous() for x in (q, k, v, eta, log_alpha, delta, scale, shift)]
@@ -93,7 +93,7 @@ def _forward(
         LEARN=n_slots > 0,
     )
     finish[grid](*table, query, steps, decays, *norm, gu, scores, read, y, *sizes, **every, **gates)
-    return y, last, saved, written, read
+    return y, last, saved, written, read, scores
 
 
 @_forward.register_fake
@@ -102,7 +102,8 @@ def _(
 ):
     y, heads = q.new_empty(q.shape), state.shape[:2]
     last, saved = (state.new_empty(*heads, n, *state.shape[2:]) for n in (2, n_slots))
-    return y, last, saved, q.new_empty(q.shape if n_slots else 0), q.new_empty(q.shape)
+    scores = q.new_empty(*heads, q.shape[1], TOKENS)
+    return y, last, saved, q.new_empty(q.shape if n_slots else 0), q.new_empty(q.shape), scores
 
 
 @torch.library.custom_op("recollect::perceptron_scan_backward", mutates_args=())
@@ -112,6 +113,7 @@ def _backward(
     saved: Tensor,
     written: Tensor,
     read: Tensor,
+    scores_out: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -147,27 +149,28 @@ def _backward(
     d_state = (grad_last[:, :, 0] + d_anchor.masked_fill(~full, 0)).contiguous()
     d_anchor = d_anchor.masked_fill(full, 0).contiguous()
 
-    decayed, in_end, out_end, gu, d_seen, moved = q.new_empty(6, batch, n_heads, length, q.shape[-1])
+    decayed, in_end, rest, gu, d_seen, moved, of_out = q.new_empty(7, batch, n_heads, length, q.shape[-1])
     scores, d_scores = q.new_empty(2, batch, n_heads, length, TOKENS)
     total = q.new_empty(batch, n_heads, sizes[-1], q.shape[-1])
     every, gates, biases, walks = _options(q, hidden, eta, log_alpha, delta, bias, sharpness)
     grid = (batch * n_heads, sizes[-1])
-    prepare[grid](*table, query, keys, steps, decays, decayed, in_end, out_end, scores, total, *sizes, **every, **gates)
+    prepare[grid](*table, query, keys, steps, decays, decayed, in_end, rest, scores, total, *sizes, **every, **gates)
     prepare_back[grid](
-        *(*table, keys, values, steps, decays, thresholds, *norm, written, read, grad_y),
-        *(gu, out_end, d_seen, moved, d_scores, *of_pieces, *sizes),
+        *(*table, keys, values, steps, decays, thresholds, *norm, written, read, scores_out, grad_y),
+        *(gu, d_seen, moved, of_out, d_scores, *of_pieces, *sizes),
         **{**every, **gates, **biases},
     )
     first = anchor if start is None else start
     walk_back[grid[:1]](
-        *(*table, keys, values, steps, decays, thresholds, *norm, first.contiguous(), anchor.contiguous(), saved, written),
-        *(decayed, in_end, out_end, gu, d_seen, moved, scores, d_scores, total, states, room),
+        *(*table, keys, values, steps, thresholds, *norm, first.contiguous(), anchor.contiguous(), saved, written),
+        *(decayed, in_end, rest, gu, moved, of_out, scores, d_scores, total, states, room),
         *(d_k, d_v, d_delta, *of_heads, d_start, d_state, d_anchor, *sizes, saved.shape[2]),
-        **{**every, **gates, **biases, **walks},
+        **{**every, **biases, **walks},
+        ETA_WIDE=gates["ETA_WIDE"],
         HAS_START=start is not None,
     )
     finish_back[grid](
-        *(*table, query, keys, steps, decays, read, grad_y, gu, d_seen, in_end, out_end, decayed, d_scores, total),
+        *(*table, query, keys, steps, decays, read, grad_y, gu, d_seen, of_out, in_end, rest, decayed, d_scores, total),
         *(d_q, d_k, d_eta, d_log_alpha, *sizes),
         **every,
         **gates,
@@ -180,7 +183,7 @@ def _backward(
 
 
 @_backward.register_fake
-def _(grad_y, grad_last, saved, written, read, *given):
+def _(grad_y, grad_last, saved, written, read, scores_out, *given):
     *inputs, anchor, start, _, _, _, _, _, _ = given
     return [x.new_empty(x.shape) for x in (*inputs, anchor, anchor, start) if x is not None]
 
@@ -194,7 +197,7 @@ def _keep(ctx, inputs, output):
 def _differentiate(ctx, grad_y, grad_last, *_):
     saved = ctx.saved_tensors
     grads = iter(_backward(grad_y, grad_last, *saved, ctx.padded, ctx.bias, ctx.sharpness))
-    given = [*saved[3:11], saved[11], *saved[11:13]]
+    given = [*saved[4:12], saved[12], *saved[12:14]]
     return *(None if x is None else next(grads) for x in given), *(None,) * 7
 
 

@@ -125,11 +125,12 @@ def prepare_back(
     shift,
     written,
     read,
+    a,
     grad_y,
     gu,
-    out_end,
     d_seen,
     moved,
+    of_out,
     d_a,
     d_scale,
     d_shift,
@@ -147,7 +148,7 @@ def prepare_back(
     PRECISION: tl.constexpr,
 ):
     """What the piece wrote with, and the gradients of the second layer's scores and of what the reads' norm took, as it is and decayed
-    from the piece's start. out_end: holds `rest`; d_scale, d_shift [B, H, P, K]: what the outputs give."""
+    from the piece's start, and of eta gu by the reads. d_scale, d_shift [B, H, P, K]: what the outputs give."""
     program, n = tl.program_id(0).to(tl.int64), tl.program_id(1)
     batch, head = program // n_heads, program % n_heads
     if n < tl.load(ends + batch * 2):
@@ -163,7 +164,6 @@ def prepare_back(
         u = channels(written, row, real, KEY, KW, True)
         factor = descent(u, keys, values, threshold, gain, offset, KEY, KW, BIAS, SHARPNESS)
         put(gu + tile, at, real, factor, KEY, KW, True)
-        put(out_end + tile, at, real, factor * channels(out_end + tile, at, real, KEY, KW, True), KEY, KW, True)
 
         alpha = tl.exp(channels(log_alpha, row, real, KEY, KW, ALPHA_WIDE))
         after = tl.exp(channels(log_alpha, next_row, behind, KEY, KW, ALPHA_WIDE))
@@ -172,6 +172,8 @@ def prepare_back(
         d = normalised_back(d_out * gain, unit, rate, KEY, KW)
         put(d_seen + tile, at, real, d, KEY, KW, True)
         put(moved + tile, at, real, d * tl.cumprod(alpha, axis=0), KEY, KW, True)
+        outer = square(a + program * n_tokens * 16, at, real)
+        put(of_out + tile, at, real, -attended_back(outer, d, alpha, after, KW, PRECISION), KEY, KW, True)
         factor = factor * channels(eta, row, real, KEY, KW, ETA_WIDE)
         put_square(d_a + program * n_tokens * 16, at, real, -scores(d, factor, alpha, after, KW, PRECISION))
         put_line(d_scale + (program * n_rows + n) * KEY, tl.sum(d_out * unit, axis=0)[None, :], KEY, KW)
@@ -191,8 +193,9 @@ def finish_back(
     grad_y,
     gu,
     d_seen,
+    of_out,
     end_in,
-    to_out,
+    end_out,
     of_query,
     d_s,
     along,
@@ -223,11 +226,12 @@ def finish_back(
         after = tl.exp(channels(log_alpha, next_row, behind, KEY, KW, ALPHA_WIDE))
         w = square(d_s + program * n_tokens * 16, at, real)
         to_in = attended_back(w, query, alpha, after, KW, PRECISION)
-        to_in -= channels(end_in + tile, at, real, KEY, KW, True) * tl.cumprod(after, axis=0, reverse=True)
+        to_end = tl.cumprod(after, axis=0, reverse=True)
+        to_in -= channels(end_in + tile, at, real, KEY, KW, True) * to_end
+        to_out = channels(of_out + tile, at, real, KEY, KW, True) - channels(end_out + tile, at, real, KEY, KW, True) * to_end
         to_query = attended(w, step * keys, alpha, after, KW, PRECISION)
         to_query += channels(of_query + tile, at, real, KEY, KW, True) * tl.cumprod(alpha, axis=0)
-        factor, to_factor = channels(gu + tile, at, real, KEY, KW, True), channels(to_out + tile, at, real, KEY, KW, True)
-        gates = to_in * keys + to_factor * factor
+        gates = to_in * keys + to_out * channels(gu + tile, at, real, KEY, KW, True)
         steps = to_query * query - step * gates
         steps += channels(d_seen + tile, at, real, KEY, KW, True) * channels(read, row, real, KEY, KW, True)
         steps = line(along + (program * n_rows + n) * KEY, KEY, KW) + tl.cumsum(steps, axis=0, reverse=True)

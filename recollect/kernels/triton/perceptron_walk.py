@@ -17,7 +17,6 @@ import triton
 import triton.language as tl
 
 from recollect.kernels.triton.perceptron_parts import (
-    attended_back,
     block,
     channels,
     descent,
@@ -160,7 +159,6 @@ def walk_back(
     k,
     v,
     eta,
-    log_alpha,
     delta,
     scale,
     shift,
@@ -170,10 +168,10 @@ def walk_back(
     written,
     decayed,
     in_end,
-    out_end,
+    rest,
     gu,
-    d_seen,
     moved,
+    of_out,
     s,
     d_a,
     total,
@@ -198,14 +196,13 @@ def walk_back(
     BIAS: tl.constexpr,
     SHARPNESS: tl.constexpr,
     ETA_WIDE: tl.constexpr,
-    ALPHA_WIDE: tl.constexpr,
     DELTA_WIDE: tl.constexpr,
     HAS_DELTA: tl.constexpr,
     HAS_START: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """decayed .. total: as `prepare` and `prepare_back` leave them. They become what `finish_back` reads: decayed is then of_query, in_end
-    end_in, out_end to_out, d_a d_s, and total along.
+    """decayed .. total: as `prepare` and `prepare_back` leave them. They become what `finish_back` reads: decayed is then of_query,
+    in_end end_in, rest end_out, d_a d_s, and total along.
     states [B, H, 5, 2, O, K]: at the start of each piece of a segment and of the chunk open there; room [B, H, 4, 4, 16, O];
     d_scale, d_shift [B, H, K]; d_start, d_state, d_anchor [B, H, 2, O, K], the last two holding those of the last states."""
     program = tl.program_id(0).to(tl.int64)
@@ -262,7 +259,7 @@ def walk_back(
                     keep = line(total + n * KEY, KEY, KW)
                     gained = product(tl.trans(back * slope), channels(in_end + tile, at, real, KEY, KW, True), PRECISION)
                     put_block(source + 2 * AREA, o, keep * block(source, o, KEY, KW, BO) - gained, KEY, KW, BO)
-                    gained = product(tl.trans(act), channels(out_end + tile, at, real, KEY, KW, True), PRECISION)
+                    gained = product(tl.trans(act), factor * channels(rest + tile, at, real, KEY, KW, True), PRECISION)
                     put_block(source + 3 * AREA, o, keep * block(source + AREA, o, KEY, KW, BO) - gained, KEY, KW, BO)
             tl.debug_barrier()
 
@@ -276,7 +273,7 @@ def walk_back(
 
             end_in, end_out = tl.zeros((16, KW), gain.dtype), tl.zeros((16, KW), gain.dtype)
             of_query, d_gu = tl.zeros((16, KW), gain.dtype), tl.zeros((16, KW), gain.dtype)
-            a, d_s, along = tl.zeros((16, 16), gain.dtype), tl.zeros((16, 16), gain.dtype), tl.zeros_like(gain)
+            d_s, along = tl.zeros((16, 16), gain.dtype), tl.zeros_like(gain)
             for o in range(0, HIDDEN, BO):
                 act, slope, _ = gelu(hidden(kept, o, HIDDEN, BO))
                 gp = hidden(kept + WIDTH, o, HIDDEN, BO) * slope
@@ -284,7 +281,6 @@ def walk_back(
                 query, inner = channels(decayed + tile, at, real, KEY, KW, True), square(s, at, real)
                 w_in, g_in = block(source, o, KEY, KW, BO), block(d_state, o, KEY, KW, BO)
                 act_r, slope_r, _ = gelu(product(query, tl.trans(w_in), PRECISION) - product(inner, gp, PRECISION))
-                a += product(act_r, tl.trans(act), PRECISION)
                 d_gp = -product(channels(in_end + tile, at, real, KEY, KW, True), tl.trans(g_in), PRECISION)
                 end_in += product(gp, g_in, PRECISION)
                 g_in = g_in * keep
@@ -295,7 +291,8 @@ def walk_back(
                 d_pre = product(reads, tl.trans(w_out), PRECISION) + product(outer, act, PRECISION)
                 d_pre = d_pre * slope_r
                 d_act = product(tl.trans(outer), act_r, PRECISION)
-                d_act -= product(channels(out_end + tile, at, real, KEY, KW, True), tl.trans(g_out), PRECISION)
+                f_out = channels(gu + tile, at, real, KEY, KW, True) * channels(rest + tile, at, real, KEY, KW, True)
+                d_act -= product(f_out, tl.trans(g_out), PRECISION)
                 put_hidden(kept + 3 * WIDTH, o, d_act, HIDDEN, BO)
                 end_out += product(act, g_out, PRECISION)
                 g_out = g_out * keep
@@ -310,17 +307,16 @@ def walk_back(
                 d_gu += product(d_gp * slope, block(origin + AREA, o, KEY, KW, BO), PRECISION)
             tl.debug_barrier()
 
+            to_end = channels(rest + tile, at, real, KEY, KW, True)
             along -= tl.sum(end_in * channels(in_end + tile, at, real, KEY, KW, True), axis=0)[None, :]
-            along -= tl.sum(end_out * channels(out_end + tile, at, real, KEY, KW, True), axis=0)[None, :]
-            _, next_row, follows = tokens_of(order, entry, batch, head, n_tokens, n_heads, 1)
-            alpha = tl.exp(channels(log_alpha, row, real, KEY, KW, ALPHA_WIDE))
-            after = tl.exp(channels(log_alpha, next_row, follows, KEY, KW, ALPHA_WIDE))
-            to_out = -end_out * tl.cumprod(after, axis=0, reverse=True)
-            to_out -= attended_back(a, channels(d_seen + tile, at, real, KEY, KW, True), alpha, after, KW, PRECISION)
-            d_gu += to_out * channels(eta, row, real, KEY, KW, ETA_WIDE)
+            along -= tl.sum(end_out * to_end * channels(gu + tile, at, real, KEY, KW, True), axis=0)[None, :]
+            d_gu += (
+                channels(of_out + tile, at, real, KEY, KW, True) * channels(eta, row, real, KEY, KW, ETA_WIDE)
+                - end_out * to_end
+            )
             tl.debug_barrier()
             put(in_end + tile, at, real, end_in, KEY, KW, True)
-            put(out_end + tile, at, real, to_out, KEY, KW, True)
+            put(rest + tile, at, real, end_out, KEY, KW, True)
             put(decayed + tile, at, real, of_query, KEY, KW, True)
             put_square(d_a, at, real, d_s)
             put_line(total + n * KEY, along, KEY, KW)
