@@ -13,7 +13,7 @@ from torch import Tensor
 from recollect.ops.miras import MirasSpec, MirasState, Parameters, Retention, scan
 from recollect.ops.miras.biases import AttentionalBias, huber, l1, l2, l_infinity, lp
 from recollect.ops.miras.memories import mlp
-from recollect.ops.miras.retentions import kl
+from recollect.ops.miras.retentions import kl, lq
 from recollect.ops.miras.retentions import l2 as decay
 from recollect.ops.miras.rules import gd, omega
 from tests.kernels.gpu_code import assert_compiles
@@ -249,3 +249,49 @@ def test_it_refuses_what_it_has_no_code_for(choice: dict[str, Any]) -> None:
     parameters = Parameters((named["first"], named["last"]), (named["scale"], named["shift"]))
     with pytest.raises(RuntimeError, match="'triton' cannot run"):
         scan(MirasSpec(**{**same, **choice}), *(named[x] for x in "qkv"), {}, parameters=parameters, backend="triton")
+
+
+def test_a_scaled_memory_equals_the_plain_chunks() -> None:
+    """Prevents a scale, or its gradient, that is lost in an open chunk or between calls, once the memory has outgrown its radius."""
+    named = draw(40, width=SIZE)
+    options = {"retention": lq(4.0)}
+    actual, expected = (
+        results(named, 20, BIASES["lp3"], form, cuts=cuts, **options) for form, cuts in (("triton", (7, 23)), ("chunked", ()))
+    )
+    assert_equal(actual, expected)
+    assert float((expected[0] - run(named, 20, BIASES["lp3"], "chunked")[0])[:, 20:].detach().abs().max()) > 0.1
+
+
+CODE = """
+from recollect.kernels.triton import perceptron_tokens as tokens, perceptron_walk as walks
+from tests.kernels.gpu_probe import probe
+
+def check(kernel, real, **choice):
+    numbers = {"n_tokens", "n_heads", "n_rows", "n_slots"}
+    sizes = dict(KEY=16, KW=16, HIDDEN=512, BO=16, SHARPNESS=10.0)
+    constants = {name: value for name, value in {**sizes, **choice}.items() if name in kernel.arg_names}
+    pointers = {name: "*" + real for name in kernel.arg_names if name not in numbers and name not in constants}
+    tables = {name: "*i32" for name in ("order", "entries", "ends") if name in pointers}
+    text = compiled(kernel, {**pointers, **tables}, **constants)
+    assert "mma" in text or kernel is probe, "no tensor cores"
+
+plain = dict(LINK=0, BIAS=0, ETA_WIDE=False, ALPHA_WIDE=False, DELTA_WIDE=False, HAS_DELTA=False, LEARN=False, HAS_START=False)
+every = dict(LINK=1, BIAS=2, ETA_WIDE=True, ALPHA_WIDE=True, DELTA_WIDE=True, HAS_DELTA=True, LEARN=True, HAS_START=True)
+if sys.argv[2] == "walk_back":
+    kernels = (walks.walk_back,)
+else:
+    kernels = (tokens.prepare, tokens.finish, tokens.prepare_back, tokens.finish_back, walks.walk)
+    for bias in range(5):
+        check(probe, "fp32", BIAS=bias)
+for kernel in kernels:
+    check(kernel, "fp32", PRECISION="tf32x3", **plain)
+    check(kernel, "fp32", PRECISION="tf32x3", **every)
+    check(kernel, "fp64", PRECISION="ieee", **{**every, "DELTA_WIDE": False})
+"""
+
+
+@pytest.mark.parametrize("part", ["others", pytest.param("walk_back", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("capability", [80, 90])
+def test_kernels_compile_for_a_gpu(capability: int, part: str) -> None:
+    """Prevents code that only the interpreter understands, and products that miss the tensor cores."""
+    assert_compiles(CODE.replace("sys.argv[2]", repr(part)), capability)

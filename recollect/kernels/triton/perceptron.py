@@ -19,7 +19,7 @@ import torch
 import triton
 from torch import Tensor
 
-from recollect.kernels.memory import BIASES, Perceptron, Settings
+from recollect.kernels.memory import BIASES, LINKS, Perceptron, Settings
 from recollect.kernels.triton.perceptron_tokens import finish, finish_back, prepare, prepare_back
 from recollect.kernels.triton.perceptron_walk import walk, walk_back
 from recollect.kernels.triton.pieces import SEGMENT, TOKENS, cut
@@ -29,9 +29,9 @@ HIDDEN_UNITS, WARPS = 32, 8  # of a walk: hidden units at a time
 
 
 def _options(
-    q: Tensor, hidden: int, eta: Tensor, log_alpha: Tensor, delta: Tensor | None, bias: int, sharpness: float
+    q: Tensor, hidden: int, eta: Tensor, log_alpha: Tensor, delta: Tensor | None, link: int, bias: int, sharpness: float
 ) -> tuple[dict[str, Any], ...]:
-    """What kernels are compiled for: all; those that read gates; those that know the bias; those that walk."""
+    """What kernels are compiled for: all; those that read gates; those that know bias and link; those that walk."""
     every = {
         "KEY": q.shape[-1],
         "KW": triton.next_power_of_2(q.shape[-1]),
@@ -40,9 +40,9 @@ def _options(
     }
     gates = {"ETA_WIDE": eta.shape[-1] > 1, "ALPHA_WIDE": log_alpha.shape[-1] > 1}
     wide = delta is not None and delta.shape[-1] > 1
-    biases = {"BIAS": bias, "SHARPNESS": sharpness, "DELTA_WIDE": wide, "HAS_DELTA": delta is not None}
+    kinds = {"LINK": link, "BIAS": bias, "SHARPNESS": sharpness, "DELTA_WIDE": wide, "HAS_DELTA": delta is not None}
     units = HIDDEN_UNITS if hidden % HIDDEN_UNITS == 0 else TOKENS
-    return every, gates, biases, {"HIDDEN": hidden, "BO": units, "num_warps": WARPS}
+    return every, gates, kinds, {"HIDDEN": hidden, "BO": units, "num_warps": WARPS}
 
 
 @torch.library.custom_op("recollect::perceptron_scan", mutates_args=())
@@ -55,6 +55,7 @@ def _forward(
     delta: Tensor | None,
     scale: Tensor,
     shift: Tensor,
+    radius: Tensor | None,
     state: Tensor,
     anchor: Tensor,
     start: Tensor | None,
@@ -63,13 +64,14 @@ def _forward(
     ends: Tensor,
     n_slots: int,
     padded: bool,
+    link: int,
     bias: int,
     sharpness: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, length, n_heads, _ = q.shape
     hidden = state.shape[-2]
-    tokens = [(q if x is None else x).contiguous() for x in (q, k, v, eta, log_alpha, delta, scale, shift)]
-    query, keys, values, steps, decays, thresholds, *norm = tokens
+    tokens = [(q if x is None else x).contiguous() for x in (q, k, v, eta, log_alpha, delta, scale, shift, radius)]
+    query, keys, values, steps, decays, thresholds, *norm, radii = tokens
     table, sizes = (order, entries, ends), (length, n_heads, entries.shape[1])
     states = state.new_empty(batch, n_heads, 3, *state.shape[2:])
     for n, part in enumerate((state, anchor, start)):
@@ -82,28 +84,28 @@ def _forward(
     read, written = torch.empty_like(y), torch.empty_like(y) if n_slots else y.new_empty(0)
     decayed, in_end, rest, gu = q.new_empty(4, batch, n_heads, length, q.shape[-1])
     scores = q.new_empty(batch, n_heads, length, TOKENS)
+    factors = q.new_empty(batch, n_heads, entries.shape[1] if radius is not None else 0, 4)
     total = q.new_empty(batch, n_heads, sizes[-1], q.shape[-1])
-    every, gates, biases, walks = _options(q, hidden, eta, log_alpha, delta, bias, sharpness)
+    every, gates, kinds, walks = _options(q, hidden, eta, log_alpha, delta, link, bias, sharpness)
     grid = (batch * n_heads, sizes[-1])
     prepare[grid](*table, query, keys, steps, decays, decayed, in_end, rest, scores, total, *sizes, **every, **gates)
     walk[grid[:1]](
-        *(*table, keys, values, thresholds, *norm, decayed, in_end, rest, gu, scores, total, states, room),
-        *(last, saved, written, read, *sizes, n_slots),
-        **{**every, **biases, **walks},
+        *(*table, keys, values, thresholds, *norm, radii, decayed, in_end, rest, gu, scores, total, states, room),
+        *(last, saved, written, read, factors, *sizes, n_slots),
+        **{**every, **kinds, **walks},
         LEARN=n_slots > 0,
     )
-    finish[grid](*table, query, steps, decays, *norm, gu, scores, read, y, *sizes, **every, **gates)
-    return y, last, saved, written, read, scores
+    finish[grid](*table, query, steps, decays, *norm, gu, scores, factors, read, y, *sizes, **every, **gates, LINK=link)
+    return y, last, saved, written, read, scores, factors
 
 
 @_forward.register_fake
-def _(
-    q, k, v, eta, log_alpha, delta, scale, shift, state, anchor, start, order, entries, ends, n_slots, padded, bias, sharpness
-):
+def _(q, k, v, eta, log_alpha, delta, scale, shift, radius, state, anchor, start, order, entries, ends, n_slots, *_):
     y, heads = q.new_empty(q.shape), state.shape[:2]
     last, saved = (state.new_empty(*heads, n, *state.shape[2:]) for n in (2, n_slots))
     scores = q.new_empty(*heads, q.shape[1], TOKENS)
-    return y, last, saved, q.new_empty(q.shape if n_slots else 0), q.new_empty(q.shape), scores
+    factors = q.new_empty(*heads, entries.shape[1] if radius is not None else 0, 4)
+    return y, last, saved, q.new_empty(q.shape if n_slots else 0), q.new_empty(q.shape), scores, factors
 
 
 @torch.library.custom_op("recollect::perceptron_scan_backward", mutates_args=())
@@ -114,6 +116,7 @@ def _backward(
     written: Tensor,
     read: Tensor,
     scores_out: Tensor,
+    factors: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -122,19 +125,21 @@ def _backward(
     delta: Tensor | None,
     scale: Tensor,
     shift: Tensor,
+    radius: Tensor | None,
     anchor: Tensor,
     start: Tensor | None,
     order: Tensor,
     entries: Tensor,
     ends: Tensor,
     padded: bool,
+    link: int,
     bias: int,
     sharpness: float,
 ) -> list[Tensor]:
     batch, length, n_heads, _ = q.shape
     hidden = anchor.shape[-2]
-    tokens = [(q if x is None else x).contiguous() for x in (q, k, v, eta, log_alpha, delta, scale, shift)]
-    query, keys, values, steps, decays, thresholds, *norm = tokens
+    tokens = [(q if x is None else x).contiguous() for x in (q, k, v, eta, log_alpha, delta, scale, shift, radius)]
+    query, keys, values, steps, decays, thresholds, *norm, radii = tokens
     grad_y = grad_y.contiguous()
     table, sizes = (order, entries, ends), (length, n_heads, entries.shape[1])
     states = anchor.new_empty(batch, n_heads, SEGMENT + 1, *anchor.shape[2:])
@@ -142,30 +147,32 @@ def _backward(
     empty = torch.zeros_like if padded else torch.empty_like
     d_q, d_k, d_v, d_eta, d_log_alpha, d_delta = (empty(x) for x in tokens[:6])
     of_pieces = q.new_zeros(2, batch, n_heads, sizes[-1], q.shape[-1])
+    d_factors, d_radius = q.new_empty(batch, n_heads, sizes[-1]), q.new_empty(batch, n_heads, 2)
     of_heads = q.new_empty(2, batch, n_heads, q.shape[-1])
     d_start = anchor.new_zeros(anchor.shape if start is not None else 0)
     full = (ends[:, 1] != 0).view(-1, 1, 1, 1, 1)
     d_anchor = grad_last[:, :, 1]
     d_state = (grad_last[:, :, 0] + d_anchor.masked_fill(~full, 0)).contiguous()
     d_anchor = d_anchor.masked_fill(full, 0).contiguous()
+    d_weights = d_anchor if link == LINKS["identity"] else torch.zeros_like(d_anchor)
 
     decayed, in_end, rest, gu, d_seen, moved, of_out = q.new_empty(7, batch, n_heads, length, q.shape[-1])
     scores, d_scores = q.new_empty(2, batch, n_heads, length, TOKENS)
     total = q.new_empty(batch, n_heads, sizes[-1], q.shape[-1])
-    every, gates, biases, walks = _options(q, hidden, eta, log_alpha, delta, bias, sharpness)
+    every, gates, kinds, walks = _options(q, hidden, eta, log_alpha, delta, link, bias, sharpness)
     grid = (batch * n_heads, sizes[-1])
     prepare[grid](*table, query, keys, steps, decays, decayed, in_end, rest, scores, total, *sizes, **every, **gates)
     prepare_back[grid](
-        *(*table, keys, values, steps, decays, thresholds, *norm, written, read, scores_out, grad_y),
-        *(gu, d_seen, moved, of_out, d_scores, *of_pieces, *sizes),
-        **{**every, **gates, **biases},
+        *(*table, keys, values, steps, decays, thresholds, *norm, written, read, scores_out, factors, grad_y),
+        *(gu, d_seen, moved, of_out, d_scores, *of_pieces, d_factors, *sizes),
+        **{**every, **gates, **kinds},
     )
     first = anchor if start is None else start
     walk_back[grid[:1]](
-        *(*table, keys, values, steps, thresholds, *norm, first.contiguous(), anchor.contiguous(), saved, written),
-        *(decayed, in_end, rest, gu, moved, of_out, scores, d_scores, total, states, room),
-        *(d_k, d_v, d_delta, *of_heads, d_start, d_state, d_anchor, *sizes, saved.shape[2]),
-        **{**every, **biases, **walks},
+        *(*table, keys, values, steps, thresholds, *norm, radii, factors, first.contiguous(), anchor.contiguous(), saved),
+        *(written, decayed, in_end, rest, gu, moved, of_out, scores, d_scores, total, states, room),
+        *(d_k, d_v, d_delta, *of_heads, d_radius, d_factors, d_start, d_state, d_anchor, d_weights, *sizes, saved.shape[2]),
+        **{**every, **kinds, **walks},
         ETA_WIDE=gates["ETA_WIDE"],
         HAS_START=start is not None,
     )
@@ -178,27 +185,28 @@ def _backward(
     d_scale, d_shift = (
         per_piece.sum((0, 2)) + per_head.sum(0) for per_piece, per_head in zip(of_pieces, of_heads, strict=True)
     )
-    found = [d_q, d_k, d_v, d_eta, d_log_alpha, *([] if delta is None else [d_delta]), d_scale, d_shift, d_state, d_anchor]
+    found = [d_q, d_k, d_v, d_eta, d_log_alpha, *([] if delta is None else [d_delta]), d_scale, d_shift]
+    found += [*([] if radius is None else [d_radius.sum(0)]), d_state, d_anchor]
     return found if start is None else [*found, d_start.sum(0)]
 
 
 @_backward.register_fake
-def _(grad_y, grad_last, saved, written, read, scores_out, *given):
-    *inputs, anchor, start, _, _, _, _, _, _ = given
+def _(grad_y, grad_last, saved, written, read, scores_out, factors, *given):
+    *inputs, anchor, start, _, _, _, _, _, _, _ = given
     return [x.new_empty(x.shape) for x in (*inputs, anchor, anchor, start) if x is not None]
 
 
 def _keep(ctx, inputs, output):
-    *tensors, _, ctx.padded, ctx.bias, ctx.sharpness = inputs
-    del tensors[8]  # the state: it is what was saved first
+    *tensors, _, ctx.padded, ctx.link, ctx.bias, ctx.sharpness = inputs
+    del tensors[9]  # the state: it is what was saved first
     ctx.save_for_backward(*output[2:], *tensors)
 
 
 def _differentiate(ctx, grad_y, grad_last, *_):
     saved = ctx.saved_tensors
-    grads = iter(_backward(grad_y, grad_last, *saved, ctx.padded, ctx.bias, ctx.sharpness))
-    given = [*saved[4:12], saved[12], *saved[12:14]]
-    return *(None if x is None else next(grads) for x in given), *(None,) * 7
+    grads = iter(_backward(grad_y, grad_last, *saved, ctx.padded, ctx.link, ctx.bias, ctx.sharpness))
+    given = [*saved[5:14], saved[14], *saved[14:16]]
+    return *(None if x is None else next(grads) for x in given), *(None,) * 8
 
 
 _forward.register_autograd(_differentiate, setup_context=_keep)
@@ -225,20 +233,19 @@ def perceptron_scan(
     reset: Tensor | None = None,
     valid: Tensor | None = None,
 ) -> tuple[Tensor, Perceptron, Perceptron, None, Tensor]:
-    """As `recollect.kernels.memory.perceptron_scan`, link "identity" and rule "gd"."""
+    """As `recollect.kernels.memory.perceptron_scan`, links "identity" and "scaled", rule "gd"."""
     assert log_momentum is None
     assert momentum is None
-    assert radius is None
     assert rows is None
     pieces = cut(phase, q.shape[1], settings.chunk_size, reset, valid)
     shared = [x.expand(*q.shape[:3], x.shape[-1]) for x in (eta, log_alpha)]
     packed = [None if x is None else torch.stack((x.first, x.last.mT), dim=-3) for x in (state, anchor, start)]
-    inputs = (q, k, v, *shared, delta, *slow, *packed)
+    inputs = (q, k, v, *shared, delta, *slow, radius, *packed)
     learning = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     y, last, *_ = _forward(
         *inputs,
         *(pieces.order, pieces.entries, pieces.ends, max(pieces.n_slots, 1) if learning else 0, valid is not None),
-        *(BIASES[settings.bias], settings.sharpness),
+        *(LINKS[settings.link], BIASES[settings.bias], settings.sharpness),
     )
     now, then = (Perceptron(x[:, :, 0], x[:, :, 1].mT) for x in last.unbind(2))
     return y, now, then, None, pieces.phase

@@ -14,6 +14,8 @@ import triton.language as tl
 
 L2, LP3, HUBER, L1, HUBER_NORM = (tl.constexpr(n) for n in range(5))
 EPS = tl.constexpr(1e-6)  # of norms and of biases
+IDENTITY, SCALED = (tl.constexpr(n) for n in range(2))  # links
+LEAST = tl.constexpr(1e-8)  # of a matrix' norm
 ROOT, CUBE = tl.constexpr(1.5957691216057308), tl.constexpr(0.044715)  # of gelu
 SIZE = tl.constexpr(16)  # tokens of a piece
 
@@ -268,3 +270,26 @@ def descent_back(
     d_unit = scale * d_r - a * (tl.sum(g * unit, axis=1) / KEY)[:, None] - g * along
     d_u = normalised_back(d_unit, unit, rate, KEY, KW) - of_rate * unit
     return d_u, d_r, d_delta, tl.sum(d_g * value + d_r * unit, axis=0)[None, :]
+
+
+@triton.jit
+def norm_of(x, HIDDEN: tl.constexpr, KEY: tl.constexpr, KW: tl.constexpr, BO: tl.constexpr):
+    """The l_4 norm of a matrix: in units of its largest entry, whose fourth power may not be a number."""
+    most = tl.zeros((BO, KW), x.dtype.element_ty)
+    total = tl.zeros_like(most)
+    for o in range(0, HIDDEN, BO):
+        most = tl.maximum(most, tl.abs(block(x, o, KEY, KW, BO)))
+    largest = tl.max(most)
+    unit = tl.where(largest == 0, 1.0, largest)
+    for o in range(0, HIDDEN, BO):
+        squared = block(x, o, KEY, KW, BO) / unit
+        squared = squared * squared
+        total += squared * squared
+    return largest * tl.sqrt(tl.sqrt(tl.sum(total)))
+
+
+@triton.jit
+def factor_of(norm, radius):
+    """What link SCALED multiplies a matrix of this norm with."""
+    ratio = tl.minimum(radius / (norm + LEAST), 1.0)
+    return ratio * ratio

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from recollect.kernels.triton.perceptron_parts import (
+    SCALED,
     attended,
     attended_back,
     channels,
@@ -82,6 +83,7 @@ def finish(
     shift,
     gu,
     a,
+    factors,
     read,
     y,
     n_tokens,
@@ -89,6 +91,7 @@ def finish(
     n_rows,
     KEY: tl.constexpr,
     KW: tl.constexpr,
+    LINK: tl.constexpr,
     ETA_WIDE: tl.constexpr,
     ALPHA_WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -105,7 +108,10 @@ def finish(
         f_out = channels(eta, row, real, KEY, KW, ETA_WIDE) * channels(gu + program * n_tokens * KEY, at, real, KEY, KW, True)
         seen = channels(read, row, real, KEY, KW, True) * tl.cumprod(alpha, axis=0)
         seen -= attended(square(a + program * n_tokens * 16, at, real), f_out, alpha, after, KW, PRECISION)
-        unit, _ = normalised(seen, KEY, KW)
+        if LINK == SCALED:
+            unit, _ = normalised(seen * tl.load(factors + (program * n_rows + n) * 4 + 1), KEY, KW)
+        else:
+            unit, _ = normalised(seen, KEY, KW)
         gain, offset = line(scale + head * KEY, KEY, KW), line(shift + head * KEY, KEY, KW)
         put(read, row, real, seen, KEY, KW, True)
         put(y, row, real, channels(q, row, real, KEY, KW, True) + gain * unit + offset, KEY, KW, True)
@@ -126,6 +132,7 @@ def prepare_back(
     written,
     read,
     a,
+    factors,
     grad_y,
     gu,
     d_seen,
@@ -134,11 +141,13 @@ def prepare_back(
     d_a,
     d_scale,
     d_shift,
+    d_factors,
     n_tokens,
     n_heads,
     n_rows,
     KEY: tl.constexpr,
     KW: tl.constexpr,
+    LINK: tl.constexpr,
     BIAS: tl.constexpr,
     SHARPNESS: tl.constexpr,
     ETA_WIDE: tl.constexpr,
@@ -148,7 +157,7 @@ def prepare_back(
     PRECISION: tl.constexpr,
 ):
     """What the piece wrote with, and the gradients of the second layer's scores and of what the reads' norm took, as it is and decayed
-    from the piece's start, and of eta gu by the reads. d_scale, d_shift [B, H, P, K]: what the outputs give."""
+    from the piece's start, and of eta gu by the reads. d_scale, d_shift [B, H, P, K], d_factors [B, H, P]: what the outputs give."""
     program, n = tl.program_id(0).to(tl.int64), tl.program_id(1)
     batch, head = program // n_heads, program % n_heads
     if n < tl.load(ends + batch * 2):
@@ -168,8 +177,16 @@ def prepare_back(
         alpha = tl.exp(channels(log_alpha, row, real, KEY, KW, ALPHA_WIDE))
         after = tl.exp(channels(log_alpha, next_row, behind, KEY, KW, ALPHA_WIDE))
         d_out = channels(grad_y, row, real, KEY, KW, True)
-        unit, rate = normalised(channels(read, row, real, KEY, KW, True), KEY, KW)
-        d = normalised_back(d_out * gain, unit, rate, KEY, KW)
+        seen = channels(read, row, real, KEY, KW, True)
+        if LINK == SCALED:
+            by = tl.load(factors + (program * n_rows + n) * 4 + 1)
+            unit, rate = normalised(seen * by, KEY, KW)
+            d = normalised_back(d_out * gain, unit, rate, KEY, KW)
+            tl.store(d_factors + program * n_rows + n, tl.sum(d * seen))
+            d = d * by
+        else:
+            unit, rate = normalised(seen, KEY, KW)
+            d = normalised_back(d_out * gain, unit, rate, KEY, KW)
         put(d_seen + tile, at, real, d, KEY, KW, True)
         put(moved + tile, at, real, d * tl.cumprod(alpha, axis=0), KEY, KW, True)
         outer = square(a + program * n_tokens * 16, at, real)

@@ -17,13 +17,17 @@ import triton
 import triton.language as tl
 
 from recollect.kernels.triton.perceptron_parts import (
+    LEAST,
+    SCALED,
     block,
     channels,
     descent,
     descent_back,
+    factor_of,
     gelu,
     hidden,
     line,
+    norm_of,
     product,
     put,
     put_block,
@@ -47,6 +51,7 @@ def walk(
     delta,
     scale,
     shift,
+    radius,
     decayed,
     in_end,
     rest,
@@ -59,6 +64,7 @@ def walk(
     saved,
     written,
     read,
+    factors,
     n_tokens,
     n_heads,
     n_rows,
@@ -67,6 +73,7 @@ def walk(
     KW: tl.constexpr,
     HIDDEN: tl.constexpr,
     BO: tl.constexpr,
+    LINK: tl.constexpr,
     BIAS: tl.constexpr,
     SHARPNESS: tl.constexpr,
     DELTA_WIDE: tl.constexpr,
@@ -76,7 +83,8 @@ def walk(
 ):
     """decayed .. total: as `prepare` leaves them, gu for what is written with; s becomes the second layer's scores.
     states [B, H, 3, 2, O, K]: the current one, that of the open chunk's start, that of a document's start, the first two used up;
-    room [B, H, 16, O]; last [B, H, 2, 2, O, K]: the first two as they are at the end."""
+    room [B, H, 16, O]; last [B, H, 2, 2, O, K]: the first two as they are at the end; factors [B, H, P, 4]: of link SCALED, of both
+    matrices, and their norms."""
     program = tl.program_id(0).to(tl.int64)
     batch, head = program // n_heads, program % n_heads
     AREA: tl.constexpr = HIDDEN * KEY
@@ -87,6 +95,8 @@ def walk(
     s += program * n_tokens * 16
     here = tl.full((), 0, tl.int32)
     point = tl.full((), 1, tl.int32)
+    by_in, by_out = tl.full((), 1.0, scale.dtype.element_ty), tl.full((), 1.0, scale.dtype.element_ty)
+    norm_in, norm_out = by_in, by_out
     for n in range(tl.load(ends + batch * 2)):
         entry = entries + (batch * n_rows + n) * 6
         flags, slot = tl.load(entry + 2), tl.load(entry + 3).to(tl.int64)
@@ -96,13 +106,25 @@ def walk(
         there = tl.where(flags % 2 == 1, tl.where(here == 0, 1, 0), here)
         origin, source, target = states + point * 2 * AREA, states + here * 2 * AREA, states + there * 2 * AREA
 
+        if LINK == SCALED:
+            if (flags % 2 == 1) | (n == 0):
+                norm_in, norm_out = norm_of(origin, HIDDEN, KEY, KW, BO), norm_of(origin + AREA, HIDDEN, KEY, KW, BO)
+                by_in, by_out = (
+                    factor_of(norm_in, tl.load(radius + head * 2)),
+                    factor_of(norm_out, tl.load(radius + head * 2 + 1)),
+                )
+            to = factors + (program * n_rows + n) * 4
+            tl.store(to, by_in)
+            tl.store(to + 1, by_out)
+            tl.store(to + 2, norm_in)
+            tl.store(to + 3, norm_out)
         keys = channels(k, row, real, KEY, KW, True)
         u = tl.zeros_like(keys)
         for o in range(0, HIDDEN, BO):
-            pre = product(keys, tl.trans(block(origin, o, KEY, KW, BO)), PRECISION)
+            pre = product(keys, tl.trans(block(origin, o, KEY, KW, BO)), PRECISION) * by_in
             put_hidden(room, o, pre, HIDDEN, BO)
             act, _, _ = gelu(pre)
-            u += product(act, block(origin + AREA, o, KEY, KW, BO), PRECISION)
+            u += product(act, block(origin + AREA, o, KEY, KW, BO), PRECISION) * by_out
         if HAS_DELTA:
             threshold = channels(delta, row, real, KEY, KW, DELTA_WIDE)
         else:
@@ -121,13 +143,13 @@ def walk(
             factor = channels(gu + tile, at, real, KEY, KW, True)
             inner, keep = square(s, at, real), line(total + (program * n_rows + n) * KEY, KEY, KW)
             act, slope, _ = gelu(hidden(room, o, HIDDEN, BO))
-            gp = product(factor, tl.trans(block(origin + AREA, o, KEY, KW, BO)), PRECISION) * slope
+            gp = product(factor, tl.trans(block(origin + AREA, o, KEY, KW, BO)), PRECISION) * (slope * by_out)
             w_in, w_out = block(source, o, KEY, KW, BO), block(source + AREA, o, KEY, KW, BO)
             if LEARN and slot >= 0:
                 put_block(saved + slot * 2 * AREA, o, w_in, KEY, KW, BO)
                 put_block(saved + slot * 2 * AREA + AREA, o, w_out, KEY, KW, BO)
             pre = product(channels(decayed + tile, at, real, KEY, KW, True), tl.trans(w_in), PRECISION)
-            act_r, _, _ = gelu(pre - product(inner, gp, PRECISION))
+            act_r, _, _ = gelu((pre - product(inner, gp, PRECISION)) * by_in)
             a += product(act_r, tl.trans(act), PRECISION)
             seen += product(act_r, w_out, PRECISION)
             f_in = channels(in_end + tile, at, real, KEY, KW, True)
@@ -152,6 +174,41 @@ def _copy(source, target, HIDDEN: tl.constexpr, KEY: tl.constexpr, KW: tl.conste
 
 
 @triton.jit
+def _scaled_back(
+    x,
+    d_weights,
+    d_anchor,
+    d_state,
+    fresh,
+    norm,
+    radius,
+    factor,
+    to_factor,
+    HIDDEN: tl.constexpr,
+    KEY: tl.constexpr,
+    KW: tl.constexpr,
+    BO: tl.constexpr,
+):
+    """The gradients of one matrix' weights (used up) and factor to the matrix x where its chunk began: in d_state if it began here,
+    else in d_anchor. Returns that of the radius."""
+    along = to_factor
+    for o in range(0, HIDDEN, BO):
+        along += tl.sum(block(x, o, KEY, KW, BO) * block(d_weights, o, KEY, KW, BO))
+    size = norm + LEAST
+    along = tl.where(radius <= size, 2 * factor * along, 0.0)
+    inverse = tl.where(norm > 0, 1 / tl.where(norm > 0, norm, 1.0), 0.0)
+    for o in range(0, HIDDEN, BO):
+        unit = block(x, o, KEY, KW, BO) * inverse
+        g = block(d_weights, o, KEY, KW, BO)
+        put_block(d_weights, o, g * 0, KEY, KW, BO)  # of g, so that no thread stores what another has yet to load
+        g = factor * g - along / size * unit * unit * unit + block(d_anchor, o, KEY, KW, BO)
+        put_block(d_anchor, o, tl.where(fresh, 0.0, g), KEY, KW, BO)
+        if fresh:
+            put_block(d_state, o, block(d_state, o, KEY, KW, BO) + g, KEY, KW, BO)
+    return along / radius
+
+
+@triton.jit
 def walk_back(
     order,
     entries,
@@ -162,6 +219,8 @@ def walk_back(
     delta,
     scale,
     shift,
+    radius,
+    factors,
     start,
     anchor,
     saved,
@@ -182,9 +241,12 @@ def walk_back(
     d_delta,
     d_scale,
     d_shift,
+    d_radius,
+    d_factors,
     d_start,
     d_state,
     d_anchor,
+    d_weights,
     n_tokens,
     n_heads,
     n_rows,
@@ -193,6 +255,7 @@ def walk_back(
     KW: tl.constexpr,
     HIDDEN: tl.constexpr,
     BO: tl.constexpr,
+    LINK: tl.constexpr,
     BIAS: tl.constexpr,
     SHARPNESS: tl.constexpr,
     ETA_WIDE: tl.constexpr,
@@ -204,7 +267,9 @@ def walk_back(
     """decayed .. total: as `prepare` and `prepare_back` leave them. They become what `finish_back` reads: decayed is then of_query,
     in_end end_in, rest end_out, d_a d_s, and total along.
     states [B, H, 5, 2, O, K]: at the start of each piece of a segment and of the chunk open there; room [B, H, 4, 4, 16, O];
-    d_scale, d_shift [B, H, K]; d_start, d_state, d_anchor [B, H, 2, O, K], the last two holding those of the last states."""
+    d_scale, d_shift [B, H, K], d_radius [B, H, 2]; d_factors [B, H, P], of the second factor by the reads;
+    d_start, d_state, d_anchor [B, H, 2, O, K], the last two holding those of the last states; d_weights of the chunk's weights where
+    they are not its first state, zeros, else d_anchor."""
     program = tl.program_id(0).to(tl.int64)
     batch, head = program // n_heads, program % n_heads
     AREA: tl.constexpr = HIDDEN * KEY
@@ -222,7 +287,13 @@ def walk_back(
     total += program * n_rows * KEY
     d_state += program * 2 * AREA
     d_anchor += program * 2 * AREA
+    d_weights += program * 2 * AREA
     d_start += program * 2 * AREA
+    factors += program * n_rows * 4
+    radius += head * 2
+    one = tl.full((), 1.0, scale.dtype.element_ty)
+    by_in, by_out = one, one
+    to_by_in, to_by_out, to_radius_in, to_radius_out = one * 0, one * 0, one * 0, one * 0
     entries += batch * n_rows * 6
     high = tl.load(ends + batch * 2)
     while high > 0:
@@ -248,10 +319,12 @@ def walk_back(
             at, row, real = tokens_of(order, entry, batch, head, n_tokens, n_heads, 0)
             origin = states + tl.where(chunk_at >= low, chunk_at - low, SEGMENT) * 2 * AREA
             source, kept = states + (n - low) * 2 * AREA, room + (n - low) * 4 * WIDTH
+            if LINK == SCALED:
+                by_in, by_out = tl.load(factors + n * 4), tl.load(factors + n * 4 + 1)
             for o in range(0, HIDDEN, BO):
-                pre = product(channels(k, row, real, KEY, KW, True), tl.trans(block(origin, o, KEY, KW, BO)), PRECISION)
+                pre = product(channels(k, row, real, KEY, KW, True), tl.trans(block(origin, o, KEY, KW, BO)), PRECISION) * by_in
                 factor = channels(gu + tile, at, real, KEY, KW, True)
-                back = product(factor, tl.trans(block(origin + AREA, o, KEY, KW, BO)), PRECISION)
+                back = product(factor, tl.trans(block(origin + AREA, o, KEY, KW, BO)), PRECISION) * by_out
                 put_hidden(kept, o, pre, HIDDEN, BO)
                 put_hidden(kept + WIDTH, o, back, HIDDEN, BO)
                 if n + 1 < high:
@@ -271,6 +344,9 @@ def walk_back(
             origin = states + tl.where(chunk_at >= low, chunk_at - low, SEGMENT) * 2 * AREA
             source, kept = states + (n - low) * 2 * AREA, room + (n - low) * 4 * WIDTH
 
+            if LINK == SCALED:
+                by_in, by_out = tl.load(factors + n * 4), tl.load(factors + n * 4 + 1)
+                to_by_out += tl.load(d_factors + program * n_rows + n)
             end_in, end_out = tl.zeros((16, KW), gain.dtype), tl.zeros((16, KW), gain.dtype)
             of_query, d_gu = tl.zeros((16, KW), gain.dtype), tl.zeros((16, KW), gain.dtype)
             d_s, along = tl.zeros((16, 16), gain.dtype), tl.zeros_like(gain)
@@ -280,7 +356,8 @@ def walk_back(
                 keep = line(total + n * KEY, KEY, KW)
                 query, inner = channels(decayed + tile, at, real, KEY, KW, True), square(s, at, real)
                 w_in, g_in = block(source, o, KEY, KW, BO), block(d_state, o, KEY, KW, BO)
-                act_r, slope_r, _ = gelu(product(query, tl.trans(w_in), PRECISION) - product(inner, gp, PRECISION))
+                raw = product(query, tl.trans(w_in), PRECISION) - product(inner, gp, PRECISION)
+                act_r, slope_r, _ = gelu(raw * by_in)
                 d_gp = -product(channels(in_end + tile, at, real, KEY, KW, True), tl.trans(g_in), PRECISION)
                 end_in += product(gp, g_in, PRECISION)
                 g_in = g_in * keep
@@ -290,6 +367,9 @@ def walk_back(
                 reads, outer = channels(moved + tile, at, real, KEY, KW, True), square(d_a, at, real)
                 d_pre = product(reads, tl.trans(w_out), PRECISION) + product(outer, act, PRECISION)
                 d_pre = d_pre * slope_r
+                if LINK == SCALED:
+                    to_by_in += tl.sum(d_pre * raw)
+                    d_pre = d_pre * by_in
                 d_act = product(tl.trans(outer), act_r, PRECISION)
                 f_out = channels(gu + tile, at, real, KEY, KW, True) * channels(rest + tile, at, real, KEY, KW, True)
                 d_act -= product(f_out, tl.trans(g_out), PRECISION)
@@ -304,7 +384,7 @@ def walk_back(
                 d_gp -= product(tl.trans(inner), d_pre, PRECISION)
                 put_hidden(kept + 2 * WIDTH, o, d_gp, HIDDEN, BO)
                 d_s -= product(d_pre, tl.trans(gp), PRECISION)
-                d_gu += product(d_gp * slope, block(origin + AREA, o, KEY, KW, BO), PRECISION)
+                d_gu += product(d_gp * slope, block(origin + AREA, o, KEY, KW, BO), PRECISION) * by_out
             tl.debug_barrier()
 
             to_end = channels(rest + tile, at, real, KEY, KW, True)
@@ -340,18 +420,46 @@ def walk_back(
                 act, slope, curve = gelu(hidden(kept, o, HIDDEN, BO))
                 back, d_gp = hidden(kept + WIDTH, o, HIDDEN, BO), hidden(kept + 2 * WIDTH, o, HIDDEN, BO)
                 d_act = hidden(kept + 3 * WIDTH, o, HIDDEN, BO)
-                d_act += product(d_u, tl.trans(block(origin + AREA, o, KEY, KW, BO)), PRECISION)
+                d_act += product(d_u, tl.trans(block(origin + AREA, o, KEY, KW, BO)), PRECISION) * by_out
                 d_pre = d_gp * back * curve + d_act * slope
-                d_r += product(d_pre, block(origin, o, KEY, KW, BO), PRECISION)
-                g_in = block(d_anchor, o, KEY, KW, BO)
+                d_r += product(d_pre, block(origin, o, KEY, KW, BO), PRECISION) * by_in
+                g_in = block(d_weights, o, KEY, KW, BO)
                 g_in += product(tl.trans(d_pre), channels(k, row, real, KEY, KW, True), PRECISION)
-                g_out = block(d_anchor + AREA, o, KEY, KW, BO) + product(tl.trans(act), d_u, PRECISION)
+                g_out = block(d_weights + AREA, o, KEY, KW, BO) + product(tl.trans(act), d_u, PRECISION)
                 g_out += product(tl.trans(d_gp * slope), channels(gu + tile, at, real, KEY, KW, True), PRECISION)
-                if flags % 2 == 1:  # a chunk starts: its first state is this state
-                    put_block(d_state, o, block(d_state, o, KEY, KW, BO) + g_in, KEY, KW, BO)
-                    put_block(d_state + AREA, o, block(d_state + AREA, o, KEY, KW, BO) + g_out, KEY, KW, BO)
-                put_block(d_anchor, o, tl.where(flags % 2 == 1, 0.0, g_in), KEY, KW, BO)
-                put_block(d_anchor + AREA, o, tl.where(flags % 2 == 1, 0.0, g_out), KEY, KW, BO)
+                if LINK == SCALED:
+                    put_block(d_weights, o, g_in, KEY, KW, BO)
+                    put_block(d_weights + AREA, o, g_out, KEY, KW, BO)
+                else:
+                    if flags % 2 == 1:  # a chunk starts: its first state is this state
+                        put_block(d_state, o, block(d_state, o, KEY, KW, BO) + g_in, KEY, KW, BO)
+                        put_block(d_state + AREA, o, block(d_state + AREA, o, KEY, KW, BO) + g_out, KEY, KW, BO)
+                    put_block(d_anchor, o, tl.where(flags % 2 == 1, 0.0, g_in), KEY, KW, BO)
+                    put_block(d_anchor + AREA, o, tl.where(flags % 2 == 1, 0.0, g_out), KEY, KW, BO)
+            if LINK == SCALED and ((flags % 2 == 1) | (n == 0)):
+                tl.debug_barrier()
+                fresh = flags % 2 == 1
+                norm, rho = tl.load(factors + n * 4 + 2), tl.load(radius)
+                to_radius_in += _scaled_back(
+                    origin, d_weights, d_anchor, d_state, fresh, norm, rho, by_in, to_by_in, HIDDEN, KEY, KW, BO
+                )
+                norm, rho = tl.load(factors + n * 4 + 3), tl.load(radius + 1)
+                to_radius_out += _scaled_back(
+                    origin + AREA,
+                    d_weights + AREA,
+                    d_anchor + AREA,
+                    d_state + AREA,
+                    fresh,
+                    norm,
+                    rho,
+                    by_out,
+                    to_by_out,
+                    HIDDEN,
+                    KEY,
+                    KW,
+                    BO,
+                )
+                to_by_in, to_by_out = one * 0, one * 0
             put(d_k, row, real, d_r, KEY, KW, True)
             tl.debug_barrier()
             if HAS_START and flags >= 2:
@@ -364,3 +472,6 @@ def walk_back(
         high = low
     put_line(d_scale + program * KEY, to_gain, KEY, KW)
     put_line(d_shift + program * KEY, to_offset, KEY, KW)
+    if LINK == SCALED:
+        tl.store(d_radius + program * 2, to_radius_in)
+        tl.store(d_radius + program * 2 + 1, to_radius_out)
