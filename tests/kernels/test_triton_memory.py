@@ -15,7 +15,7 @@ from recollect.ops.miras.biases import AttentionalBias, huber, l1, l2, l_infinit
 from recollect.ops.miras.memories import mlp
 from recollect.ops.miras.retentions import kl, lq
 from recollect.ops.miras.retentions import l2 as decay
-from recollect.ops.miras.rules import gd, omega
+from recollect.ops.miras.rules import LearningRule, gd, momentum, omega
 from tests.kernels.gpu_code import assert_compiles
 
 pytest.importorskip("triton", reason="triton is not installed (pip install 'recollect[kernels]')")
@@ -53,7 +53,7 @@ def draw(length: int, *, n_rows: int = 1, width: int = 1, expansion: int = 1, st
 
     named = {name: F.normalize(normal(*tokens), dim=-1) for name in "qk"}
     named |= {"v": normal(*tokens), "eta": 0.3 * uniform(*wide), "log_alpha": -strongest * uniform(*wide)}
-    named["delta"] = 0.1 + uniform(*wide)
+    named |= {"delta": 0.1 + uniform(*wide), "log_momentum": -2 * uniform(*tokens[:3])}
     first, last = mlp(expansion=expansion).init(1, SIZE, SIZE, generator=generator, dtype=torch.float64).fast
     named |= {"first": first, "last": last, "scale": 1 + normal(1, SIZE) / 10, "shift": normal(1, SIZE) / 10}
     return {name: x.requires_grad_() for name, x in named.items()}
@@ -75,22 +75,24 @@ def run(
     *,
     cuts: tuple[int, ...] = (),
     retention: Retention | None = None,
+    rule: LearningRule | None = None,
     **marks: Tensor,
 ) -> list[Tensor]:
     """y and the last states, of one call or cut into several."""
     memory = mlp(expansion=named["first"].shape[-2] // SIZE)
-    spec = MirasSpec(memory=memory, bias=bias, retention=retention or decay(), rule=gd(), chunk_size=chunk)
+    spec = MirasSpec(memory=memory, bias=bias, retention=retention or decay(), rule=rule or gd(), chunk_size=chunk)
     parameters = Parameters((named["first"], named["last"]), (named["scale"], named["shift"]))
     state, outputs = None, []
+    gates = ("eta", "log_alpha", *bias.gates, *(["log_momentum"] if spec.rule.momentum else []))
     for low, high in itertools.pairwise((0, *cuts, named["q"].shape[1])):
-        part = {name: named[name][:, low:high] for name in ("q", "k", "v", "eta", "log_alpha", *bias.gates)}
+        part = {name: named[name][:, low:high] for name in ("q", "k", "v", *gates)}
         q, k, v = (part.pop(name) for name in "qkv")
         here = {name: x[:, low:high] for name, x in marks.items()}
         y, state = scan(spec, q, k, v, part, state, parameters=parameters, backend=backend, **here)
         outputs.append(y)
     assert isinstance(state, MirasState)
     assert state.anchor is not None
-    return [torch.cat(outputs, dim=1), *state.dual, *state.anchor]
+    return [torch.cat(outputs, dim=1), *state.dual, *state.anchor, *(state.kept or ()), *(state.momentum or ())]
 
 
 def results(named: dict[str, Tensor], *arguments: Any, **options: Any) -> list[Tensor]:
@@ -262,8 +264,21 @@ def test_a_scaled_memory_equals_the_plain_chunks() -> None:
     assert float((expected[0] - run(named, 20, BIASES["lp3"], "chunked")[0])[:, 20:].detach().abs().max()) > 0.1
 
 
+@pytest.mark.parametrize(
+    ("length", "chunk", "cuts", "marked"), [(40, 16, (), False), (26, 20, (9,), True), (70, 80, (2,), False)]
+)
+def test_momentum_equals_the_plain_chunks(length: int, chunk: int, cuts: tuple[int, ...], marked: bool) -> None:
+    """Prevents a last change that is lost between pieces or calls, outlives its document, or moves the memory at padding."""
+    named, marks = draw(length), flags(1, length) if marked else {}
+    actual, expected = (
+        results(named, chunk, BIASES["l2"], form, cuts=here, rule=momentum(), **marks)
+        for form, here in (("triton", cuts), ("chunked", ()))
+    )
+    assert_equal(actual, expected)
+
+
 CODE = """
-from recollect.kernels.triton import perceptron_tokens as tokens, perceptron_walk as walks
+from recollect.kernels.triton import perceptron_mixture as mixed, perceptron_tokens as tokens, perceptron_walk as walks
 from tests.kernels.gpu_probe import probe
 
 def check(kernel, real, **choice):
@@ -275,8 +290,8 @@ def check(kernel, real, **choice):
     text = compiled(kernel, {**pointers, **tables}, **constants)
     assert "mma" in text or kernel is probe, "no tensor cores"
 
-plain = dict(LINK=0, BIAS=0, ETA_WIDE=False, ALPHA_WIDE=False, DELTA_WIDE=False, HAS_DELTA=False, LEARN=False, HAS_START=False)
-every = dict(LINK=1, BIAS=2, ETA_WIDE=True, ALPHA_WIDE=True, DELTA_WIDE=True, HAS_DELTA=True, LEARN=True, HAS_START=True)
+plain = dict(MOMENTUM=False, LINK=0, BIAS=0, ETA_WIDE=False, ALPHA_WIDE=False, DELTA_WIDE=False, HAS_DELTA=False, LEARN=False, HAS_START=False)
+every = dict(MOMENTUM=False, LINK=1, BIAS=2, ETA_WIDE=True, ALPHA_WIDE=True, DELTA_WIDE=True, HAS_DELTA=True, LEARN=True, HAS_START=True)
 if sys.argv[2] == "walk_back":
     kernels = (walks.walk_back,)
 else:
@@ -287,6 +302,10 @@ for kernel in kernels:
     check(kernel, "fp32", PRECISION="tf32x3", **plain)
     check(kernel, "fp32", PRECISION="tf32x3", **every)
     check(kernel, "fp64", PRECISION="ieee", **{**every, "DELTA_WIDE": False})
+if sys.argv[2] != "walk_back":
+    kernels = (mixed.prepare_mixed, mixed.finish_mixed, mixed.prepare_mixed_back, mixed.finish_mixed_back, walks.walk)
+for kernel in kernels:
+    check(kernel, "fp32", PRECISION="tf32x3", **{**every, "MOMENTUM": True, "LINK": 0, "ETA_WIDE": False})
 """
 
 

@@ -20,6 +20,7 @@ import triton
 from torch import Tensor
 
 from recollect.kernels.memory import BIASES, LINKS, Perceptron, Settings
+from recollect.kernels.triton.perceptron_mixture import finish_mixed, finish_mixed_back, prepare_mixed, prepare_mixed_back
 from recollect.kernels.triton.perceptron_tokens import finish, finish_back, prepare, prepare_back
 from recollect.kernels.triton.perceptron_walk import walk, walk_back
 from recollect.kernels.triton.pieces import SEGMENT, TOKENS, cut
@@ -29,7 +30,15 @@ HIDDEN_UNITS, WARPS = 32, 8  # of a walk: hidden units at a time
 
 
 def _options(
-    q: Tensor, hidden: int, eta: Tensor, log_alpha: Tensor, delta: Tensor | None, link: int, bias: int, sharpness: float
+    q: Tensor,
+    hidden: int,
+    eta: Tensor,
+    log_alpha: Tensor,
+    delta: Tensor | None,
+    n_matrices: int,
+    link: int,
+    bias: int,
+    sharpness: float,
 ) -> tuple[dict[str, Any], ...]:
     """What kernels are compiled for: all; those that read gates; those that know bias and link; those that walk."""
     every = {
@@ -42,7 +51,7 @@ def _options(
     wide = delta is not None and delta.shape[-1] > 1
     kinds = {"LINK": link, "BIAS": bias, "SHARPNESS": sharpness, "DELTA_WIDE": wide, "HAS_DELTA": delta is not None}
     units = HIDDEN_UNITS if hidden % HIDDEN_UNITS == 0 else TOKENS
-    return every, gates, kinds, {"HIDDEN": hidden, "BO": units, "num_warps": WARPS}
+    return every, gates, kinds, {"MOMENTUM": n_matrices == 4, "HIDDEN": hidden, "BO": units, "num_warps": WARPS}
 
 
 @torch.library.custom_op("recollect::perceptron_scan", mutates_args=())
@@ -52,6 +61,7 @@ def _forward(
     v: Tensor,
     eta: Tensor,
     log_alpha: Tensor,
+    log_momentum: Tensor | None,
     delta: Tensor | None,
     scale: Tensor,
     shift: Tensor,
@@ -67,11 +77,13 @@ def _forward(
     link: int,
     bias: int,
     sharpness: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, length, n_heads, _ = q.shape
-    hidden = state.shape[-2]
-    tokens = [(q if x is None else x).contiguous() for x in (q, k, v, eta, log_alpha, delta, scale, shift, radius)]
-    query, keys, values, steps, decays, thresholds, *norm, radii = tokens
+    n_matrices, hidden = state.shape[2:4]
+    tokens = [
+        (q if x is None else x).contiguous() for x in (q, k, v, eta, log_alpha, log_momentum, delta, scale, shift, radius)
+    ]
+    query, keys, values, steps, decays, slowing, thresholds, *norm, radii = tokens
     table, sizes = (order, entries, ends), (length, n_heads, entries.shape[1])
     states = state.new_empty(batch, n_heads, 3, *state.shape[2:])
     for n, part in enumerate((state, anchor, start)):
@@ -79,39 +91,50 @@ def _forward(
             states[:, :, n] = part
     room = q.new_empty(batch, n_heads, TOKENS, hidden)
     y = torch.zeros_like(query) if padded else torch.empty_like(query)
-    last = state.new_empty(batch, n_heads, 2, *state.shape[2:])
+    last, last_anchor = (state.new_empty(state.shape) for _ in range(2))
     saved = state.new_empty(batch, n_heads, n_slots, *state.shape[2:])
     read, written = torch.empty_like(y), torch.empty_like(y) if n_slots else y.new_empty(0)
     decayed, in_end, rest, gu = q.new_empty(4, batch, n_heads, length, q.shape[-1])
     scores = q.new_empty(batch, n_heads, length, TOKENS)
     factors = q.new_empty(batch, n_heads, entries.shape[1] if radius is not None else 0, 4)
     total = q.new_empty(batch, n_heads, sizes[-1], q.shape[-1])
-    every, gates, kinds, walks = _options(q, hidden, eta, log_alpha, delta, link, bias, sharpness)
+    mix, late = q.new_empty(batch, n_heads, length, 4), q.new_empty(batch, n_heads, sizes[-1], 2)
+    every, gates, kinds, walks = _options(q, hidden, eta, log_alpha, delta, n_matrices, link, bias, sharpness)
     grid = (batch * n_heads, sizes[-1])
-    prepare[grid](*table, query, keys, steps, decays, decayed, in_end, rest, scores, total, *sizes, **every, **gates)
+    before, gated = (query, keys, steps, decays), (decayed, in_end, rest, scores, total)
+    if log_momentum is None:
+        prepare[grid](*table, *before, *gated, *sizes, **every, **gates)
+    else:
+        prepare_mixed[grid](*table, *before, slowing, *gated, mix, late, *sizes, **every)
     walk[grid[:1]](
-        *(*table, keys, values, thresholds, *norm, radii, decayed, in_end, rest, gu, scores, total, states, room),
-        *(last, saved, written, read, factors, *sizes, n_slots),
+        *(*table, query, keys, values, thresholds, *norm, radii, decayed, in_end, rest, gu, scores, total, mix, late),
+        *(states, room, last, last_anchor, saved, written, read, factors, *sizes, n_slots),
         **{**every, **kinds, **walks},
         LEARN=n_slots > 0,
     )
-    finish[grid](*table, query, steps, decays, *norm, gu, scores, factors, read, y, *sizes, **every, **gates, LINK=link)
-    return y, last, saved, written, read, scores, factors
+    if log_momentum is None:
+        finish[grid](*table, query, steps, decays, *norm, gu, scores, factors, read, y, *sizes, **every, **gates, LINK=link)
+    else:
+        finish_mixed[grid](*table, query, steps, decays, slowing, *norm, gu, scores, read, y, *sizes, **every)
+    return y, last, last_anchor, saved, written, read, scores, factors
 
 
 @_forward.register_fake
-def _(q, k, v, eta, log_alpha, delta, scale, shift, radius, state, anchor, start, order, entries, ends, n_slots, *_):
+def _(
+    q, k, v, eta, log_alpha, log_momentum, delta, scale, shift, radius, state, anchor, start, order, entries, ends, n_slots, *_
+):
     y, heads = q.new_empty(q.shape), state.shape[:2]
-    last, saved = (state.new_empty(*heads, n, *state.shape[2:]) for n in (2, n_slots))
-    scores = q.new_empty(*heads, q.shape[1], TOKENS)
+    last, last_anchor = (state.new_empty(state.shape) for _ in range(2))
+    saved, scores = state.new_empty(*heads, n_slots, *state.shape[2:]), q.new_empty(*heads, q.shape[1], TOKENS)
     factors = q.new_empty(*heads, entries.shape[1] if radius is not None else 0, 4)
-    return y, last, saved, q.new_empty(q.shape if n_slots else 0), q.new_empty(q.shape), scores, factors
+    return y, last, last_anchor, saved, q.new_empty(q.shape if n_slots else 0), q.new_empty(q.shape), scores, factors
 
 
 @torch.library.custom_op("recollect::perceptron_scan_backward", mutates_args=())
 def _backward(
     grad_y: Tensor,
     grad_last: Tensor,
+    grad_anchor: Tensor,
     saved: Tensor,
     written: Tensor,
     read: Tensor,
@@ -122,6 +145,7 @@ def _backward(
     v: Tensor,
     eta: Tensor,
     log_alpha: Tensor,
+    log_momentum: Tensor | None,
     delta: Tensor | None,
     scale: Tensor,
     shift: Tensor,
@@ -137,75 +161,109 @@ def _backward(
     sharpness: float,
 ) -> list[Tensor]:
     batch, length, n_heads, _ = q.shape
-    hidden = anchor.shape[-2]
-    tokens = [(q if x is None else x).contiguous() for x in (q, k, v, eta, log_alpha, delta, scale, shift, radius)]
-    query, keys, values, steps, decays, thresholds, *norm, radii = tokens
+    n_matrices, hidden = anchor.shape[2:4]
+    tokens = [
+        (q if x is None else x).contiguous() for x in (q, k, v, eta, log_alpha, log_momentum, delta, scale, shift, radius)
+    ]
+    query, keys, values, steps, decays, slowing, thresholds, *norm, radii = tokens
     grad_y = grad_y.contiguous()
     table, sizes = (order, entries, ends), (length, n_heads, entries.shape[1])
     states = anchor.new_empty(batch, n_heads, SEGMENT + 1, *anchor.shape[2:])
     room = q.new_empty(batch, n_heads, SEGMENT, 4, TOKENS, hidden)
     empty = torch.zeros_like if padded else torch.empty_like
-    d_q, d_k, d_v, d_eta, d_log_alpha, d_delta = (empty(x) for x in tokens[:6])
+    d_q, d_k, d_v, d_eta, d_log_alpha, d_log_momentum, d_delta = (empty(x) for x in tokens[:7])
     of_pieces = q.new_zeros(2, batch, n_heads, sizes[-1], q.shape[-1])
     d_factors, d_radius = q.new_empty(batch, n_heads, sizes[-1]), q.new_empty(batch, n_heads, 2)
     of_heads = q.new_empty(2, batch, n_heads, q.shape[-1])
     d_start = anchor.new_zeros(anchor.shape if start is not None else 0)
     full = (ends[:, 1] != 0).view(-1, 1, 1, 1, 1)
-    d_anchor = grad_last[:, :, 1]
-    d_state = (grad_last[:, :, 0] + d_anchor.masked_fill(~full, 0)).contiguous()
-    d_anchor = d_anchor.masked_fill(full, 0).contiguous()
+    d_state = (grad_last + grad_anchor.masked_fill(~full, 0)).contiguous()
+    d_anchor = grad_anchor.masked_fill(full, 0).contiguous()
     d_weights = d_anchor if link == LINKS["identity"] else torch.zeros_like(d_anchor)
 
+    late_ends = q.new_empty(3 if n_matrices == 4 else 0, batch, n_heads, length, q.shape[-1])
     decayed, in_end, rest, gu, d_seen, moved, of_out = q.new_empty(7, batch, n_heads, length, q.shape[-1])
     scores, d_scores = q.new_empty(2, batch, n_heads, length, TOKENS)
     total = q.new_empty(batch, n_heads, sizes[-1], q.shape[-1])
-    every, gates, kinds, walks = _options(q, hidden, eta, log_alpha, delta, link, bias, sharpness)
+    mix, late = q.new_empty(batch, n_heads, length, 4), q.new_empty(batch, n_heads, sizes[-1], 2)
+    d_mix, d_late = torch.empty_like(mix), torch.empty_like(late)
+    every, gates, kinds, walks = _options(q, hidden, eta, log_alpha, delta, n_matrices, link, bias, sharpness)
     grid = (batch * n_heads, sizes[-1])
-    prepare[grid](*table, query, keys, steps, decays, decayed, in_end, rest, scores, total, *sizes, **every, **gates)
-    prepare_back[grid](
-        *(*table, keys, values, steps, decays, thresholds, *norm, written, read, scores_out, factors, grad_y),
-        *(gu, d_seen, moved, of_out, d_scores, *of_pieces, d_factors, *sizes),
-        **{**every, **gates, **kinds},
-    )
+    before, gated = (query, keys, steps, decays), (decayed, in_end, rest, scores, total)
+    written_with, reads = (thresholds, *norm, written, read, scores_out), (gu, d_seen, moved, of_out, d_scores, *of_pieces)
+    if log_momentum is None:
+        prepare[grid](*table, *before, *gated, *sizes, **every, **gates)
+        prepare_back[grid](
+            *(*table, keys, values, steps, decays, *written_with, factors, grad_y, *reads, d_factors, *sizes),
+            **{**every, **gates, **kinds},
+        )
+    else:
+        prepare_mixed[grid](*table, *before, slowing, *gated, mix, late, *sizes, **every)
+        own = {name: value for name, value in kinds.items() if name != "LINK"}
+        prepare_mixed_back[grid](
+            *(*table, keys, values, steps, decays, slowing, *written_with, grad_y, *reads, *sizes), **{**every, **own}
+        )
     first = anchor if start is None else start
     walk_back[grid[:1]](
-        *(*table, keys, values, steps, thresholds, *norm, radii, factors, first.contiguous(), anchor.contiguous(), saved),
-        *(written, decayed, in_end, rest, gu, moved, of_out, scores, d_scores, total, states, room),
+        *(
+            *table,
+            query,
+            keys,
+            values,
+            steps,
+            thresholds,
+            *norm,
+            radii,
+            factors,
+            first.contiguous(),
+            anchor.contiguous(),
+            saved,
+        ),
+        *(written, decayed, in_end, rest, gu, moved, of_out, scores, d_scores, total),
+        *(mix, late, d_seen, *(late_ends if n_matrices == 4 else (q, q, q)), d_mix, d_late, states, room),
         *(d_k, d_v, d_delta, *of_heads, d_radius, d_factors, d_start, d_state, d_anchor, d_weights, *sizes, saved.shape[2]),
         **{**every, **kinds, **walks},
         ETA_WIDE=gates["ETA_WIDE"],
         HAS_START=start is not None,
     )
-    finish_back[grid](
-        *(*table, query, keys, steps, decays, read, grad_y, gu, d_seen, of_out, in_end, rest, decayed, d_scores, total),
-        *(d_q, d_k, d_eta, d_log_alpha, *sizes),
-        **every,
-        **gates,
-    )
+    if log_momentum is None:
+        finish_back[grid](
+            *(*table, *before, read, grad_y, gu, d_seen, of_out, in_end, rest, decayed, d_scores, total),
+            *(d_q, d_k, d_eta, d_log_alpha, *sizes),
+            **every,
+            **gates,
+        )
+    else:
+        finish_mixed_back[grid](
+            *(*table, *before, slowing, scores_out, grad_y, gu, d_seen, in_end, rest, decayed, *late_ends, d_scores, total),
+            *(d_mix, d_late, d_q, d_k, d_eta, d_log_alpha, d_log_momentum, *sizes),
+            **every,
+        )
     d_scale, d_shift = (
         per_piece.sum((0, 2)) + per_head.sum(0) for per_piece, per_head in zip(of_pieces, of_heads, strict=True)
     )
-    found = [d_q, d_k, d_v, d_eta, d_log_alpha, *([] if delta is None else [d_delta]), d_scale, d_shift]
-    found += [*([] if radius is None else [d_radius.sum(0)]), d_state, d_anchor]
+    optional = ((log_momentum, d_log_momentum), (delta, d_delta))
+    found = [d_q, d_k, d_v, d_eta, d_log_alpha, *(x for given, x in optional if given is not None)]
+    found += [d_scale, d_shift, *([] if radius is None else [d_radius.sum(0)]), d_state, d_anchor]
     return found if start is None else [*found, d_start.sum(0)]
 
 
 @_backward.register_fake
-def _(grad_y, grad_last, saved, written, read, scores_out, factors, *given):
+def _(grad_y, grad_last, grad_anchor, saved, written, read, scores_out, factors, *given):
     *inputs, anchor, start, _, _, _, _, _, _, _ = given
     return [x.new_empty(x.shape) for x in (*inputs, anchor, anchor, start) if x is not None]
 
 
 def _keep(ctx, inputs, output):
     *tensors, _, ctx.padded, ctx.link, ctx.bias, ctx.sharpness = inputs
-    del tensors[9]  # the state: it is what was saved first
-    ctx.save_for_backward(*output[2:], *tensors)
+    del tensors[10]  # the state: it is what was saved first
+    ctx.save_for_backward(*output[3:], *tensors)
 
 
-def _differentiate(ctx, grad_y, grad_last, *_):
+def _differentiate(ctx, grad_y, grad_last, grad_anchor, *_):
     saved = ctx.saved_tensors
-    grads = iter(_backward(grad_y, grad_last, *saved, ctx.padded, ctx.link, ctx.bias, ctx.sharpness))
-    given = [*saved[5:14], saved[14], *saved[14:16]]
+    grads = iter(_backward(grad_y, grad_last, grad_anchor, *saved, ctx.padded, ctx.link, ctx.bias, ctx.sharpness))
+    given = [*saved[5:15], saved[15], *saved[15:17]]
     return *(None if x is None else next(grads) for x in given), *(None,) * 8
 
 
@@ -232,20 +290,28 @@ def perceptron_scan(
     start: Perceptron | None = None,
     reset: Tensor | None = None,
     valid: Tensor | None = None,
-) -> tuple[Tensor, Perceptron, Perceptron, None, Tensor]:
-    """As `recollect.kernels.memory.perceptron_scan`, links "identity" and "scaled", rule "gd"."""
-    assert log_momentum is None
-    assert momentum is None
+) -> tuple[Tensor, Perceptron, Perceptron, Perceptron | None, Tensor]:
+    """As `recollect.kernels.memory.perceptron_scan`: links "identity" and "scaled", or with momentum "identity"."""
     assert rows is None
     pieces = cut(phase, q.shape[1], settings.chunk_size, reset, valid)
     shared = [x.expand(*q.shape[:3], x.shape[-1]) for x in (eta, log_alpha)]
     packed = [None if x is None else torch.stack((x.first, x.last.mT), dim=-3) for x in (state, anchor, start)]
-    inputs = (q, k, v, *shared, delta, *slow, radius, *packed)
+    if momentum is not None:
+        changes = (
+            torch.stack((momentum.first, momentum.last.mT), dim=-3),
+            *(None if x is None else torch.zeros_like(x) for x in packed[1:]),
+        )
+        packed = [
+            None if x is None or change is None else torch.cat((x, change), dim=-3)
+            for x, change in zip(packed, changes, strict=True)
+        ]
+    inputs = (q, k, v, *shared, log_momentum, delta, *slow, radius, *packed)
     learning = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    y, last, *_ = _forward(
+    y, last, last_anchor, *_ = _forward(
         *inputs,
         *(pieces.order, pieces.entries, pieces.ends, max(pieces.n_slots, 1) if learning else 0, valid is not None),
         *(LINKS[settings.link], BIASES[settings.bias], settings.sharpness),
     )
-    now, then = (Perceptron(x[:, :, 0], x[:, :, 1].mT) for x in last.unbind(2))
-    return y, now, then, None, pieces.phase
+    now, then = (Perceptron(x[:, :, 0], x[:, :, 1].mT) for x in (last, last_anchor))
+    change = None if momentum is None else Perceptron(last[:, :, 2], last[:, :, 3].mT)
+    return y, now, then, change, pieces.phase

@@ -49,6 +49,12 @@ def put_square(x, at, real, value):
 
 
 @triton.jit
+def column(x, at, real, n: tl.constexpr):
+    """[16, 1]: entry n of 4 of a piece's tokens, zeros beyond."""
+    return tl.load(x + at * 4 + n, mask=real, other=0.0)[:, None]
+
+
+@triton.jit
 def line(x, KEY: tl.constexpr, KW: tl.constexpr):
     """[1, KW]: one vector of channels."""
     c = tl.arange(0, KW)

@@ -21,6 +21,7 @@ from recollect.kernels.triton.perceptron_parts import (
     SCALED,
     block,
     channels,
+    column,
     descent,
     descent_back,
     factor_of,
@@ -46,6 +47,7 @@ def walk(
     order,
     entries,
     ends,
+    q,
     k,
     v,
     delta,
@@ -58,9 +60,12 @@ def walk(
     gu,
     s,
     total,
+    mix,
+    late,
     states,
     room,
     last,
+    last_anchor,
     saved,
     written,
     read,
@@ -73,6 +78,7 @@ def walk(
     KW: tl.constexpr,
     HIDDEN: tl.constexpr,
     BO: tl.constexpr,
+    MOMENTUM: tl.constexpr,
     LINK: tl.constexpr,
     BIAS: tl.constexpr,
     SHARPNESS: tl.constexpr,
@@ -82,17 +88,20 @@ def walk(
     PRECISION: tl.constexpr,
 ):
     """decayed .. total: as `prepare` leaves them, gu for what is written with; s becomes the second layer's scores.
-    states [B, H, 3, 2, O, K]: the current one, that of the open chunk's start, that of a document's start, the first two used up;
-    room [B, H, 16, O]; last [B, H, 2, 2, O, K]: the first two as they are at the end; factors [B, H, P, 4]: of link SCALED, of both
-    matrices, and their norms."""
+    With MOMENTUM, a state is followed by its last change: 4 matrices, else 2; mix and late: as `prepare_mixed` leaves them.
+    states [B, H, 3, 2 or 4, O, K]: the current one, that of the open chunk's start, that of a document's start, the first two used up;
+    room [B, H, 16, O]; last, last_anchor [B, H, 2 or 4, O, K]: the first two states as they are at the end;
+    factors [B, H, P, 4]: of link SCALED, of both matrices, and their norms."""
     program = tl.program_id(0).to(tl.int64)
     batch, head = program // n_heads, program % n_heads
     AREA: tl.constexpr = HIDDEN * KEY
+    FULL: tl.constexpr = 4 * AREA if MOMENTUM else 2 * AREA
     tile = program * n_tokens * KEY
-    states += program * 6 * AREA
-    saved += program * n_slots * 2 * AREA
+    states += program * 3 * FULL
+    saved += program * n_slots * FULL
     room += program * 16 * HIDDEN
     s += program * n_tokens * 16
+    mix += program * n_tokens * 4
     here = tl.full((), 0, tl.int32)
     point = tl.full((), 1, tl.int32)
     by_in, by_out = tl.full((), 1.0, scale.dtype.element_ty), tl.full((), 1.0, scale.dtype.element_ty)
@@ -104,7 +113,7 @@ def walk(
         here = tl.where(flags >= 2, 2, here)
         point = tl.where(flags % 2 == 1, here, point)
         there = tl.where(flags % 2 == 1, tl.where(here == 0, 1, 0), here)
-        origin, source, target = states + point * 2 * AREA, states + here * 2 * AREA, states + there * 2 * AREA
+        origin, source, target = states + point * FULL, states + here * FULL, states + there * FULL
 
         if LINK == SCALED:
             if (flags % 2 == 1) | (n == 0):
@@ -146,30 +155,50 @@ def walk(
             gp = product(factor, tl.trans(block(origin + AREA, o, KEY, KW, BO)), PRECISION) * (slope * by_out)
             w_in, w_out = block(source, o, KEY, KW, BO), block(source + AREA, o, KEY, KW, BO)
             if LEARN and slot >= 0:
-                put_block(saved + slot * 2 * AREA, o, w_in, KEY, KW, BO)
-                put_block(saved + slot * 2 * AREA + AREA, o, w_out, KEY, KW, BO)
+                put_block(saved + slot * FULL, o, w_in, KEY, KW, BO)
+                put_block(saved + slot * FULL + AREA, o, w_out, KEY, KW, BO)
             pre = product(channels(decayed + tile, at, real, KEY, KW, True), tl.trans(w_in), PRECISION)
+            if MOMENTUM:
+                m_in, m_out = block(source + 2 * AREA, o, KEY, KW, BO), block(source + 3 * AREA, o, KEY, KW, BO)
+                if LEARN and slot >= 0:
+                    put_block(saved + slot * FULL + 2 * AREA, o, m_in, KEY, KW, BO)
+                    put_block(saved + slot * FULL + 3 * AREA, o, m_out, KEY, KW, BO)
+                pre += product(channels(q, row, real, KEY, KW, True) * column(mix, at, real, 1), tl.trans(m_in), PRECISION)
             act_r, _, _ = gelu((pre - product(inner, gp, PRECISION)) * by_in)
             a += product(act_r, tl.trans(act), PRECISION)
-            seen += product(act_r, w_out, PRECISION)
+            if MOMENTUM:
+                seen += product(act_r * column(mix, at, real, 0), w_out, PRECISION)
+                seen += product(act_r * column(mix, at, real, 1), m_out, PRECISION)
+            else:
+                seen += product(act_r, w_out, PRECISION)
             f_in = channels(in_end + tile, at, real, KEY, KW, True)
             f_out = factor * channels(rest + tile, at, real, KEY, KW, True)
-            put_block(target, o, keep * w_in - product(tl.trans(gp), f_in, PRECISION), KEY, KW, BO)
-            put_block(target + AREA, o, keep * w_out - product(tl.trans(act), f_out, PRECISION), KEY, KW, BO)
+            w_in = keep * w_in - product(tl.trans(gp), f_in, PRECISION)
+            w_out = keep * w_out - product(tl.trans(act), f_out, PRECISION)
+            if MOMENTUM:
+                boost, slow = tl.load(late + (program * n_rows + n) * 2), tl.load(late + (program * n_rows + n) * 2 + 1)
+                w_in, w_out = w_in + boost * m_in, w_out + boost * m_out
+                f_in, f_out = (
+                    channels(k, row, real, KEY, KW, True) * column(mix, at, real, 3),
+                    factor * column(mix, at, real, 3),
+                )
+                put_block(target + 2 * AREA, o, slow * m_in - product(tl.trans(gp), f_in, PRECISION), KEY, KW, BO)
+                put_block(target + 3 * AREA, o, slow * m_out - product(tl.trans(act), f_out, PRECISION), KEY, KW, BO)
+            put_block(target, o, w_in, KEY, KW, BO)
+            put_block(target + AREA, o, w_out, KEY, KW, BO)
         tl.debug_barrier()
         put(read, row, real, seen, KEY, KW, True)
         put_square(s, at, real, a)
         here = there
     point = tl.where(tl.load(ends + batch * 2 + 1) != 0, here, point)
-    last += program * 4 * AREA
-    _copy(states + here * 2 * AREA, last, HIDDEN, KEY, KW, BO)
-    _copy(states + point * 2 * AREA, last + 2 * AREA, HIDDEN, KEY, KW, BO)
+    _copy(states + here * FULL, last + program * FULL, FULL // KEY, KEY, KW, BO)
+    _copy(states + point * FULL, last_anchor + program * FULL, FULL // KEY, KEY, KW, BO)
 
 
 @triton.jit
-def _copy(source, target, HIDDEN: tl.constexpr, KEY: tl.constexpr, KW: tl.constexpr, BO: tl.constexpr):
-    """Both matrices of a state."""
-    for o in range(0, 2 * HIDDEN, BO):
+def _copy(source, target, ROWS: tl.constexpr, KEY: tl.constexpr, KW: tl.constexpr, BO: tl.constexpr):
+    """The matrices of a state."""
+    for o in range(0, ROWS, BO):
         put_block(target, o, block(source, o, KEY, KW, BO), KEY, KW, BO)
 
 
@@ -213,6 +242,7 @@ def walk_back(
     order,
     entries,
     ends,
+    q,
     k,
     v,
     eta,
@@ -234,6 +264,14 @@ def walk_back(
     s,
     d_a,
     total,
+    mix,
+    late,
+    d_seen,
+    late_in,
+    late_out,
+    late_query,
+    d_mix,
+    d_late,
     states,
     room,
     d_k,
@@ -255,6 +293,7 @@ def walk_back(
     KW: tl.constexpr,
     HIDDEN: tl.constexpr,
     BO: tl.constexpr,
+    MOMENTUM: tl.constexpr,
     LINK: tl.constexpr,
     BIAS: tl.constexpr,
     SHARPNESS: tl.constexpr,
@@ -266,29 +305,36 @@ def walk_back(
 ):
     """decayed .. total: as `prepare` and `prepare_back` leave them. They become what `finish_back` reads: decayed is then of_query,
     in_end end_in, rest end_out, d_a d_s, and total along.
-    states [B, H, 5, 2, O, K]: at the start of each piece of a segment and of the chunk open there; room [B, H, 4, 4, 16, O];
+    With MOMENTUM also late_in, late_out and late_query: end_in, end_out and of_query of the last change in the state's place; d_mix
+    [B, H, T, 4] of a token's keep and boost by the second layer, d_late [B, H, P, 2] of the piece's boost and slow.
+    states [B, H, 5, 2 or 4, O, K]: at the start of each piece of a segment and of the chunk open there; room [B, H, 4, 4, 16, O];
     d_scale, d_shift [B, H, K], d_radius [B, H, 2]; d_factors [B, H, P], of the second factor by the reads;
-    d_start, d_state, d_anchor [B, H, 2, O, K], the last two holding those of the last states; d_weights of the chunk's weights where
-    they are not its first state, zeros, else d_anchor."""
+    d_start, d_state, d_anchor [B, H, 2 or 4, O, K], the last two holding those of the last states; d_weights: zeros, for the chunk's
+    weights where they are not its first state, else d_anchor."""
     program = tl.program_id(0).to(tl.int64)
     batch, head = program // n_heads, program % n_heads
     AREA: tl.constexpr = HIDDEN * KEY
+    FULL: tl.constexpr = 4 * AREA if MOMENTUM else 2 * AREA
     WIDTH: tl.constexpr = 16 * HIDDEN
     tile = program * n_tokens * KEY
     gain, offset = line(scale + head * KEY, KEY, KW), line(shift + head * KEY, KEY, KW)
     to_gain, to_offset = tl.zeros_like(gain), tl.zeros_like(gain)
-    states += program * 10 * AREA
-    saved += program * n_slots * 2 * AREA
-    anchor += program * 2 * AREA
-    start += head * 2 * AREA
+    states += program * 5 * FULL
+    saved += program * n_slots * FULL
+    anchor += program * FULL
+    start += head * FULL
     room += program * 16 * WIDTH
     s += program * n_tokens * 16
     d_a += program * n_tokens * 16
+    mix += program * n_tokens * 4
+    d_mix += program * n_tokens * 4
+    late += program * n_rows * 2
+    d_late += program * n_rows * 2
     total += program * n_rows * KEY
-    d_state += program * 2 * AREA
-    d_anchor += program * 2 * AREA
-    d_weights += program * 2 * AREA
-    d_start += program * 2 * AREA
+    d_state += program * FULL
+    d_anchor += program * FULL
+    d_weights += program * FULL
+    d_start += program * FULL
     factors += program * n_rows * 4
     radius += head * 2
     one = tl.full((), 1.0, scale.dtype.element_ty)
@@ -300,25 +346,25 @@ def walk_back(
         low = tl.load(entries + (high - 1) * 6 + 4)
         slot, chunk_at = tl.load(entries + low * 6 + 3).to(tl.int64), tl.load(entries + low * 6 + 5)
         if slot >= 0:
-            _copy(saved + slot * 2 * AREA, states, HIDDEN, KEY, KW, BO)
+            _copy(saved + slot * FULL, states, FULL // KEY, KEY, KW, BO)
         if HAS_START and slot < 0:
-            _copy(start, states, HIDDEN, KEY, KW, BO)
+            _copy(start, states, FULL // KEY, KEY, KW, BO)
         if chunk_at < 0:
-            _copy(anchor, states + SEGMENT * 2 * AREA, HIDDEN, KEY, KW, BO)
+            _copy(anchor, states + SEGMENT * FULL, FULL // KEY, KEY, KW, BO)
         elif chunk_at < low:
             slot = tl.load(entries + chunk_at * 6 + 3).to(tl.int64)
             if slot >= 0:
-                _copy(saved + slot * 2 * AREA, states + SEGMENT * 2 * AREA, HIDDEN, KEY, KW, BO)
+                _copy(saved + slot * FULL, states + SEGMENT * FULL, FULL // KEY, KEY, KW, BO)
             if HAS_START and slot < 0:
-                _copy(start, states + SEGMENT * 2 * AREA, HIDDEN, KEY, KW, BO)
+                _copy(start, states + SEGMENT * FULL, FULL // KEY, KEY, KW, BO)
         tl.debug_barrier()
 
         for n in range(low, high):
             entry = entries + n * 6
             chunk_at = tl.load(entry + 5)
             at, row, real = tokens_of(order, entry, batch, head, n_tokens, n_heads, 0)
-            origin = states + tl.where(chunk_at >= low, chunk_at - low, SEGMENT) * 2 * AREA
-            source, kept = states + (n - low) * 2 * AREA, room + (n - low) * 4 * WIDTH
+            origin = states + tl.where(chunk_at >= low, chunk_at - low, SEGMENT) * FULL
+            source, kept = states + (n - low) * FULL, room + (n - low) * 4 * WIDTH
             if LINK == SCALED:
                 by_in, by_out = tl.load(factors + n * 4), tl.load(factors + n * 4 + 1)
             for o in range(0, HIDDEN, BO):
@@ -330,10 +376,21 @@ def walk_back(
                 if n + 1 < high:
                     act, slope, _ = gelu(pre)
                     keep = line(total + n * KEY, KEY, KW)
-                    gained = product(tl.trans(back * slope), channels(in_end + tile, at, real, KEY, KW, True), PRECISION)
-                    put_block(source + 2 * AREA, o, keep * block(source, o, KEY, KW, BO) - gained, KEY, KW, BO)
+                    gp = tl.trans(back * slope)
+                    gained = product(gp, channels(in_end + tile, at, real, KEY, KW, True), PRECISION)
+                    w_in = keep * block(source, o, KEY, KW, BO) - gained
                     gained = product(tl.trans(act), factor * channels(rest + tile, at, real, KEY, KW, True), PRECISION)
-                    put_block(source + 3 * AREA, o, keep * block(source + AREA, o, KEY, KW, BO) - gained, KEY, KW, BO)
+                    w_out = keep * block(source + AREA, o, KEY, KW, BO) - gained
+                    if MOMENTUM:
+                        boost, slow, pulled = tl.load(late + n * 2), tl.load(late + n * 2 + 1), column(mix, at, real, 3)
+                        m_in, m_out = block(source + 2 * AREA, o, KEY, KW, BO), block(source + 3 * AREA, o, KEY, KW, BO)
+                        w_in, w_out = w_in + boost * m_in, w_out + boost * m_out
+                        m_in = slow * m_in - product(gp, channels(k, row, real, KEY, KW, True) * pulled, PRECISION)
+                        m_out = slow * m_out - product(tl.trans(act), factor * pulled, PRECISION)
+                        put_block(source + FULL + 2 * AREA, o, m_in, KEY, KW, BO)
+                        put_block(source + FULL + 3 * AREA, o, m_out, KEY, KW, BO)
+                    put_block(source + FULL, o, w_in, KEY, KW, BO)
+                    put_block(source + FULL + AREA, o, w_out, KEY, KW, BO)
             tl.debug_barrier()
 
         for behind in range(high - low):
@@ -341,8 +398,8 @@ def walk_back(
             entry = entries + n * 6
             flags, chunk_at = tl.load(entry + 2), tl.load(entry + 5)
             at, row, real = tokens_of(order, entry, batch, head, n_tokens, n_heads, 0)
-            origin = states + tl.where(chunk_at >= low, chunk_at - low, SEGMENT) * 2 * AREA
-            source, kept = states + (n - low) * 2 * AREA, room + (n - low) * 4 * WIDTH
+            origin = states + tl.where(chunk_at >= low, chunk_at - low, SEGMENT) * FULL
+            source, kept = states + (n - low) * FULL, room + (n - low) * 4 * WIDTH
 
             if LINK == SCALED:
                 by_in, by_out = tl.load(factors + n * 4), tl.load(factors + n * 4 + 1)
@@ -350,6 +407,10 @@ def walk_back(
             end_in, end_out = tl.zeros((16, KW), gain.dtype), tl.zeros((16, KW), gain.dtype)
             of_query, d_gu = tl.zeros((16, KW), gain.dtype), tl.zeros((16, KW), gain.dtype)
             d_s, along = tl.zeros((16, 16), gain.dtype), tl.zeros_like(gain)
+            if MOMENTUM:
+                m_end_in, m_end_out, m_query = tl.zeros_like(end_in), tl.zeros_like(end_in), tl.zeros_like(end_in)
+                to_keep, to_boost = tl.zeros((16,), gain.dtype), tl.zeros((16,), gain.dtype)
+                of_boost, of_slow = one * 0, one * 0
             for o in range(0, HIDDEN, BO):
                 act, slope, _ = gelu(hidden(kept, o, HIDDEN, BO))
                 gp = hidden(kept + WIDTH, o, HIDDEN, BO) * slope
@@ -357,28 +418,58 @@ def walk_back(
                 query, inner = channels(decayed + tile, at, real, KEY, KW, True), square(s, at, real)
                 w_in, g_in = block(source, o, KEY, KW, BO), block(d_state, o, KEY, KW, BO)
                 raw = product(query, tl.trans(w_in), PRECISION) - product(inner, gp, PRECISION)
+                if MOMENTUM:
+                    m_in, m_out = block(source + 2 * AREA, o, KEY, KW, BO), block(source + 3 * AREA, o, KEY, KW, BO)
+                    boosted = channels(q, row, real, KEY, KW, True) * column(mix, at, real, 1)
+                    raw += product(boosted, tl.trans(m_in), PRECISION)
                 act_r, slope_r, _ = gelu(raw * by_in)
                 d_gp = -product(channels(in_end + tile, at, real, KEY, KW, True), tl.trans(g_in), PRECISION)
                 end_in += product(gp, g_in, PRECISION)
+                if MOMENTUM:
+                    boost, slow, pulled = tl.load(late + n * 2), tl.load(late + n * 2 + 1), column(mix, at, real, 3)
+                    h_in = block(d_state + 2 * AREA, o, KEY, KW, BO)
+                    d_gp -= product(channels(k, row, real, KEY, KW, True) * pulled, tl.trans(h_in), PRECISION)
+                    m_end_in += product(gp, h_in, PRECISION)
+                    of_boost += tl.sum(g_in * m_in)
+                    of_slow += tl.sum(h_in * m_in)
+                    h_in = h_in * slow + g_in * boost
+                along += tl.sum(g_in * w_in, axis=0)[None, :] * keep
                 g_in = g_in * keep
-                along += tl.sum(g_in * w_in, axis=0)[None, :]
 
                 w_out, g_out = block(source + AREA, o, KEY, KW, BO), block(d_state + AREA, o, KEY, KW, BO)
                 reads, outer = channels(moved + tile, at, real, KEY, KW, True), square(d_a, at, real)
-                d_pre = product(reads, tl.trans(w_out), PRECISION) + product(outer, act, PRECISION)
-                d_pre = d_pre * slope_r
+                f_out = channels(gu + tile, at, real, KEY, KW, True)
+                d_act = product(tl.trans(outer), act_r, PRECISION)
+                d_act -= product(f_out * channels(rest + tile, at, real, KEY, KW, True), tl.trans(g_out), PRECISION)
+                end_out += product(act, g_out, PRECISION)
+                if MOMENTUM:
+                    h_out = block(d_state + 3 * AREA, o, KEY, KW, BO)
+                    d_act -= product(f_out * pulled, tl.trans(h_out), PRECISION)
+                    m_end_out += product(act, h_out, PRECISION)
+                    of_boost += tl.sum(g_out * m_out)
+                    of_slow += tl.sum(h_out * m_out)
+                    h_out = h_out * slow + g_out * boost
+                    plain = channels(d_seen + tile, at, real, KEY, KW, True)
+                    of_keep, of_late = product(plain, tl.trans(w_out), PRECISION), product(plain, tl.trans(m_out), PRECISION)
+                    to_keep += tl.sum(of_keep * act_r, axis=1)
+                    to_boost += tl.sum(of_late * act_r, axis=1)
+                    d_pre = of_keep * column(mix, at, real, 0) + of_late * column(mix, at, real, 1)
+                    plain = plain * column(mix, at, real, 1)
+                    put_block(d_state + 3 * AREA, o, h_out + product(tl.trans(act_r), plain, PRECISION), KEY, KW, BO)
+                else:
+                    d_pre = product(reads, tl.trans(w_out), PRECISION)
+                put_hidden(kept + 3 * WIDTH, o, d_act, HIDDEN, BO)
+                d_pre = (d_pre + product(outer, act, PRECISION)) * slope_r
                 if LINK == SCALED:
                     to_by_in += tl.sum(d_pre * raw)
                     d_pre = d_pre * by_in
-                d_act = product(tl.trans(outer), act_r, PRECISION)
-                f_out = channels(gu + tile, at, real, KEY, KW, True) * channels(rest + tile, at, real, KEY, KW, True)
-                d_act -= product(f_out, tl.trans(g_out), PRECISION)
-                put_hidden(kept + 3 * WIDTH, o, d_act, HIDDEN, BO)
-                end_out += product(act, g_out, PRECISION)
+                along += tl.sum(g_out * w_out, axis=0)[None, :] * keep
                 g_out = g_out * keep
-                along += tl.sum(g_out * w_out, axis=0)[None, :]
                 put_block(d_state + AREA, o, g_out + product(tl.trans(act_r), reads, PRECISION), KEY, KW, BO)
 
+                if MOMENTUM:
+                    m_query += product(d_pre, m_in, PRECISION)
+                    put_block(d_state + 2 * AREA, o, h_in + product(tl.trans(d_pre), boosted, PRECISION), KEY, KW, BO)
                 of_query += product(d_pre, w_in, PRECISION)
                 put_block(d_state, o, g_in + product(tl.trans(d_pre), query, PRECISION), KEY, KW, BO)
                 d_gp -= product(tl.trans(inner), d_pre, PRECISION)
@@ -387,13 +478,21 @@ def walk_back(
                 d_gu += product(d_gp * slope, block(origin + AREA, o, KEY, KW, BO), PRECISION) * by_out
             tl.debug_barrier()
 
-            to_end = channels(rest + tile, at, real, KEY, KW, True)
-            along -= tl.sum(end_in * channels(in_end + tile, at, real, KEY, KW, True), axis=0)[None, :]
-            along -= tl.sum(end_out * to_end * channels(gu + tile, at, real, KEY, KW, True), axis=0)[None, :]
-            d_gu += (
-                channels(of_out + tile, at, real, KEY, KW, True) * channels(eta, row, real, KEY, KW, ETA_WIDE)
-                - end_out * to_end
-            )
+            to_end, factor = channels(rest + tile, at, real, KEY, KW, True), channels(gu + tile, at, real, KEY, KW, True)
+            reads = channels(of_out + tile, at, real, KEY, KW, True)
+            if MOMENTUM:
+                d_gu += reads - end_out * to_end - m_end_out * column(mix, at, real, 3)
+                put(late_in + tile, at, real, m_end_in, KEY, KW, True)
+                put(late_out + tile, at, real, m_end_out, KEY, KW, True)
+                put(late_query + tile, at, real, m_query, KEY, KW, True)
+                tl.store(d_mix + at * 4, to_keep, mask=real)
+                tl.store(d_mix + at * 4 + 1, to_boost, mask=real)
+                tl.store(d_late + n * 2, of_boost)
+                tl.store(d_late + n * 2 + 1, of_slow)
+            else:
+                along -= tl.sum(end_in * channels(in_end + tile, at, real, KEY, KW, True), axis=0)[None, :]
+                along -= tl.sum(end_out * to_end * factor, axis=0)[None, :]
+                d_gu += reads * channels(eta, row, real, KEY, KW, ETA_WIDE) - end_out * to_end
             tl.debug_barrier()
             put(in_end + tile, at, real, end_in, KEY, KW, True)
             put(rest + tile, at, real, end_out, KEY, KW, True)
@@ -463,7 +562,7 @@ def walk_back(
             put(d_k, row, real, d_r, KEY, KW, True)
             tl.debug_barrier()
             if HAS_START and flags >= 2:
-                for o in range(0, 2 * HIDDEN, BO):
+                for o in range(0, FULL // KEY, BO):
                     g = block(d_state, o, KEY, KW, BO)
                     put_block(d_start, o, block(d_start, o, KEY, KW, BO) + g, KEY, KW, BO)
                     tl.debug_barrier()
