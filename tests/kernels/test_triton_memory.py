@@ -208,6 +208,7 @@ def loop(phase: int, chunk: int, reset: Tensor, valid: Tensor) -> list[tuple[lis
 def test_it_can_be_compiled_as_one_graph() -> None:
     """Prevents an op that breaks torch.compile's graph, or whose fake has other shapes than it."""
     named = draw(9)
+    del named["log_momentum"]
 
     def total(**named: Tensor) -> Tensor:
         return sum(
@@ -269,12 +270,9 @@ def test_a_scaled_memory_equals_the_plain_chunks() -> None:
 )
 def test_momentum_equals_the_plain_chunks(length: int, chunk: int, cuts: tuple[int, ...], marked: bool) -> None:
     """Prevents a last change that is lost between pieces or calls, outlives its document, or moves the memory at padding."""
-    named, marks = draw(length), flags(1, length) if marked else {}
-    actual, expected = (
-        results(named, chunk, BIASES["l2"], form, cuts=here, rule=momentum(), **marks)
-        for form, here in (("triton", cuts), ("chunked", ()))
-    )
-    assert_equal(actual, expected)
+    named, options = draw(length), {"rule": momentum(), **(flags(1, length) if marked else {})}
+    actual = results(named, chunk, BIASES["l2"], "triton", cuts=cuts, **options)
+    assert_equal(actual, results(named, chunk, BIASES["l2"], "chunked", **options))
 
 
 CODE = """
@@ -290,27 +288,34 @@ def check(kernel, real, **choice):
     text = compiled(kernel, {**pointers, **tables}, **constants)
     assert "mma" in text or kernel is probe, "no tensor cores"
 
-plain = dict(MOMENTUM=False, LINK=0, BIAS=0, ETA_WIDE=False, ALPHA_WIDE=False, DELTA_WIDE=False, HAS_DELTA=False, LEARN=False, HAS_START=False)
-every = dict(MOMENTUM=False, LINK=1, BIAS=2, ETA_WIDE=True, ALPHA_WIDE=True, DELTA_WIDE=True, HAS_DELTA=True, LEARN=True, HAS_START=True)
-if sys.argv[2] == "walk_back":
-    kernels = (walks.walk_back,)
-else:
-    kernels = (tokens.prepare, tokens.finish, tokens.prepare_back, tokens.finish_back, walks.walk)
-    for bias in range(5):
-        check(probe, "fp32", BIAS=bias)
-for kernel in kernels:
-    check(kernel, "fp32", PRECISION="tf32x3", **plain)
+gates = ("ETA_WIDE", "ALPHA_WIDE", "DELTA_WIDE", "HAS_DELTA", "LEARN", "HAS_START")
+plain = dict(dict.fromkeys(gates, False), MOMENTUM=False, LINK=0, BIAS=0)
+every = dict(dict.fromkeys(gates, True), MOMENTUM=False, LINK=1, BIAS=2)
+mixed_up = dict(every, MOMENTUM=True, LINK=0, ETA_WIDE=False)
+of_tokens = (tokens.prepare, tokens.finish, tokens.prepare_back, tokens.finish_back)
+of_mixtures = (mixed.prepare_mixed, mixed.finish_mixed, mixed.prepare_mixed_back, mixed.finish_mixed_back)
+some, others = {
+    "tokens": (of_tokens, of_mixtures),
+    "walk": ((walks.walk,), (walks.walk,)),
+    "walk_back": ((walks.walk_back,), ()),
+    "walk_back with momentum": ((), (walks.walk_back,)),
+}[PART]
+for kernel in some:
+    check(kernel, "fp32", PRECISION="tf32", **plain)
     check(kernel, "fp32", PRECISION="tf32x3", **every)
-    check(kernel, "fp64", PRECISION="ieee", **{**every, "DELTA_WIDE": False})
-if sys.argv[2] != "walk_back":
-    kernels = (mixed.prepare_mixed, mixed.finish_mixed, mixed.prepare_mixed_back, mixed.finish_mixed_back, walks.walk)
-for kernel in kernels:
-    check(kernel, "fp32", PRECISION="tf32x3", **{**every, "MOMENTUM": True, "LINK": 0, "ETA_WIDE": False})
+for kernel in others:
+    check(kernel, "fp32", PRECISION="tf32x3", **mixed_up)
+    check(kernel, "fp64", PRECISION="ieee", **mixed_up)
+for bias in range(5) if PART == "walk" else ():
+    check(probe, "fp32", BIAS=bias)
 """
 
 
-@pytest.mark.parametrize("part", ["others", pytest.param("walk_back", marks=pytest.mark.slow)])
+SLOW_PARTS = [pytest.param(part, marks=pytest.mark.slow) for part in ("walk_back", "walk_back with momentum")]
+
+
+@pytest.mark.parametrize("part", ["tokens", "walk", *SLOW_PARTS])
 @pytest.mark.parametrize("capability", [80, 90])
 def test_kernels_compile_for_a_gpu(capability: int, part: str) -> None:
     """Prevents code that only the interpreter understands, and products that miss the tensor cores."""
-    assert_compiles(CODE.replace("sys.argv[2]", repr(part)), capability)
+    assert_compiles(CODE.replace("PART", repr(part)), capability)

@@ -107,11 +107,11 @@ def prepare_mixed(
         put(rest + tile, at, real, tl.zeros_like(keys) + left[:, None], KEY, KW, True)
         put_square(s + program * n_tokens * 16, at, real, product(query, tl.trans(keys), PRECISION) * weight)
         put_line(total + (program * n_rows + n) * KEY, _last(tl.zeros_like(keys) + keep[:, None])[None, :], KEY, KW)
-        mix += (program * n_tokens + at) * 4
-        tl.store(mix, keep, mask=real)
-        tl.store(mix + 1, boost, mask=real)
-        tl.store(mix + 2, left, mask=real)
-        tl.store(mix + 3, pulled, mask=real)
+        to = mix + (program * n_tokens + at) * 4
+        tl.store(to, keep, mask=real)
+        tl.store(to + 1, boost, mask=real)
+        tl.store(to + 2, left, mask=real)
+        tl.store(to + 3, pulled, mask=real)
         last = tl.arange(0, SIZE) == SIZE - 1
         tl.store(late + (program * n_rows + n) * 2, tl.sum(tl.where(last, boost, 0.0)))
         tl.store(late + (program * n_rows + n) * 2 + 1, tl.sum(tl.where(last, slow, 0.0)))
@@ -281,9 +281,9 @@ def finish_mixed_back(
         d_weight -= product(seen, tl.trans(factor), PRECISION) * square(a + program * n_tokens * 16, at, real)
         d_weight = tl.where(lower, d_weight, 0.0)
         d_weight -= tl.where(last[:, None], tl.sum(in_z * keys + out_z * factor, axis=1)[None, :], 0.0)
-        d_mix += (program * n_tokens + at) * 4
-        to_keep = tl.load(d_mix, mask=real, other=0.0) + tl.sum(of_z * query, axis=1)
-        to_boost = tl.load(d_mix + 1, mask=real, other=0.0) + tl.sum(of_s * query, axis=1)
+        of_mix = d_mix + (program * n_tokens + at) * 4
+        to_keep = tl.load(of_mix, mask=real, other=0.0) + tl.sum(of_z * query, axis=1)
+        to_boost = tl.load(of_mix + 1, mask=real, other=0.0) + tl.sum(of_s * query, axis=1)
         to_boost += tl.where(last, tl.load(d_late + (program * n_rows + n) * 2), 0.0)
         d_entered = product(d_weight, tl.trans(pulled), PRECISION) + to_boost[:, None] * slow[None, :]
         d_pulled = product(tl.trans(entered), d_weight, PRECISION)
