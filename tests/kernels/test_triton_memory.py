@@ -276,7 +276,9 @@ def test_momentum_equals_the_plain_chunks(length: int, chunk: int, cuts: tuple[i
 
 
 CODE = """
-from recollect.kernels.triton import perceptron_mixture as mixed, perceptron_tokens as tokens, perceptron_walk as walks
+from recollect.kernels.triton import perceptron_mixture as mixed, perceptron_tokens as tokens
+from recollect.kernels.triton.perceptron_walk import walk
+from recollect.kernels.triton.perceptron_walk_back import walk_back
 from tests.kernels.gpu_probe import probe
 
 def check(kernel, real, **choice):
@@ -296,9 +298,9 @@ of_tokens = (tokens.prepare, tokens.finish, tokens.prepare_back, tokens.finish_b
 of_mixtures = (mixed.prepare_mixed, mixed.finish_mixed, mixed.prepare_mixed_back, mixed.finish_mixed_back)
 some, others = {
     "tokens": (of_tokens, of_mixtures),
-    "walk": ((walks.walk,), (walks.walk,)),
-    "walk_back": ((walks.walk_back,), ()),
-    "walk_back with momentum": ((), (walks.walk_back,)),
+    "walk": ((walk,), (walk,)),
+    "walk_back": ((walk_back,), ()),
+    "walk_back with momentum": ((), (walk_back,)),
 }[PART]
 for kernel in some:
     check(kernel, "fp32", PRECISION="tf32", **plain)

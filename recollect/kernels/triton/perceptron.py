@@ -22,7 +22,8 @@ from torch import Tensor
 from recollect.kernels.memory import BIASES, LINKS, Perceptron, Settings
 from recollect.kernels.triton.perceptron_mixture import finish_mixed, finish_mixed_back, prepare_mixed, prepare_mixed_back
 from recollect.kernels.triton.perceptron_tokens import finish, finish_back, prepare, prepare_back
-from recollect.kernels.triton.perceptron_walk import walk, walk_back
+from recollect.kernels.triton.perceptron_walk import walk
+from recollect.kernels.triton.perceptron_walk_back import walk_back
 from recollect.kernels.triton.pieces import SEGMENT, TOKENS, cut
 from recollect.kernels.triton.stencil import accumulator
 

@@ -299,3 +299,10 @@ def factor_of(norm, radius):
     """What link SCALED multiplies a matrix of this norm with."""
     ratio = tl.minimum(radius / (norm + LEAST), 1.0)
     return ratio * ratio
+
+
+@triton.jit
+def copy(source, target, ROWS: tl.constexpr, KEY: tl.constexpr, KW: tl.constexpr, BO: tl.constexpr):
+    """The matrices of a state."""
+    for o in range(0, ROWS, BO):
+        put_block(target, o, block(source, o, KEY, KW, BO), KEY, KW, BO)
