@@ -17,7 +17,7 @@ from recollect.ops.multi_token import Mixing, Rows, Settings
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 FEW_TOKENS = 16
-REMEMBERED = (("identity", "gd"), ("scaled", "gd"), ("identity", "momentum"))
+REMEMBERED = (("identity", "gd"), ("scaled", "gd"), ("simplex", "gd"), ("identity", "momentum"))
 INSTALLED = importlib.util.find_spec("triton") is not None
 
 

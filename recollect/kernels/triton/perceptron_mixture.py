@@ -106,7 +106,10 @@ def prepare_mixed(
         put(in_end + tile, at, real, keys * left[:, None], KEY, KW, True)
         put(rest + tile, at, real, tl.zeros_like(keys) + left[:, None], KEY, KW, True)
         put_square(s + program * n_tokens * 16, at, real, product(query, tl.trans(keys), PRECISION) * weight)
-        put_line(total + (program * n_rows + n) * KEY, _last(tl.zeros_like(keys) + keep[:, None])[None, :], KEY, KW)
+        for half in tl.static_range(2):
+            put_line(
+                total + ((program * n_rows + n) * 2 + half) * KEY, _last(tl.zeros_like(keys) + keep[:, None])[None, :], KEY, KW
+            )
         to = mix + (program * n_tokens + at) * 4
         tl.store(to, keep, mask=real)
         tl.store(to + 1, boost, mask=real)
@@ -290,7 +293,8 @@ def finish_mixed_back(
         d_pulled -= tl.where(last[:, None], tl.sum(in_s * keys + out_s * factor, axis=1)[None, :], 0.0)
         to_slow = tl.sum(entered * to_boost[:, None], axis=0)
         to_slow += tl.where(last, tl.load(d_late + (program * n_rows + n) * 2 + 1), 0.0)
-        of_keep = to_keep * keep + tl.where(last, tl.sum(line(along + (program * n_rows + n) * KEY, KEY, KW)), 0.0)
+        lines = along + (program * n_rows + n) * 2 * KEY
+        of_keep = to_keep * keep + tl.where(last, tl.sum(line(lines, KEY, KW) + line(lines + KEY, KEY, KW)), 0.0)
         to_alpha = tl.cumsum(of_keep, axis=0, reverse=True) + _between_back(d_entered * entered, PRECISION)
         to_mu = tl.cumsum(to_slow * slow, axis=0, reverse=True) + _between_back(d_pulled * pulled, PRECISION)
         between = _between(tl.exp(_number(log_momentum, row, real)))

@@ -14,7 +14,7 @@ import triton.language as tl
 
 L2, LP3, HUBER, L1, HUBER_NORM = (tl.constexpr(n) for n in range(5))
 EPS = tl.constexpr(1e-6)  # of norms and of biases
-IDENTITY, SCALED = (tl.constexpr(n) for n in range(2))  # links
+IDENTITY, SCALED, SIMPLEX = (tl.constexpr(n) for n in range(3))  # links
 LEAST = tl.constexpr(1e-8)  # of a matrix' norm
 ROOT, CUBE = tl.constexpr(1.5957691216057308), tl.constexpr(0.044715)  # of gelu
 SIZE = tl.constexpr(16)  # tokens of a piece

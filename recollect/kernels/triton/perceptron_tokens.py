@@ -12,9 +12,11 @@ import triton.language as tl
 
 from recollect.kernels.triton.perceptron_parts import (
     SCALED,
+    SIMPLEX,
     attended,
     attended_back,
     channels,
+    column,
     descent,
     line,
     normalised,
@@ -27,6 +29,7 @@ from recollect.kernels.triton.perceptron_parts import (
     tokens_of,
     whole,
 )
+from recollect.kernels.triton.perceptron_simplex import evened
 
 
 @triton.jit
@@ -38,6 +41,7 @@ def prepare(
     k,
     eta,
     log_alpha,
+    log_alpha_in,
     decayed,
     in_end,
     rest,
@@ -48,11 +52,14 @@ def prepare(
     n_rows,
     KEY: tl.constexpr,
     KW: tl.constexpr,
+    LINK: tl.constexpr,
     ETA_WIDE: tl.constexpr,
     ALPHA_WIDE: tl.constexpr,
+    IN_WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Queries decayed from the piece's start, eta k and eta decayed to its end, the first layer's scores, the decay over the piece."""
+    """Queries decayed from the piece's start, eta k and eta decayed to its end, the first layer's scores, and [B, H, P, 2, K] the decay
+    of both matrices over the piece. log_alpha_in: of W_in, where log_alpha is of W_out."""
     program, n = tl.program_id(0).to(tl.int64), tl.program_id(1)
     batch, head = program // n_heads, program % n_heads
     if n < tl.load(ends + batch * 2):
@@ -61,14 +68,20 @@ def prepare(
         _, next_row, behind = tokens_of(order, entry, batch, head, n_tokens, n_heads, 1)
         query, keys = channels(q, row, real, KEY, KW, True), channels(k, row, real, KEY, KW, True)
         step = channels(eta, row, real, KEY, KW, ETA_WIDE)
-        alpha = tl.exp(channels(log_alpha, row, real, KEY, KW, ALPHA_WIDE))
-        after = tl.exp(channels(log_alpha, next_row, behind, KEY, KW, ALPHA_WIDE))
+        alpha = tl.exp(channels(log_alpha_in, row, real, KEY, KW, IN_WIDE))
+        after = tl.exp(channels(log_alpha_in, next_row, behind, KEY, KW, IN_WIDE))
         to_end = tl.cumprod(after, axis=0, reverse=True)
         put(decayed + tile, at, real, query * tl.cumprod(alpha, axis=0), KEY, KW, True)
         put(in_end + tile, at, real, step * keys * to_end, KEY, KW, True)
+        put_line(total + (program * n_rows + n) * 2 * KEY, whole(alpha, to_end), KEY, KW)
+        f_in = step * keys
+        if LINK == SIMPLEX:
+            f_in = evened(f_in, KEY, KW)
+        put_square(s + program * n_tokens * 16, at, real, scores(query, f_in, alpha, after, KW, PRECISION))
+        alpha = tl.exp(channels(log_alpha, row, real, KEY, KW, ALPHA_WIDE))
+        to_end = tl.cumprod(tl.exp(channels(log_alpha, next_row, behind, KEY, KW, ALPHA_WIDE)), axis=0, reverse=True)
+        put_line(total + ((program * n_rows + n) * 2 + 1) * KEY, whole(alpha, to_end), KEY, KW)
         put(rest + tile, at, real, step * to_end, KEY, KW, True)
-        put_square(s + program * n_tokens * 16, at, real, scores(query, step * keys, alpha, after, KW, PRECISION))
-        put_line(total + (program * n_rows + n) * KEY, whole(alpha, to_end), KEY, KW)
 
 
 @triton.jit
@@ -206,6 +219,7 @@ def finish_back(
     k,
     eta,
     log_alpha,
+    log_alpha_in,
     read,
     grad_y,
     gu,
@@ -216,21 +230,25 @@ def finish_back(
     of_query,
     d_s,
     along,
+    ones,
     d_q,
     d_k,
     d_eta,
     d_log_alpha,
+    d_log_alpha_in,
     n_tokens,
     n_heads,
     n_rows,
     KEY: tl.constexpr,
     KW: tl.constexpr,
+    LINK: tl.constexpr,
     ETA_WIDE: tl.constexpr,
     ALPHA_WIDE: tl.constexpr,
+    IN_WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Gradients of queries and gates, and the rest of those of keys, from what the walk has left: sums over hidden units and, along
-    [B, H, P, K], the gradient of the log of the decay over the piece."""
+    [B, H, P, 2, K], the gradients of the logs of the decays over the piece; ones [B, H, T, 4]: of link SIMPLEX, of a query's sum."""
     program, n = tl.program_id(0).to(tl.int64), tl.program_id(1)
     batch, head = program // n_heads, program % n_heads
     if n < tl.load(ends + batch * 2):
@@ -239,20 +257,31 @@ def finish_back(
         _, next_row, behind = tokens_of(order, entry, batch, head, n_tokens, n_heads, 1)
         query, keys = channels(q, row, real, KEY, KW, True), channels(k, row, real, KEY, KW, True)
         step = channels(eta, row, real, KEY, KW, ETA_WIDE)
-        alpha = tl.exp(channels(log_alpha, row, real, KEY, KW, ALPHA_WIDE))
-        after = tl.exp(channels(log_alpha, next_row, behind, KEY, KW, ALPHA_WIDE))
+        alpha = tl.exp(channels(log_alpha_in, row, real, KEY, KW, IN_WIDE))
+        after = tl.exp(channels(log_alpha_in, next_row, behind, KEY, KW, IN_WIDE))
         w = square(d_s + program * n_tokens * 16, at, real)
-        to_in = attended_back(w, query, alpha, after, KW, PRECISION)
-        to_end = tl.cumprod(after, axis=0, reverse=True)
-        to_in -= channels(end_in + tile, at, real, KEY, KW, True) * to_end
-        to_out = channels(of_out + tile, at, real, KEY, KW, True) - channels(end_out + tile, at, real, KEY, KW, True) * to_end
-        to_query = attended(w, step * keys, alpha, after, KW, PRECISION)
+        to_in, f_in = attended_back(w, query, alpha, after, KW, PRECISION), step * keys
+        d_out = channels(grad_y, row, real, KEY, KW, True)
+        if LINK == SIMPLEX:
+            to_in, f_in = evened(to_in, KEY, KW), evened(f_in, KEY, KW)
+            inside = (tl.arange(0, KW) < KEY)[None, :]
+            d_out += tl.where(inside, column(ones + program * n_tokens * 4, at, real, 0), 0.0)
+        to_in -= channels(end_in + tile, at, real, KEY, KW, True) * tl.cumprod(after, axis=0, reverse=True)
+        to_query = attended(w, f_in, alpha, after, KW, PRECISION)
         to_query += channels(of_query + tile, at, real, KEY, KW, True) * tl.cumprod(alpha, axis=0)
-        gates = to_in * keys + to_out * channels(gu + tile, at, real, KEY, KW, True)
-        steps = to_query * query - step * gates
-        steps += channels(d_seen + tile, at, real, KEY, KW, True) * channels(read, row, real, KEY, KW, True)
-        steps = line(along + (program * n_rows + n) * KEY, KEY, KW) + tl.cumsum(steps, axis=0, reverse=True)
-        put(d_q, row, real, to_query + channels(grad_y, row, real, KEY, KW, True), KEY, KW, True)
+        after = tl.exp(channels(log_alpha, next_row, behind, KEY, KW, ALPHA_WIDE))
+        to_out = channels(of_out + tile, at, real, KEY, KW, True)
+        to_out -= channels(end_out + tile, at, real, KEY, KW, True) * tl.cumprod(after, axis=0, reverse=True)
+        put(d_q, row, real, to_query + d_out, KEY, KW, True)
         put(d_k, row, real, to_in * step + channels(d_k, row, real, KEY, KW, True), KEY, KW, True)
-        put(d_eta, row, real, gates, KEY, KW, ETA_WIDE)
-        put(d_log_alpha, row, real, steps, KEY, KW, ALPHA_WIDE)
+        factor, seen = channels(gu + tile, at, real, KEY, KW, True), channels(read, row, real, KEY, KW, True)
+        put(d_eta, row, real, to_in * keys + to_out * factor, KEY, KW, ETA_WIDE)
+        lines = along + (program * n_rows + n) * 2 * KEY
+        of_in = line(lines, KEY, KW) + tl.cumsum(to_query * query - to_in * step * keys, axis=0, reverse=True)
+        seen = seen * channels(d_seen + tile, at, real, KEY, KW, True) - to_out * step * factor
+        gained = line(lines + KEY, KEY, KW) + tl.cumsum(seen, axis=0, reverse=True)
+        if LINK == SIMPLEX:
+            put(d_log_alpha_in, row, real, of_in, KEY, KW, IN_WIDE)
+            put(d_log_alpha, row, real, gained, KEY, KW, ALPHA_WIDE)
+        else:
+            put(d_log_alpha, row, real, of_in + gained, KEY, KW, ALPHA_WIDE)

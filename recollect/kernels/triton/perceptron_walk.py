@@ -17,6 +17,7 @@ import triton.language as tl
 
 from recollect.kernels.triton.perceptron_parts import (
     SCALED,
+    SIMPLEX,
     block,
     channels,
     column,
@@ -31,10 +32,12 @@ from recollect.kernels.triton.perceptron_parts import (
     put,
     put_block,
     put_hidden,
+    put_line,
     put_square,
     square,
     tokens_of,
 )
+from recollect.kernels.triton.perceptron_simplex import framed, softmaxed
 
 
 @triton.jit
@@ -65,6 +68,10 @@ def walk(
     written,
     read,
     factors,
+    open_kept,
+    kept,
+    means,
+    linked,
     n_tokens,
     n_heads,
     n_rows,
@@ -86,7 +93,9 @@ def walk(
     With MOMENTUM, a state is followed by its last change: 4 matrices, else 2; mix and late: as `prepare_mixed` leaves them.
     states [B, H, 3, 2 or 4, O, K]: the current one, that of the open chunk's start, that of a document's start, the first two used up;
     room [B, H, 16, O]; last, last_anchor [B, H, 2 or 4, O, K]: the first two states as they are at the end;
-    factors [B, H, P, 4]: of link SCALED, of both matrices, and their norms."""
+    factors [B, H, P, 4]: of link SCALED, of both matrices, and their norms. Of link SIMPLEX: open_kept [B, H, 2, K] the log of the
+    decay in the open chunk before the call, kept [B, H, P, 2, K] the decay in the chunk before the piece, means [B, H, T] over the
+    hidden units that a key gives, linked [B, H, 2, 2, O, K] room for the chunk's weights and the piece's frame."""
     program = tl.program_id(0).to(tl.int64)
     batch, head = program // n_heads, program % n_heads
     AREA: tl.constexpr = HIDDEN * KEY
@@ -101,6 +110,11 @@ def walk(
     point = tl.full((), 1, tl.int32)
     by_in, by_out = tl.full((), 1.0, scale.dtype.element_ty), tl.full((), 1.0, scale.dtype.element_ty)
     norm_in, norm_out = by_in, by_out
+    if LINK == SIMPLEX:
+        linked += program * 4 * AREA
+        kept += program * n_rows * 2 * KEY
+        kept_in = tl.exp(line(open_kept + program * 2 * KEY, KEY, KW))
+        kept_out = tl.exp(line(open_kept + (program * 2 + 1) * KEY, KEY, KW))
     for n in range(tl.load(ends + batch * 2)):
         entry = entries + (batch * n_rows + n) * 6
         flags, slot = tl.load(entry + 2), tl.load(entry + 3).to(tl.int64)
@@ -122,13 +136,32 @@ def walk(
             tl.store(to + 1, by_out)
             tl.store(to + 2, norm_in)
             tl.store(to + 3, norm_out)
+        weights, frame = origin, source
+        if LINK == SIMPLEX:
+            if (flags % 2 == 1) | (n == 0):
+                softmaxed(origin, linked, HIDDEN, KEY, KW, BO)
+                tl.debug_barrier()
+            if flags % 2 == 1:
+                kept_in, kept_out = kept_in * 0 + 1, kept_out * 0 + 1
+            else:
+                framed(source, origin, linked, linked + 2 * AREA, kept_in, kept_out, HIDDEN, KEY, KW, BO)
+                tl.debug_barrier()
+            weights, frame = linked, linked + tl.where(flags % 2 == 1, 0, 2) * AREA
+            put_line(kept + n * 2 * KEY, kept_in, KEY, KW)
+            put_line(kept + n * 2 * KEY + KEY, kept_out, KEY, KW)
         keys = channels(k, row, real, KEY, KW, True)
-        u = tl.zeros_like(keys)
+        u, mean = tl.zeros_like(keys), tl.zeros((16, 1), keys.dtype)
         for o in range(0, HIDDEN, BO):
-            pre = product(keys, tl.trans(block(origin, o, KEY, KW, BO)), PRECISION) * by_in
+            pre = product(keys, tl.trans(block(weights, o, KEY, KW, BO)), PRECISION) * by_in
+            if LINK == SIMPLEX:
+                pre += tl.sum(keys, axis=1)[:, None]
             put_hidden(room, o, pre, HIDDEN, BO)
             act, _, _ = gelu(pre)
-            u += product(act, block(origin + AREA, o, KEY, KW, BO), PRECISION) * by_out
+            u += product(act, block(weights + AREA, o, KEY, KW, BO), PRECISION) * by_out
+            if LINK == SIMPLEX:
+                mean += tl.sum(act, axis=1)[:, None] / HIDDEN
+        if LINK == SIMPLEX:
+            tl.store(means + (program * n_tokens + at)[:, None], mean, mask=real[:, None])
         if HAS_DELTA:
             threshold = channels(delta, row, real, KEY, KW, DELTA_WIDE)
         else:
@@ -145,14 +178,20 @@ def walk(
         seen = tl.zeros_like(keys)
         for o in range(0, HIDDEN, BO):
             factor = channels(gu + tile, at, real, KEY, KW, True)
-            inner, keep = square(s, at, real), line(total + (program * n_rows + n) * KEY, KEY, KW)
+            inner, totals = square(s, at, real), total + (program * n_rows + n) * 2 * KEY
+            keep_in, keep_out = line(totals, KEY, KW), line(totals + KEY, KEY, KW)
             act, slope, _ = gelu(hidden(room, o, HIDDEN, BO))
-            gp = product(factor, tl.trans(block(origin + AREA, o, KEY, KW, BO)), PRECISION) * (slope * by_out)
+            gp = product(factor, tl.trans(block(weights + AREA, o, KEY, KW, BO)), PRECISION) * (slope * by_out)
             w_in, w_out = block(source, o, KEY, KW, BO), block(source + AREA, o, KEY, KW, BO)
             if LEARN and slot >= 0:
                 put_block(saved + slot * FULL, o, w_in, KEY, KW, BO)
                 put_block(saved + slot * FULL + AREA, o, w_out, KEY, KW, BO)
-            pre = product(channels(decayed + tile, at, real, KEY, KW, True), tl.trans(w_in), PRECISION)
+            r_in, r_out = w_in, w_out
+            if LINK == SIMPLEX:
+                r_in, r_out = block(frame, o, KEY, KW, BO), block(frame + AREA, o, KEY, KW, BO)
+            pre = product(channels(decayed + tile, at, real, KEY, KW, True), tl.trans(r_in), PRECISION)
+            if LINK == SIMPLEX:
+                pre += tl.sum(channels(q, row, real, KEY, KW, True), axis=1)[:, None]
             if MOMENTUM:
                 m_in, m_out = block(source + 2 * AREA, o, KEY, KW, BO), block(source + 3 * AREA, o, KEY, KW, BO)
                 if LEARN and slot >= 0:
@@ -160,16 +199,19 @@ def walk(
                     put_block(saved + slot * FULL + 3 * AREA, o, m_out, KEY, KW, BO)
                 pre += product(channels(q, row, real, KEY, KW, True) * column(mix, at, real, 1), tl.trans(m_in), PRECISION)
             act_r, _, _ = gelu((pre - product(inner, gp, PRECISION)) * by_in)
-            a += product(act_r, tl.trans(act), PRECISION)
+            if LINK == SIMPLEX:
+                a += product(act_r, tl.trans(act - mean), PRECISION)
+            else:
+                a += product(act_r, tl.trans(act), PRECISION)
             if MOMENTUM:
                 seen += product(act_r * column(mix, at, real, 0), w_out, PRECISION)
                 seen += product(act_r * column(mix, at, real, 1), m_out, PRECISION)
             else:
-                seen += product(act_r, w_out, PRECISION)
+                seen += product(act_r, r_out, PRECISION)
             f_in = channels(in_end + tile, at, real, KEY, KW, True)
             f_out = factor * channels(rest + tile, at, real, KEY, KW, True)
-            w_in = keep * w_in - product(tl.trans(gp), f_in, PRECISION)
-            w_out = keep * w_out - product(tl.trans(act), f_out, PRECISION)
+            w_in = keep_in * w_in - product(tl.trans(gp), f_in, PRECISION)
+            w_out = keep_out * w_out - product(tl.trans(act), f_out, PRECISION)
             if MOMENTUM:
                 boost, slow = tl.load(late + (program * n_rows + n) * 2), tl.load(late + (program * n_rows + n) * 2 + 1)
                 w_in, w_out = w_in + boost * m_in, w_out + boost * m_out
@@ -184,6 +226,9 @@ def walk(
         tl.debug_barrier()
         put(read, row, real, seen, KEY, KW, True)
         put_square(s, at, real, a)
+        if LINK == SIMPLEX:
+            totals = total + (program * n_rows + n) * 2 * KEY
+            kept_in, kept_out = kept_in * line(totals, KEY, KW), kept_out * line(totals + KEY, KEY, KW)
         here = there
     point = tl.where(tl.load(ends + batch * 2 + 1) != 0, here, point)
     copy(states + here * FULL, last + program * FULL, FULL // KEY, KEY, KW, BO)
