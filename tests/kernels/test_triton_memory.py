@@ -137,22 +137,33 @@ def test_it_goes_back_over_several_segments(length: int, chunk: int, cuts: tuple
     assert_equal(actual, results(named, chunk, BIASES["l2"], "chunked"))
 
 
-def test_it_survives_any_decay() -> None:
+@pytest.mark.parametrize("retention", [decay(), kl()], ids=["l2", "kl"])
+def test_it_survives_any_decay(retention: Retention) -> None:
     """Prevents overflow or 0/0 where a gate forgets everything: log alpha down to -1e4."""
     named = draw(20, width=SIZE, strongest=3.0)
     with torch.no_grad():
         named["log_alpha"][:, 7] = -1e4
-    actual, expected = (results(named, 20, BIASES["l2"], form) for form in ("triton", "chunked"))
+    actual, expected = (results(named, 20, BIASES["l2"], form, retention=retention) for form in ("triton", "chunked"))
     assert_equal(actual, expected, 1e-11)  # the norm divides by a memory that is nearly empty
 
 
-def test_error_in_single_precision_is_at_most_twice_the_plain_chunks() -> None:
-    """Prevents sums or gates in less than fp32: mean error of two draws, each result and gradient."""
+MODELS = {
+    "yaad": {"bias": huber()},
+    "moneta": {"bias": lp(3.0), "retention": lq(4.0)},
+    "memora": {"bias": l2(), "retention": kl()},
+    "titans": {"bias": l2(), "rule": momentum()},
+}
+
+
+@pytest.mark.parametrize("model", list(MODELS))
+def test_error_in_single_precision_is_at_most_twice_the_plain_chunks(model: str) -> None:
+    """Prevents sums or gates in less than fp32: mean error of three draws, each result and gradient."""
     errors: dict[int, list[float]] = {}
-    for length in (18, 22):
+    for length in (18, 20, 22):
+        named = draw(length, width=1 if model == "titans" else SIZE)
         exact, *single = (
             results(
-                {name: x.detach().to(dtype).requires_grad_() for name, x in draw(length, width=SIZE).items()}, 16, l2(), form
+                {name: x.detach().to(dtype).requires_grad_() for name, x in named.items()}, 16, backend=form, **MODELS[model]
             )
             for form, dtype in (("chunked", torch.float64), ("triton", torch.float32), ("chunked", torch.float32))
         )
@@ -205,15 +216,17 @@ def loop(phase: int, chunk: int, reset: Tensor, valid: Tensor) -> list[tuple[lis
     return found
 
 
-def test_it_can_be_compiled_as_one_graph() -> None:
+@pytest.mark.parametrize("model", ["yaad", "memora", "titans"])
+def test_it_can_be_compiled_as_one_graph(model: str) -> None:
     """Prevents an op that breaks torch.compile's graph, or whose fake has other shapes than it."""
     named = draw(9)
-    del named["log_momentum"]
+    del named["delta" if model != "yaad" else "log_momentum"]
+    if model == "memora":
+        del named["log_momentum"]
 
     def total(**named: Tensor) -> Tensor:
-        return sum(
-            (x.sin().sum() for x in run(named, 8, BIASES["huber"], "triton", reset=torch.arange(9)[None] == 4)), torch.zeros(())
-        )
+        parts = run(named, 8, backend="triton", reset=torch.arange(9)[None] == 4, **MODELS[model])
+        return sum((x.sin().sum() for x in parts), torch.zeros(()))
 
     compiled = torch.compile(total, fullgraph=True, backend="aot_eager")
     inputs = list(named.values())
@@ -275,6 +288,20 @@ def test_momentum_equals_the_plain_chunks(length: int, chunk: int, cuts: tuple[i
     assert_equal(actual, results(named, chunk, BIASES["l2"], "chunked", **options))
 
 
+@pytest.mark.parametrize(
+    ("length", "chunk", "cuts", "width", "marked"),
+    [(40, 20, (3,), SIZE, False), (26, 16, (9,), 1, True), (70, 80, (2,), SIZE, False)],
+)
+def test_a_simplex_memory_equals_the_plain_chunks(
+    length: int, chunk: int, cuts: tuple[int, ...], width: int, marked: bool
+) -> None:
+    """Prevents weights that are not those of the chunk's start, and a frame that has lost the decay since then. The chunks, its oracle,
+    move by 1.2e-12 with the last bits of their inputs."""
+    named, options = draw(length, width=width), {"retention": kl(), **(flags(1, length) if marked else {})}
+    actual = results(named, chunk, BIASES["l2"], "triton", cuts=cuts, **options)
+    assert_equal(actual, results(named, chunk, BIASES["l2"], "chunked", **options), 3e-12)
+
+
 CODE = """
 from recollect.kernels.triton import perceptron_mixture as mixed, perceptron_tokens as tokens
 from recollect.kernels.triton.perceptron_walk import walk
@@ -290,7 +317,7 @@ def check(kernel, real, **choice):
     text = compiled(kernel, {**pointers, **tables}, **constants)
     assert "mma" in text or kernel is probe, "no tensor cores"
 
-gates = ("ETA_WIDE", "ALPHA_WIDE", "DELTA_WIDE", "HAS_DELTA", "LEARN", "HAS_START")
+gates = ("ETA_WIDE", "ALPHA_WIDE", "IN_WIDE", "DELTA_WIDE", "HAS_DELTA", "LEARN", "HAS_START")
 plain = dict(dict.fromkeys(gates, False), MOMENTUM=False, LINK=0, BIAS=0)
 every = dict(dict.fromkeys(gates, True), MOMENTUM=False, LINK=1, BIAS=2)
 mixed_up = dict(every, MOMENTUM=True, LINK=0, ETA_WIDE=False)
@@ -305,6 +332,7 @@ some, others = {
 for kernel in some:
     check(kernel, "fp32", PRECISION="tf32", **plain)
     check(kernel, "fp32", PRECISION="tf32x3", **every)
+    check(kernel, "fp32", PRECISION="tf32", **{**every, "LINK": 2, "IN_WIDE": False})
 for kernel in others:
     check(kernel, "fp32", PRECISION="tf32x3", **mixed_up)
     check(kernel, "fp64", PRECISION="ieee", **mixed_up)

@@ -15,8 +15,8 @@ from recollect.ops.linear_scan import delta_scan, gated_linear_scan
 from recollect.ops.miras import MirasSpec, Parameters, Retention, scan
 from recollect.ops.miras.biases import AttentionalBias, huber, l2, lp
 from recollect.ops.miras.memories import mlp
+from recollect.ops.miras.retentions import kl, lq
 from recollect.ops.miras.retentions import l2 as decay
-from recollect.ops.miras.retentions import lq
 from recollect.ops.miras.rules import LearningRule, gd, momentum
 
 DEVICE = "cuda"
@@ -122,6 +122,7 @@ def test_recurrences_err_no_more_than_the_oracle(size: int, delta: bool, dtype: 
 MEMORIES: dict[str, tuple[AttentionalBias, Retention, LearningRule]] = {
     "yaad": (huber(), decay(), gd()),
     "moneta": (lp(3.0), lq(4.0), gd()),
+    "memora": (l2(), kl(), gd()),
     "titans": (l2(), decay(), momentum()),
 }
 

@@ -1,4 +1,4 @@
-"""The Miras recurrence of a two-layer perceptron memory on a GPU: gradient descent, forward and backward.
+"""The Miras recurrence of a two-layer perceptron memory on a GPU: gradient descent, with momentum too, forward and backward.
 
     y_t = q_t + LayerNorm(W_out,t gelu(W_in,t q_t)),    W_t = diag(alpha_t) W_{t-1} - eta_t * gradient at the chunk's first matrices
 

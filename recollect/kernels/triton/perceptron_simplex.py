@@ -23,6 +23,14 @@ def evened(x, KEY: tl.constexpr, KW: tl.constexpr):
 
 
 @triton.jit
+def less_some(act, shift, o):
+    """Activations [16, BO] less one number per token [16, 1], and that number: about their mean, which would only add rounding, W_out's
+    rows having sums of zero. It is the mean of the first BO hidden units, and `shift` from then on."""
+    shift = tl.where(o == 0, tl.sum(act, axis=1)[:, None] / act.shape[1], shift)
+    return act - shift, shift
+
+
+@triton.jit
 def softmaxed(x, out, HIDDEN: tl.constexpr, KEY: tl.constexpr, KW: tl.constexpr, BO: tl.constexpr):
     """The weights `out` of both matrices x."""
     AREA: tl.constexpr = HIDDEN * KEY
@@ -59,6 +67,7 @@ def softmaxed_back(
     for o in range(0, HIDDEN, BO):
         w, g = block(weights + AREA, o, KEY, KW, BO) + 1, block(d_weights + AREA, o, KEY, KW, BO)
         column += tl.sum(w * g, axis=0)[None, :]
+    tl.debug_barrier()
     for o in range(0, 2 * HIDDEN, BO):
         w, g = block(weights, o, KEY, KW, BO) + 1, block(d_weights, o, KEY, KW, BO)
         put_block(d_weights, o, g * 0, KEY, KW, BO)  # of g, so that no thread stores what another has yet to load

@@ -37,7 +37,7 @@ from recollect.kernels.triton.perceptron_parts import (
     square,
     tokens_of,
 )
-from recollect.kernels.triton.perceptron_simplex import framed, softmaxed
+from recollect.kernels.triton.perceptron_simplex import framed, less_some, softmaxed
 
 
 @triton.jit
@@ -151,15 +151,17 @@ def walk(
             put_line(kept + n * 2 * KEY + KEY, kept_out, KEY, KW)
         keys = channels(k, row, real, KEY, KW, True)
         u, mean = tl.zeros_like(keys), tl.zeros((16, 1), keys.dtype)
+        shift_w, shift_r = tl.zeros_like(mean), tl.zeros_like(mean)
         for o in range(0, HIDDEN, BO):
             pre = product(keys, tl.trans(block(weights, o, KEY, KW, BO)), PRECISION) * by_in
             if LINK == SIMPLEX:
                 pre += tl.sum(keys, axis=1)[:, None]
             put_hidden(room, o, pre, HIDDEN, BO)
             act, _, _ = gelu(pre)
-            u += product(act, block(weights + AREA, o, KEY, KW, BO), PRECISION) * by_out
             if LINK == SIMPLEX:
                 mean += tl.sum(act, axis=1)[:, None] / HIDDEN
+                act, shift_w = less_some(act, shift_w, o)
+            u += product(act, block(weights + AREA, o, KEY, KW, BO), PRECISION) * by_out
         if LINK == SIMPLEX:
             tl.store(means + (program * n_tokens + at)[:, None], mean, mask=real[:, None])
         if HAS_DELTA:
@@ -200,6 +202,7 @@ def walk(
                 pre += product(channels(q, row, real, KEY, KW, True) * column(mix, at, real, 1), tl.trans(m_in), PRECISION)
             act_r, _, _ = gelu((pre - product(inner, gp, PRECISION)) * by_in)
             if LINK == SIMPLEX:
+                act_r, shift_r = less_some(act_r, shift_r, o)
                 a += product(act_r, tl.trans(act - mean), PRECISION)
             else:
                 a += product(act_r, tl.trans(act), PRECISION)

@@ -33,7 +33,7 @@ from recollect.kernels.triton.perceptron_parts import (
     square,
     tokens_of,
 )
-from recollect.kernels.triton.perceptron_simplex import framed, framed_back, softmaxed, softmaxed_back
+from recollect.kernels.triton.perceptron_simplex import framed, framed_back, less_some, softmaxed, softmaxed_back
 
 SEGMENT = tl.constexpr(4)
 
@@ -273,7 +273,7 @@ def walk_back(
                         put_block(d_frame, o, tl.zeros((BO, KW), gain.dtype), KEY, KW, BO)
                     tl.debug_barrier()
                 mean = tl.load(means + (program * n_tokens + at)[:, None], mask=real[:, None], other=0.0)
-                mean_r, ones = tl.zeros_like(mean), tl.zeros((16,), gain.dtype)
+                mean_r, shift_r, ones = tl.zeros_like(mean), tl.zeros_like(mean), tl.zeros((16,), gain.dtype)
 
             if LINK == SCALED:
                 by_in, by_out = tl.load(factors + n * 4), tl.load(factors + n * 4 + 1)
@@ -302,6 +302,8 @@ def walk_back(
                     boosted = channels(q, row, real, KEY, KW, True) * column(mix, at, real, 1)
                     raw += product(boosted, tl.trans(m_in), PRECISION)
                 act_r, slope_r, _ = gelu(raw * by_in)
+                if LINK == SIMPLEX:
+                    act_r, shift_r = less_some(act_r, shift_r, o)
                 d_gp = -product(channels(in_end + tile, at, real, KEY, KW, True), tl.trans(g_in), PRECISION)
                 end_in += product(gp, g_in, PRECISION)
                 if MOMENTUM:
@@ -434,6 +436,8 @@ def walk_back(
                     d_r += tl.where(c < KEY, tl.sum(d_pre, axis=1)[:, None], 0.0)
                 g_in = block(d_weights, o, KEY, KW, BO)
                 g_in += product(tl.trans(d_pre), channels(k, row, real, KEY, KW, True), PRECISION)
+                if LINK == SIMPLEX:
+                    act -= mean
                 g_out = block(d_weights + AREA, o, KEY, KW, BO) + product(tl.trans(act), d_u, PRECISION)
                 g_out += product(tl.trans(d_gp * slope), channels(gu + tile, at, real, KEY, KW, True), PRECISION)
                 if LINK != IDENTITY:
