@@ -40,10 +40,12 @@ def _quick_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     quick(monkeypatch)
 
 
-def draw(length: int, *, n_rows: int = 1, width: int = 1, expansion: int = 1, strongest: float = 0.1) -> dict[str, Tensor]:
+def draw(
+    length: int, *, n_rows: int = 1, n_heads: int = 1, width: int = 1, expansion: int = 1, strongest: float = 0.1
+) -> dict[str, Tensor]:
     """Everything that a gradient is taken of, fp64; gates of `width` channels."""
     generator = torch.Generator().manual_seed(length)
-    tokens, wide = (n_rows, length, 1, SIZE), (n_rows, length, 1, width)
+    tokens, wide = (n_rows, length, n_heads, SIZE), (n_rows, length, n_heads, width)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
@@ -54,8 +56,8 @@ def draw(length: int, *, n_rows: int = 1, width: int = 1, expansion: int = 1, st
     named = {name: F.normalize(normal(*tokens), dim=-1) for name in "qk"}
     named |= {"v": normal(*tokens), "eta": 0.3 * uniform(*wide), "log_alpha": -strongest * uniform(*wide)}
     named |= {"delta": 0.1 + uniform(*wide), "log_momentum": -2 * uniform(*tokens[:3])}
-    first, last = mlp(expansion=expansion).init(1, SIZE, SIZE, generator=generator, dtype=torch.float64).fast
-    named |= {"first": first, "last": last, "scale": 1 + normal(1, SIZE) / 10, "shift": normal(1, SIZE) / 10}
+    first, last = mlp(expansion=expansion).init(n_heads, SIZE, SIZE, generator=generator, dtype=torch.float64).fast
+    named |= {"first": first, "last": last, "scale": 1 + normal(n_heads, SIZE) / 10, "shift": normal(n_heads, SIZE) / 10}
     return {name: x.requires_grad_() for name, x in named.items()}
 
 
@@ -124,7 +126,7 @@ def test_it_equals_the_plain_chunks(bias: str, length: int, chunk: int, width: i
 @pytest.mark.parametrize(("chunk", "cuts"), [(16, (21,)), (20, ()), (64, (1, 14))])
 def test_it_keeps_documents_padding_and_calls_apart(chunk: int, cuts: tuple[int, ...]) -> None:
     """Prevents a document that sees the one before it, padding that moves the chunks, and states that do not go on in an open chunk."""
-    named, marks = draw(26, n_rows=2, width=SIZE), flags(2, 26)
+    named, marks = draw(26, n_rows=2, n_heads=2, width=SIZE), flags(2, 26)
     actual = results(named, chunk, BIASES["huber"], "triton", cuts=cuts, **marks)
     assert_equal(actual, results(named, chunk, BIASES["huber"], "chunked", **marks))
 
@@ -269,7 +271,7 @@ def test_it_refuses_what_it_has_no_code_for(choice: dict[str, Any]) -> None:
 
 def test_a_scaled_memory_equals_the_plain_chunks() -> None:
     """Prevents a scale, or its gradient, that is lost in an open chunk or between calls, once the memory has outgrown its radius."""
-    named = draw(40, width=SIZE)
+    named = draw(40, n_heads=2, width=SIZE)
     options = {"retention": lq(4.0)}
     actual, expected = (
         results(named, 20, BIASES["lp3"], form, cuts=cuts, **options) for form, cuts in (("triton", (7, 23)), ("chunked", ()))
@@ -283,7 +285,7 @@ def test_a_scaled_memory_equals_the_plain_chunks() -> None:
 )
 def test_momentum_equals_the_plain_chunks(length: int, chunk: int, cuts: tuple[int, ...], marked: bool) -> None:
     """Prevents a last change that is lost between pieces or calls, outlives its document, or moves the memory at padding."""
-    named, options = draw(length), {"rule": momentum(), **(flags(1, length) if marked else {})}
+    named, options = draw(length, n_heads=1 + marked), {"rule": momentum(), **(flags(1, length) if marked else {})}
     actual = results(named, chunk, BIASES["l2"], "triton", cuts=cuts, **options)
     assert_equal(actual, results(named, chunk, BIASES["l2"], "chunked", **options))
 
@@ -297,7 +299,7 @@ def test_a_simplex_memory_equals_the_plain_chunks(
 ) -> None:
     """Prevents weights that are not those of the chunk's start, and a frame that has lost the decay since then. The chunks, its oracle,
     move by 1.2e-12 with the last bits of their inputs."""
-    named, options = draw(length, width=width), {"retention": kl(), **(flags(1, length) if marked else {})}
+    named, options = draw(length, n_heads=1 + marked, width=width), {"retention": kl(), **(flags(1, length) if marked else {})}
     actual = results(named, chunk, BIASES["l2"], "triton", cuts=cuts, **options)
     assert_equal(actual, results(named, chunk, BIASES["l2"], "chunked", **options), 3e-12)
 

@@ -44,14 +44,10 @@ def cut(phase: Tensor, length: int, chunk_size: int, reset: Tensor | None, valid
 
     Args:
         phase: int64 [B], tokens already in the open chunk.
-        length: T.
+        length: T, at least 1.
         reset, valid: bool [B, T] or None: first token of a document; False where the token is padding.
     """
     device, shape = phase.device, (phase.shape[0], length)
-    if not length:
-        empty = torch.zeros(shape[0], 0, 6, dtype=torch.int32, device=device)
-        ends = torch.zeros(shape[0], 2, dtype=torch.int32, device=device)
-        return Pieces(empty[..., 0], empty, ends, phase, 0)
     place = torch.arange(length, device=device).expand(shape)
     counts = torch.ones(shape, dtype=torch.bool, device=device) if valid is None else valid
     index = place if valid is None else counts.cumsum(1) - 1  # of the token among those that count
