@@ -41,11 +41,18 @@ def _quick_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def draw(
-    length: int, *, n_rows: int = 1, n_heads: int = 1, width: int = 1, expansion: int = 1, strongest: float = 0.1
+    length: int,
+    *,
+    n_rows: int = 1,
+    n_heads: int = 1,
+    width: int = 1,
+    expansion: int = 1,
+    size: int = SIZE,
+    strongest: float = 0.1,
 ) -> dict[str, Tensor]:
     """Everything that a gradient is taken of, fp64; gates of `width` channels."""
     generator = torch.Generator().manual_seed(length)
-    tokens, wide = (n_rows, length, n_heads, SIZE), (n_rows, length, n_heads, width)
+    tokens, wide = (n_rows, length, n_heads, size), (n_rows, length, n_heads, width)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
@@ -56,8 +63,8 @@ def draw(
     named = {name: F.normalize(normal(*tokens), dim=-1) for name in "qk"}
     named |= {"v": normal(*tokens), "eta": 0.3 * uniform(*wide), "log_alpha": -strongest * uniform(*wide)}
     named |= {"delta": 0.1 + uniform(*wide), "log_momentum": -2 * uniform(*tokens[:3])}
-    first, last = mlp(expansion=expansion).init(n_heads, SIZE, SIZE, generator=generator, dtype=torch.float64).fast
-    named |= {"first": first, "last": last, "scale": 1 + normal(n_heads, SIZE) / 10, "shift": normal(n_heads, SIZE) / 10}
+    first, last = mlp(expansion=expansion).init(n_heads, size, size, generator=generator, dtype=torch.float64).fast
+    named |= {"first": first, "last": last, "scale": 1 + normal(n_heads, size) / 10, "shift": normal(n_heads, size) / 10}
     return {name: x.requires_grad_() for name, x in named.items()}
 
 
@@ -81,7 +88,7 @@ def run(
     **marks: Tensor,
 ) -> list[Tensor]:
     """y and the last states, of one call or cut into several."""
-    memory = mlp(expansion=named["first"].shape[-2] // SIZE)
+    memory = mlp(expansion=named["first"].shape[-2] // named["q"].shape[-1])
     spec = MirasSpec(memory=memory, bias=bias, retention=retention or decay(), rule=rule or gd(), chunk_size=chunk)
     parameters = Parameters((named["first"], named["last"]), (named["scale"], named["shift"]))
     state, outputs = None, []
@@ -216,6 +223,14 @@ def loop(phase: int, chunk: int, reset: Tensor, valid: Tensor) -> list[tuple[lis
         found[-1][0].append(t)
         phase = (phase + 1) % chunk
     return found
+
+
+@pytest.mark.parametrize("model", list(MODELS))
+def test_key_dims_that_are_no_power_of_two(model: str) -> None:
+    """Prevents columns that pad a tile to a power of two from entering a mean, a softmax or a neighbour's channels."""
+    named = draw(11, n_heads=2, width=1 if model == "titans" else 48, size=48)
+    actual, expected = (results(named, 7, backend=form, **MODELS[model]) for form in ("triton", "chunked"))
+    assert_equal(actual, expected, 3e-12 if model == "memora" else EXACT)
 
 
 @pytest.mark.parametrize("model", ["yaad", "memora", "titans"])
