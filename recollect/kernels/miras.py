@@ -1,11 +1,14 @@
-"""Which Miras scans the compiled perceptron memory runs, and how they are handed to it. Oracle: `backend="chunked"`."""
+"""Which Miras scans the perceptron memories' kernels run, and how they are handed to them. Oracle: `backend="chunked"`."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from recollect.kernels.memory import Perceptron, Settings, can_run, perceptron_scan
+from recollect.kernels.triton import can_remember
 from recollect.ops.miras.inputs import reduced
 from recollect.ops.miras.retentions import NORM_EPS, q_norm
 from recollect.ops.miras.scan import Call
@@ -14,30 +17,47 @@ from recollect.ops.miras.spec import MirasSpec, MirasState
 
 def can_scan(call: Call) -> bool:
     """Two gelu layers with norm and residual, gradient descent (with momentum), a retention and a bias that are built in."""
-    spec = call.spec
-    if spec.memory.name != "mlp" or (spec.memory.options[0], *spec.memory.options[2:]) != (2, "gelu", True, True):
-        return False
-    bias, link = _bias(spec), _link(spec)
-    if bias is None or link is None or spec.gradient_at != "previous" or spec.chunk_size == 1:
-        return False
-    scalar = call.inputs.eta.shape[-1] == 1 and call.inputs.log_alpha.shape[-1] == 1
-    if spec.rule.momentum and (not scalar or spec.retention.couple is not None):
-        return False
-    return can_run(call.inputs.q, call.parameters.fast[0].shape[1], bias, link, spec.rule.name)
+    built_in = _built_in(call)
+    return built_in is not None and can_run(call.inputs.q, call.parameters.fast[0].shape[1], *built_in)
+
+
+def can_scan_on_gpu(call: Call) -> bool:
+    """The same of the Triton kernels."""
+    built_in = _built_in(call)
+    return built_in is not None and can_remember(call.inputs.q, call.parameters.fast[0].shape[1], *built_in)
+
+
+def should_scan_on_gpu(call: Call) -> bool:
+    """They can, and not in the interpreter."""
+    return call.inputs.q.is_cuda and can_scan_on_gpu(call)
 
 
 def native(call: Call) -> tuple[Tensor, MirasState]:
     """The compiled form."""
+    return _scanned(call, perceptron_scan)
+
+
+def triton(call: Call) -> tuple[Tensor, MirasState]:
+    """The Triton kernels; triton is imported on first use."""
+    from recollect.kernels.triton.perceptron import perceptron_scan
+
+    return _scanned(call, perceptron_scan)
+
+
+def _scanned(
+    call: Call, run: Callable[..., tuple[Tensor, Perceptron, Perceptron, Perceptron | None, Tensor]]
+) -> tuple[Tensor, MirasState]:
+    """The call as `recollect.kernels.memory.perceptron_scan` takes it, and what comes back as a state."""
     spec, inputs, state = call.spec, call.inputs, call.state
-    bias, link = _bias(spec), _link(spec)
-    assert bias is not None
-    assert link is not None
+    built_in = _built_in(call)
+    assert built_in is not None
+    bias, link, rule = built_in
     assert state.anchor is not None
     sharpness = float(spec.bias.options[0]) if bias == "l1" else 1.0
     log_momentum = call.inputs.log_momentum
     if spec.rule.momentum and log_momentum is None:
         log_momentum = torch.zeros_like(inputs.eta[..., 0])
-    y, dual, anchor, momentum, phase = perceptron_scan(
+    y, dual, anchor, momentum, phase = run(
         inputs.q,
         inputs.k,
         inputs.v,
@@ -47,7 +67,7 @@ def native(call: Call) -> tuple[Tensor, MirasState]:
         Perceptron(*state.anchor),
         (call.parameters.slow[0], call.parameters.slow[1]),
         state.phase,
-        Settings(spec.chunk_size, bias, sharpness, link, spec.rule.name),
+        Settings(spec.chunk_size, bias, sharpness, link, rule),
         delta=inputs.bias[0] if inputs.bias else None,
         log_momentum=log_momentum,
         momentum=None if state.momentum is None else Perceptron(*state.momentum),
@@ -58,6 +78,20 @@ def native(call: Call) -> tuple[Tensor, MirasState]:
         valid=call.valid,
     )
     return y, MirasState(tuple(dual), tuple(anchor), _kept(call, phase), momentum and tuple(momentum), None, phase)
+
+
+def _built_in(call: Call) -> tuple[str, str, str] | None:
+    """The kernels' names of the bias, the link and the rule, None if one of them is not built in."""
+    spec = call.spec
+    if spec.memory.name != "mlp" or (spec.memory.options[0], *spec.memory.options[2:]) != (2, "gelu", True, True):
+        return None
+    bias, link = _bias(spec), _link(spec)
+    if bias is None or link is None or spec.gradient_at != "previous" or spec.chunk_size == 1:
+        return None
+    scalar = call.inputs.eta.shape[-1] == 1 and call.inputs.log_alpha.shape[-1] == 1
+    if spec.rule.momentum and (not scalar or spec.retention.couple is not None):
+        return None
+    return bias, link, spec.rule.name
 
 
 def _radius(call: Call) -> Tensor:

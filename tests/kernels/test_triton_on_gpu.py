@@ -12,6 +12,12 @@ from torch import Tensor
 from recollect.kernels.triton import INSTALLED
 from recollect.ops import multi_token_attention
 from recollect.ops.linear_scan import delta_scan, gated_linear_scan
+from recollect.ops.miras import MirasSpec, Parameters, Retention, scan
+from recollect.ops.miras.biases import AttentionalBias, huber, l2, lp
+from recollect.ops.miras.memories import mlp
+from recollect.ops.miras.retentions import kl, lq
+from recollect.ops.miras.retentions import l2 as decay
+from recollect.ops.miras.rules import LearningRule, gd, momentum
 
 DEVICE = "cuda"
 pytestmark = pytest.mark.skipif(not (INSTALLED and torch.cuda.is_available()), reason="no GPU, or no triton")
@@ -111,3 +117,57 @@ def test_recurrences_err_no_more_than_the_oracle(size: int, delta: bool, dtype: 
     """Prevents a cumulative sum for the decays that loses what it adds up, and states in low precision."""
     run = delta_scan if delta else gated_linear_scan
     assert_as_exact(run, scan_inputs(300, size, delta=delta), dtype, "sequential")
+
+
+MEMORIES: dict[str, tuple[AttentionalBias, Retention, LearningRule]] = {
+    "yaad": (huber(), decay(), gd()),
+    "moneta": (lp(3.0), lq(4.0), gd()),
+    "memora": (l2(), kl(), gd()),
+    "titans": (l2(), decay(), momentum()),
+}
+
+
+def memory_inputs(length: int, size: int, model: str) -> dict[str, Tensor]:
+    """Tokens of a perceptron memory with gates per channel (one per head with momentum), and what is learned of it."""
+    tokens, heads = (2, length, 2), 2
+    width = 1 if model == "titans" else size
+    named = {name: torch.nn.functional.normalize(random(*tokens, size), dim=-1) for name in "qk"} | {"v": random(*tokens, size)}
+    named |= {
+        "eta": 0.1 * torch.rand(*tokens, width, device=DEVICE),
+        "log_alpha": -0.1 * torch.rand(*tokens, width, device=DEVICE),
+    }
+    named |= {"delta": 0.1 + torch.rand(*tokens, width, device=DEVICE)} if model == "yaad" else {}
+    named |= {"log_momentum": -torch.rand(*tokens, device=DEVICE)} if model == "titans" else {}
+    named |= {
+        "first": random(heads, 4 * size, size, scale=size**-0.5),
+        "last": random(heads, size, 4 * size, scale=size**-0.5 / 2),
+    }
+    return named | {"scale": 1 + random(heads, size, scale=0.1), "shift": random(heads, size, scale=0.1)}
+
+
+def remember(model: str, chunk: int, *, backend: str, **named: Tensor) -> tuple[Tensor, ...]:
+    """Outputs and last states of a perceptron memory; the second row starts a document inside a piece."""
+    bias, retention, rule = MEMORIES[model]
+    spec = MirasSpec(memory=mlp(), bias=bias, retention=retention, rule=rule, chunk_size=chunk)
+    q, k, v, *learned = (named.pop(name) for name in ("q", "k", "v", "first", "last", "scale", "shift"))
+    reset = torch.zeros(q.shape[:2], dtype=torch.bool, device=DEVICE)
+    reset[1, q.shape[1] // 2] = True
+    parameters = Parameters((learned[0], learned[1]), (learned[2], learned[3]))
+    y, state = scan(spec, q, k, v, named, parameters=parameters, reset=reset, backend=backend)
+    return y, *state.dual
+
+
+@pytest.mark.parametrize(("model", "size", "chunk"), itertools.product(MEMORIES, [16, 64, 96], [16, 64]))
+def test_memories_err_no_more_than_the_plain_chunks(model: str, size: int, chunk: int) -> None:
+    """Prevents matrices that one thread reads before another has written them, and products in less than three parts."""
+    named = memory_inputs(150, size, model)
+    assert_as_exact(lambda **inputs: remember(model, chunk, **inputs), named, torch.float32, "chunked")
+
+
+def test_memories_repeat_their_bits() -> None:
+    """Prevents a walk that depends on which warp comes first."""
+    named = memory_inputs(200, 64, "yaad")
+    first = everything(lambda **inputs: remember("yaad", 64, **inputs), named, torch.float32, backend="triton")
+    for _ in range(100):
+        again = everything(lambda **inputs: remember("yaad", 64, **inputs), named, torch.float32, backend="triton")
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))

@@ -11,11 +11,13 @@ import os
 import torch
 from torch import Tensor
 
+from recollect.kernels.memory import BIASES
 from recollect.ops.multi_token import Mixing, Rows, Settings
 from recollect.ops.tiles import Recurrence
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 FEW_TOKENS = 16
+REMEMBERED = (("identity", "gd"), ("scaled", "gd"), ("simplex", "gd"), ("identity", "momentum"))
 INSTALLED = importlib.util.find_spec("triton") is not None
 
 
@@ -61,3 +63,11 @@ def recur(x: Recurrence) -> tuple[Tensor, Tensor]:
     from recollect.kernels.triton.recurrence import recurrence
 
     return recurrence(x.q, x.k, x.v, x.a, x.b, x.log_decay, x.strength, x.state, x.reset, x.on_values)
+
+
+def can_remember(q: Tensor, hidden: int, bias: str, link: str, rule: str) -> bool:
+    """Miras' perceptron memories: fp32 and fp64, sizes that are multiples of 16 and at most 128 (key dim) and 1024 (hidden), and of the
+    biases, links and rules of `recollect.kernels.memory` those that are built in."""
+    key = q.shape[-1]
+    sizes = key % 16 == 0 and hidden % 16 == 0 and 0 < key <= 128 and 0 < hidden <= 1024
+    return sizes and q.dtype in DTYPES[:2] and (link, rule) in REMEMBERED and bias in BIASES and can_run(q)

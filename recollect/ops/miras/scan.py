@@ -44,7 +44,8 @@ class Call(NamedTuple):
 
 Backend = Callable[[Call], tuple[Tensor, MirasState]]
 BACKENDS: dict[str, Backend] = {}
-# Faster equals register here: (name, can it run this call?). The first that can is the default; else "chunked".
+# Faster equals register here: can it run this call? And, with its name: is it the default? The first that says so is; else "chunked".
+ABLE: dict[str, Callable[[Call], bool]] = {}
 PREFERRED: list[tuple[str, Callable[[Call], bool]]] = []
 
 
@@ -77,8 +78,8 @@ def scan(
         reset: bool [B, T], True at the first token of a document: the memory is as before the first token.
         valid: bool [B, T], False at padding: it changes nothing, and y is 0 there.
         decay_floor: the most negative log alpha that one token can have, if known: fewer, larger matrix products.
-        backend: None: the fastest that can run; "chunked": matrix products; "native": a compiled kernel, for specs that have one;
-            "sequential": token by token, the oracle.
+        backend: None: the fastest that can run; "chunked": matrix products; "native" (CPU) and "triton" (GPU): a compiled
+            kernel, for specs that have one; "sequential": token by token, the oracle.
     Returns:
         y [B, T, H, V] in q's dtype, and the state after the last token (fp32; fp64 for fp64 input).
         Chunks of one token always read exactly. Softmax attention takes padding on the left only.
@@ -132,10 +133,10 @@ def backends() -> dict[str, Backend]:
 
 def _choose(call: Call, backend: str | None) -> Backend:
     """The form that will run: `backend` if named, else the first preferred one that can, else "chunked"."""
-    known, able = backends(), dict(PREFERRED)
+    known = backends()
     if backend is None:
-        backend = next((name for name, can in PREFERRED if can(call)), "chunked")
-    elif backend in able and not able[backend](call):
+        backend = next((name for name, should in PREFERRED if should(call)), "chunked")
+    elif backend in ABLE and not ABLE[backend](call):
         where = f"{call.inputs.q.dtype} on {call.inputs.q.device.type}"
         raise RuntimeError(f"backend {backend!r} cannot run this spec here ({where}); pass backend='chunked'")
     return known[backend]
