@@ -50,13 +50,14 @@ def test_help_says_what_the_commands_do() -> None:
 
 def test_list_shows_every_mixer_pattern_and_task() -> None:
     from recollect.mixers import PATTERNS, available
-    from recollect.tasks import TASKS
+    from recollect.tasks import TASKS, TEXT_TASKS
 
     status, out, _ = call("list")
     assert status == 0
-    for name in (*available(), *PATTERNS, *TASKS, "text"):
+    for name in (*available(), *PATTERNS, *TASKS, *TEXT_TASKS, "text"):
         assert name in out
-    assert "n_blocks=6" in out, "the options are those that `compare` takes"
+    for option in ("n_blocks=6", "vocab_size=0"):
+        assert option in out, "the options are those that `compare` takes"
 
 
 @pytest.mark.parametrize(

@@ -22,12 +22,11 @@ def list_(
     from rich.console import Console
     from rich.table import Column, Table
 
-    import recollect.tasks.find_block
-    import recollect.tasks.recall  # noqa: F401 (each registers its task)
     from recollect.comparison.defaults import defaults_of
+    from recollect.comparison.written import OPTIONS
     from recollect.kernels import describe, describe_gpu, describe_recurrences
     from recollect.mixers import MIXERS, PATTERNS, available
-    from recollect.tasks.base import TASKS
+    from recollect.tasks import TASKS, TEXT_TASKS
     from recollect.user_modules import import_user_modules
 
     try:
@@ -66,15 +65,17 @@ def list_(
         title="Tasks: recollect compare TASK",
         title_justify="left",
     )
-    for name, cls in sorted(TASKS.items()):
+    written = {name: option.default for name, option in OPTIONS.items()}
+    for name, cls in sorted({**TASKS, **TEXT_TASKS}.items()):
         fields = {f.name: f.default for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
-        tasks.add_row(name, (cls.__doc__ or "").strip().splitlines()[0], said({**fields, **defaults_of(name).task_options}))
+        options = {**fields, **(written if name in TEXT_TASKS else {}), **defaults_of(name).task_options}
+        tasks.add_row(name, (cls.__doc__ or "").strip().splitlines()[0], said(options))
     text = said(defaults_of("text").task_options)
-    tasks.add_row("text", "any UTF-8 text, byte by byte: --data FILE, folder or glob", text)
+    tasks.add_row("text", "any UTF-8 text, in bytes or a tokenizer's tokens: --data FILE, folder or glob", text)
     console = Console()
     console.print(mixers)
     console.print(patterns)
     console.print(tasks)
-    console.print(f"Multi-Token Attention on the CPU: {describe()}", markup=False, highlight=False)
-    console.print(f"Multi-Token Attention on a GPU: {describe_gpu()}", markup=False, highlight=False)
+    console.print(f"Multi-Token Attention and perceptron memories on the CPU: {describe()}", markup=False, highlight=False)
+    console.print(f"Multi-Token Attention and perceptron memories on a GPU: {describe_gpu()}", markup=False, highlight=False)
     console.print(f"Linear recurrences and delta rules on a GPU: {describe_recurrences()}", markup=False, highlight=False)

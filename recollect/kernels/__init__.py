@@ -22,7 +22,7 @@ tiles.PREFERRED.extend([("triton", triton.should_recur), ("fla", fla.should_run)
 
 
 def describe() -> str:
-    """Which form of Multi-Token Attention runs on this machine's CPU, and why, in one line."""
+    """Which form of Multi-Token Attention and of perceptron memories runs on this machine's CPU, and why, in one line."""
     found = compiler()
     if found is None:
         return "plain PyTorch blocks (no C compiler on the PATH: cc, gcc or clang would make it several times faster)"
