@@ -67,7 +67,7 @@ def string_match_all(said: str, answers: tuple[str, ...]) -> float:
 class Ruler(TextTask):
     """RULER's needle tasks: one or several keys and values in noise, essays or other needles.
 
-    The published ones are `Ruler(**RULER["niah_multikey_1"], length=8192)` and so on. Construction, placing, lengths and metric are RULER's:
+    The published ones are `Ruler(**RULER["niah_multikey_1"], length=8192)` and so on. Parts, places, lengths and metric are RULER's:
         noise: N equal lines, each needle a line of its own before a line drawn uniformly (no two before the same).
         needle: N lines, each a needle with random key and value; the rest as for noise.
         essay: the first N words of a text, repeated when N is longer; the needles at different ones of 40 equally spaced depths
