@@ -1,4 +1,4 @@
-"""Which Miras scans the perceptron memories' kernels run, and how they are handed to them. Oracle: `backend="chunked"`."""
+"""Which Miras scans the kernels of perceptron and matrix memories run, and how they are handed to them. Oracle: `backend="chunked"`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from recollect.kernels.memory import Perceptron, Settings, can_run, perceptron_scan
-from recollect.kernels.triton import can_remember
+from recollect.kernels.triton import can_remember, can_remember_matrix
 from recollect.ops.miras.inputs import reduced
 from recollect.ops.miras.retentions import NORM_EPS, q_norm
 from recollect.ops.miras.scan import Call
@@ -22,7 +22,10 @@ def can_scan(call: Call) -> bool:
 
 
 def can_scan_on_gpu(call: Call) -> bool:
-    """The same of the Triton kernels."""
+    """The same of the Triton kernels, and one matrix in chunks of several tokens."""
+    if call.spec.memory.name == "matrix":
+        bias = _matrix_bias(call)
+        return bias is not None and can_remember_matrix(call.inputs.q, call.inputs.v)
     built_in = _built_in(call)
     return built_in is not None and can_remember(call.inputs.q, call.parameters.fast[0].shape[1], *built_in)
 
@@ -39,6 +42,8 @@ def native(call: Call) -> tuple[Tensor, MirasState]:
 
 def triton(call: Call) -> tuple[Tensor, MirasState]:
     """The Triton kernels; triton is imported on first use."""
+    if call.spec.memory.name == "matrix":
+        return _scanned_matrix(call)
     from recollect.kernels.triton.perceptron import perceptron_scan
 
     return _scanned(call, perceptron_scan)
@@ -78,6 +83,40 @@ def _scanned(
         valid=call.valid,
     )
     return y, MirasState(tuple(dual), tuple(anchor), _kept(call, phase), momentum and tuple(momentum), None, phase)
+
+
+def _scanned_matrix(call: Call) -> tuple[Tensor, MirasState]:
+    """The same of a matrix memory."""
+    from recollect.kernels.triton.matrix import matrix_scan
+
+    spec, inputs, state = call.spec, call.inputs, call.state
+    bias = _matrix_bias(call)
+    assert bias is not None
+    assert state.anchor is not None
+    y, dual, anchor, phase = matrix_scan(
+        inputs.q,
+        inputs.k,
+        inputs.v,
+        inputs.eta,
+        inputs.log_alpha,
+        state.dual[0],
+        state.anchor[0],
+        state.phase,
+        Settings(spec.chunk_size, bias, float(spec.bias.options[0]) if bias == "l1" else 1.0),
+        delta=inputs.bias[0] if inputs.bias else None,
+        start=None if call.reset is None else call.parameters.fast[0],
+        reset=call.reset,
+        valid=call.valid,
+    )
+    return y, MirasState((dual,), (anchor,), None, None, None, phase)
+
+
+def _matrix_bias(call: Call) -> str | None:
+    """The kernel's name of the bias of one matrix written by gradient descent in chunks of several tokens, None if any part of the spec
+    is not built in. A bias that does not read (dot_product) has a closed form, and l2 with chunks of one token has another."""
+    spec = call.spec
+    fits = spec.memory.name == "matrix" and spec.rule.name == "gd" and spec.stale and _link(spec) == "identity"
+    return _bias(spec) if fits else None
 
 
 def _built_in(call: Call) -> tuple[str, str, str] | None:

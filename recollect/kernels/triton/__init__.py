@@ -71,3 +71,8 @@ def can_remember(q: Tensor, hidden: int, bias: str, link: str, rule: str) -> boo
     key = q.shape[-1]
     sizes = key % 16 == 0 and hidden % 16 == 0 and 0 < key <= 128 and 0 < hidden <= 1024
     return sizes and q.dtype in DTYPES[:2] and (link, rule) in REMEMBERED and bias in BIASES and can_run(q)
+
+
+def can_remember_matrix(q: Tensor, v: Tensor) -> bool:
+    """Miras' matrix memories: fp32 and fp64, key and value dims of at most 128."""
+    return max(q.shape[-1], v.shape[-1]) <= 128 and q.dtype in DTYPES[:2] and can_run(q)

@@ -1,0 +1,323 @@
+"""The matrix memory's walk over the pieces of one head of one batch element, forward and backward.
+
+One program has a block of the matrix' rows (value channels), which never meet inside a chunk: all of them only where a bias or link takes
+a norm over them. The matrix that is written and the one at the chunk's start stay in registers. Backward, a segment is computed again
+from the state saved at its first piece, then its pieces are differentiated from the last to the first.
+
+Axis legend: B batch, T time, H heads, K key dim, V value dim, P pieces, N blocks of rows.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from recollect.kernels.triton.perceptron_parts import (
+    attended,
+    attended_back,
+    channels,
+    line,
+    phi,
+    phi_back,
+    product,
+    put,
+    put_line,
+    put_square,
+    square,
+    tokens_of,
+)
+
+SEGMENT = tl.constexpr(4)
+
+
+@triton.jit
+def rows_of(x, rows, VALUE: tl.constexpr, KEY: tl.constexpr, KW: tl.constexpr):
+    """[BV, KW]: rows of a matrix, zeros beyond."""
+    c = tl.arange(0, KW)[None, :]
+    return tl.load(x + rows[:, None] * KEY + c, mask=(rows < VALUE)[:, None] & (c < KEY), other=0.0)
+
+
+@triton.jit
+def put_rows(x, rows, value, VALUE: tl.constexpr, KEY: tl.constexpr, KW: tl.constexpr):
+    """Store what `rows_of` reads."""
+    c = tl.arange(0, KW)[None, :]
+    tl.store(x + rows[:, None] * KEY + c, value, mask=(rows < VALUE)[:, None] & (c < KEY))
+
+
+@triton.jit
+def some(x, row, real, rows, VALUE: tl.constexpr, WIDE: tl.constexpr):
+    """[16, BV] of tokens' rows of x: the value channels `rows`, zeros beyond, or one number in all of them unless WIDE."""
+    inside = real[:, None] & (rows < VALUE)[None, :]
+    if WIDE:
+        entries = tl.load(x + row[:, None] * VALUE + rows[None, :], mask=inside, other=0.0)
+    else:
+        entries = tl.where(inside, tl.load(x + row, mask=real, other=0.0)[:, None], 0.0)
+    return entries
+
+
+@triton.jit
+def put_some(x, row, real, rows, value, VALUE: tl.constexpr):
+    """Store what `some` reads, WIDE."""
+    tl.store(x + row[:, None] * VALUE + rows[None, :], value, mask=real[:, None] & (rows < VALUE)[None, :])
+
+
+@triton.jit
+def walk(
+    order,
+    entries,
+    ends,
+    k,
+    v,
+    delta,
+    decayed,
+    in_end,
+    s,
+    total,
+    state,
+    anchor,
+    start,
+    last,
+    last_anchor,
+    saved,
+    written,
+    y,
+    n_tokens,
+    n_heads,
+    n_rows,
+    n_slots,
+    KEY: tl.constexpr,
+    KW: tl.constexpr,
+    VALUE: tl.constexpr,
+    BV: tl.constexpr,
+    BIAS: tl.constexpr,
+    SHARPNESS: tl.constexpr,
+    DELTA_WIDE: tl.constexpr,
+    HAS_DELTA: tl.constexpr,
+    HAS_START: tl.constexpr,
+    LEARN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """decayed .. total: as `prepare` leaves them. state, anchor, last, last_anchor [B, H, V, K], start [H, V, K]; saved [B, H, slots, V,
+    K]; written [B, T, H, V]: what the chunk's first matrix gives for keys."""
+    program = tl.program_id(0).to(tl.int64)
+    batch, head = program // n_heads, program % n_heads
+    rows, area = tl.program_id(1) * BV + tl.arange(0, BV), KEY * VALUE
+    tile = program * n_tokens * KEY
+    w = rows_of(state + program * area, rows, VALUE, KEY, KW)
+    point = rows_of(anchor + program * area, rows, VALUE, KEY, KW)
+    for n in range(tl.load(ends + batch * 2)):
+        entry = entries + (batch * n_rows + n) * 6
+        flags, slot = tl.load(entry + 2), tl.load(entry + 3).to(tl.int64)
+        at, row, real = tokens_of(order, entry, batch, head, n_tokens, n_heads, 0)
+        if HAS_START and flags >= 2:
+            w = rows_of(start + head * area, rows, VALUE, KEY, KW)
+        point = tl.where(flags % 2 == 1, w, point)
+        if LEARN and slot >= 0:
+            put_rows(saved + (program * n_slots + slot) * area, rows, w, VALUE, KEY, KW)
+        u = product(channels(k, row, real, KEY, KW, True), tl.trans(point), PRECISION)
+        r = u - some(v, row, real, rows, VALUE, True)
+        if HAS_DELTA:
+            threshold = some(delta, row, real, rows, VALUE, DELTA_WIDE)
+        else:
+            threshold = r
+        g = phi(r, threshold, VALUE, BIAS, SHARPNESS)
+        if LEARN:
+            put_some(written, row, real, rows, u, VALUE)
+        query = channels(decayed + tile, at, real, KEY, KW, True)
+        out = product(query, tl.trans(w), PRECISION)
+        out -= product(square(s + program * n_tokens * 16, at, real), g, PRECISION)
+        put_some(y, row, real, rows, out, VALUE)
+        keep, f = line(total + (program * n_rows + n) * 2 * KEY, KEY, KW), channels(in_end + tile, at, real, KEY, KW, True)
+        w = keep * w - product(tl.trans(g), f, PRECISION)
+    point = tl.where(tl.load(ends + batch * 2 + 1) != 0, w, point)
+    put_rows(last + program * area, rows, w, VALUE, KEY, KW)
+    put_rows(last_anchor + program * area, rows, point, VALUE, KEY, KW)
+
+
+@triton.jit
+def walk_back(
+    order,
+    entries,
+    ends,
+    k,
+    v,
+    delta,
+    anchor,
+    start,
+    saved,
+    written,
+    decayed,
+    in_end,
+    s,
+    total,
+    grad_y,
+    states,
+    d_v,
+    d_delta,
+    d_start,
+    d_state,
+    d_anchor,
+    of_query,
+    of_key,
+    end_in,
+    d_s,
+    along,
+    n_tokens,
+    n_heads,
+    n_rows,
+    n_slots,
+    KEY: tl.constexpr,
+    KW: tl.constexpr,
+    VALUE: tl.constexpr,
+    BV: tl.constexpr,
+    BIAS: tl.constexpr,
+    SHARPNESS: tl.constexpr,
+    DELTA_WIDE: tl.constexpr,
+    HAS_DELTA: tl.constexpr,
+    HAS_START: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """decayed .. total, saved, written: as the forward pass has them. states [B, H, 5, V, K]: room for the matrix at the start of each
+    piece of a segment and of the chunk open there. d_state, d_anchor [B, H, V, K] hold the gradients of the last matrices and become
+    those of the first; d_start [B, H, V, K] starts at zeros. Of each block: of_query, of_key, end_in [N, B, H, T, K], d_s [N, B, H, T,
+    16] and along [N, B, H, P, K], the gradient of the log of the decay over the piece; d_delta [N, B, T, H], or [B, T, H, V]."""
+    program, piece_of = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    batch, head = program // n_heads, program % n_heads
+    rows, area = tl.program_id(1) * BV + tl.arange(0, BV), KEY * VALUE
+    own = piece_of * tl.num_programs(0) + program  # of what every block has a place for
+    tile, mine = program * n_tokens * KEY, own * n_tokens * KEY
+    saved += program * n_slots * area
+    states += program * 5 * area
+    start += head * area
+    d_start += program * area
+    total += program * n_rows * 2 * KEY
+    entries += batch * n_rows * 6
+    if not DELTA_WIDE:
+        d_delta += piece_of * (tl.num_programs(0) // n_heads) * n_tokens * n_heads
+    d = rows_of(d_state + program * area, rows, VALUE, KEY, KW)
+    d_point = rows_of(d_anchor + program * area, rows, VALUE, KEY, KW)
+    high = tl.load(ends + batch * 2)
+    while high > 0:
+        low = tl.load(entries + (high - 1) * 6 + 4)
+        slot, chunk_at = tl.load(entries + low * 6 + 3).to(tl.int64), tl.load(entries + low * 6 + 5)
+        if HAS_START and slot < 0:
+            w = rows_of(start, rows, VALUE, KEY, KW)
+        else:
+            w = rows_of(saved + slot * area, rows, VALUE, KEY, KW)
+        if chunk_at < 0:
+            put_rows(states + SEGMENT * area, rows, rows_of(anchor + program * area, rows, VALUE, KEY, KW), VALUE, KEY, KW)
+        elif chunk_at < low:
+            slot = tl.load(entries + chunk_at * 6 + 3).to(tl.int64)
+            if HAS_START and slot < 0:
+                point = rows_of(start, rows, VALUE, KEY, KW)
+            else:
+                point = rows_of(saved + slot * area, rows, VALUE, KEY, KW)
+            put_rows(states + SEGMENT * area, rows, point, VALUE, KEY, KW)
+        for n in range(low, high - 1):
+            put_rows(states + (n - low) * area, rows, w, VALUE, KEY, KW)
+            at, row, real = tokens_of(order, entries + n * 6, batch, head, n_tokens, n_heads, 0)
+            r = some(written, row, real, rows, VALUE, True) - some(v, row, real, rows, VALUE, True)
+            if HAS_DELTA:
+                threshold = some(delta, row, real, rows, VALUE, DELTA_WIDE)
+            else:
+                threshold = r
+            g = phi(r, threshold, VALUE, BIAS, SHARPNESS)
+            f = channels(in_end + tile, at, real, KEY, KW, True)
+            w = line(total + n * 2 * KEY, KEY, KW) * w - product(tl.trans(g), f, PRECISION)
+        put_rows(states + (high - 1 - low) * area, rows, w, VALUE, KEY, KW)
+        tl.debug_barrier()
+
+        for behind in range(high - low):
+            n = high - 1 - behind
+            flags, chunk_at = tl.load(entries + n * 6 + 2), tl.load(entries + n * 6 + 5)
+            at, row, real = tokens_of(order, entries + n * 6, batch, head, n_tokens, n_heads, 0)
+            r = some(written, row, real, rows, VALUE, True) - some(v, row, real, rows, VALUE, True)
+            if HAS_DELTA:
+                threshold = some(delta, row, real, rows, VALUE, DELTA_WIDE)
+            else:
+                threshold = r
+            g, d_out = phi(r, threshold, VALUE, BIAS, SHARPNESS), some(grad_y, row, real, rows, VALUE, True)
+            f = channels(in_end + tile, at, real, KEY, KW, True)
+            d_g = -product(tl.trans(square(s + program * n_tokens * 16, at, real)), d_out, PRECISION)
+            d_g -= product(f, tl.trans(d), PRECISION)
+            put_square(d_s + own * n_tokens * 16, at, real, -product(d_out, tl.trans(g), PRECISION))
+            end = product(g, d, PRECISION)
+            put(end_in + mine, at, real, end, KEY, KW, True)
+            w, keep = rows_of(states + (n - low) * area, rows, VALUE, KEY, KW), line(total + n * 2 * KEY, KEY, KW)
+            put(of_query + mine, at, real, product(d_out, w, PRECISION), KEY, KW, True)
+            gained = tl.sum(d * w, axis=0)[None, :] * keep - tl.sum(end * f, axis=0)[None, :]
+            put_line(along + (own * n_rows + n) * KEY, gained, KEY, KW)
+            d = d * keep + product(tl.trans(d_out), channels(decayed + tile, at, real, KEY, KW, True), PRECISION)
+
+            d_r, d_threshold = phi_back(d_g, r, threshold, VALUE, BIAS, SHARPNESS)
+            put_some(d_v, row, real, rows, -d_r, VALUE)
+            if HAS_DELTA:
+                d_threshold = tl.where((rows < VALUE)[None, :], d_threshold, 0.0)
+                if DELTA_WIDE:
+                    put_some(d_delta, row, real, rows, d_threshold, VALUE)
+                else:
+                    tl.store(d_delta + row, tl.sum(d_threshold, axis=1), mask=real)
+            point = rows_of(states + tl.where(chunk_at >= low, chunk_at - low, SEGMENT) * area, rows, VALUE, KEY, KW)
+            put(of_key + mine, at, real, product(d_r, point, PRECISION), KEY, KW, True)
+            d_point += product(tl.trans(d_r), channels(k, row, real, KEY, KW, True), PRECISION)
+            if flags % 2 == 1:  # a chunk starts: its first matrix is this one
+                d += d_point
+                d_point = d_point * 0
+            if HAS_START and flags >= 2:
+                put_rows(d_start, rows, rows_of(d_start, rows, VALUE, KEY, KW) + d, VALUE, KEY, KW)
+                d = d * 0
+        tl.debug_barrier()
+        high = low
+    put_rows(d_state + program * area, rows, d, VALUE, KEY, KW)
+    put_rows(d_anchor + program * area, rows, d_point, VALUE, KEY, KW)
+
+
+@triton.jit
+def finish_back(
+    order,
+    entries,
+    ends,
+    q,
+    k,
+    eta,
+    log_alpha,
+    of_query,
+    of_key,
+    end_in,
+    d_s,
+    along,
+    d_q,
+    d_k,
+    d_eta,
+    d_log_alpha,
+    n_tokens,
+    n_heads,
+    n_rows,
+    KEY: tl.constexpr,
+    KW: tl.constexpr,
+    ETA_WIDE: tl.constexpr,
+    ALPHA_WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Gradients of queries, keys and gates from what the walk has left, summed over its blocks of rows: one program for each piece."""
+    program, n = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    batch, head = program // n_heads, program % n_heads
+    if n < tl.load(ends + batch * 2):
+        entry, tile = entries + (batch * n_rows + n) * 6, program * n_tokens * KEY
+        at, row, real = tokens_of(order, entry, batch, head, n_tokens, n_heads, 0)
+        _, next_row, behind = tokens_of(order, entry, batch, head, n_tokens, n_heads, 1)
+        query, keys = channels(q, row, real, KEY, KW, True), channels(k, row, real, KEY, KW, True)
+        step = channels(eta, row, real, KEY, KW, ETA_WIDE)
+        alpha = tl.exp(channels(log_alpha, row, real, KEY, KW, ALPHA_WIDE))
+        after = tl.exp(channels(log_alpha, next_row, behind, KEY, KW, ALPHA_WIDE))
+        w, f = square(d_s + program * n_tokens * 16, at, real), step * keys
+        to_f = attended_back(w, query, alpha, after, KW, PRECISION)
+        to_f -= channels(end_in + tile, at, real, KEY, KW, True) * tl.cumprod(after, axis=0, reverse=True)
+        to_query = attended(w, f, alpha, after, KW, PRECISION)
+        to_query += channels(of_query + tile, at, real, KEY, KW, True) * tl.cumprod(alpha, axis=0)
+        put(d_q, row, real, to_query, KEY, KW, True)
+        put(d_k, row, real, to_f * step + channels(of_key + tile, at, real, KEY, KW, True), KEY, KW, True)
+        put(d_eta, row, real, to_f * keys, KEY, KW, ETA_WIDE)
+        gained = line(along + (program * n_rows + n) * KEY, KEY, KW)
+        gained += tl.cumsum(to_query * query - to_f * f, axis=0, reverse=True)
+        put(d_log_alpha, row, real, gained, KEY, KW, ALPHA_WIDE)

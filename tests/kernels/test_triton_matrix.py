@@ -1,0 +1,275 @@
+"""Matrix memories in Triton's interpreter, against the plain chunks: outputs, states and every gradient."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from recollect.ops.miras import MirasSpec, MirasState, Parameters, Retention, scan
+from recollect.ops.miras.biases import AttentionalBias, dot_product, huber, l1, l2, l_infinity, lp
+from recollect.ops.miras.memories import matrix, mlp
+from recollect.ops.miras.retentions import l2 as decay
+from recollect.ops.miras.retentions import l2_coupled, logit, none
+from recollect.ops.miras.rules import gd, momentum
+from tests.kernels.gpu_code import assert_compiles
+
+pytest.importorskip("triton", reason="triton is not installed (pip install 'recollect[kernels]')")
+from recollect.kernels.triton import can_run
+from tests.kernels.interpreter import quick
+
+pytestmark = pytest.mark.skipif(not can_run(torch.zeros(1)), reason="a GPU: TRITON_INTERPRET is not set")
+
+EXACT = 1e-12
+BIASES: dict[str, AttentionalBias] = {
+    "l2": l2(),
+    "lp3": lp(3.0),
+    "huber": huber(),
+    "l1": l1(),
+    "huber of the norm": huber("norm"),
+}
+
+
+@pytest.fixture(autouse=True)
+def _quick_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    quick(monkeypatch)
+
+
+def draw(
+    length: int,
+    *,
+    n_rows: int = 1,
+    n_heads: int = 1,
+    key: int = 16,
+    value: int = 16,
+    widths: tuple[int, int, int] = (1, 1, 1),
+    strongest: float = 0.1,
+) -> dict[str, Tensor]:
+    """Everything that a gradient is taken of, fp64; channels of eta, log alpha and delta."""
+    generator = torch.Generator().manual_seed(length)
+    heads = (n_rows, length, n_heads)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator, dtype=torch.float64)
+
+    named = {name: F.normalize(normal(*heads, key), dim=-1) for name in "qk"}
+    named |= {"v": normal(*heads, value), "eta": 0.3 * uniform(*heads, widths[0])}
+    named |= {"log_alpha": -strongest * uniform(*heads, widths[1]), "delta": 0.1 + uniform(*heads, widths[2])}
+    named |= {"first": normal(n_heads, value, key) / 4}
+    return {name: x.requires_grad_() for name, x in named.items()}
+
+
+def flags(n_rows: int, length: int) -> dict[str, Tensor]:
+    """Documents that start inside pieces and chunks, and padding anywhere, the start included."""
+    generator = torch.Generator().manual_seed(1)
+    reset, valid = (torch.rand(n_rows, length, generator=generator) < share for share in (0.1, 0.8))
+    valid[0, :3] = False
+    return {"reset": reset, "valid": valid}
+
+
+def run(
+    named: dict[str, Tensor],
+    chunk: int,
+    bias: AttentionalBias,
+    backend: str | None,
+    *,
+    cuts: tuple[int, ...] = (),
+    retention: Retention | None = None,
+    **marks: Tensor,
+) -> list[Tensor]:
+    """y and the last states, of one call or cut into several."""
+    retention = retention or decay()
+    spec = MirasSpec(memory=matrix(), bias=bias, retention=retention, rule=gd(), chunk_size=chunk)
+    gates = ("eta", *(["log_alpha"] if retention.decays and not retention.couple else []), *bias.gates)
+    state, outputs = None, []
+    for low, high in itertools.pairwise((0, *cuts, named["q"].shape[1])):
+        part = {name: named[name][:, low:high] for name in ("q", "k", "v", *gates)}
+        q, k, v = (part.pop(name) for name in "qkv")
+        here = {name: x[:, low:high] for name, x in marks.items()}
+        parameters = Parameters((named["first"],))
+        y, state = scan(spec, q, k, v, part, state, parameters=parameters, backend=backend, **here)
+        outputs.append(y)
+    assert isinstance(state, MirasState)
+    assert state.anchor is not None
+    return [torch.cat(outputs, dim=1), *state.dual, *state.anchor, *(state.kept or ())]
+
+
+def results(named: dict[str, Tensor], *arguments: Any, **options: Any) -> list[Tensor]:
+    """What `run` returns, and the gradients of a fixed sum over it."""
+    outputs = run(named, *arguments, **options)
+    total = sum((torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view_as(x) * x).sum() for x in outputs)
+    assert isinstance(total, Tensor)
+    return [*outputs, *torch.autograd.grad(total, list(named.values()), allow_unused=True, materialize_grads=True)]
+
+
+def assert_equal(actual: list[Tensor], expected: list[Tensor], tolerance: float = EXACT) -> None:
+    """Relative to the largest entry."""
+    for n, (a, b) in enumerate(zip(actual, expected, strict=True)):
+        error = float(((a - b).abs().max() / b.abs().max().clamp(min=1e-3)).detach())
+        assert error <= tolerance, f"{n}: {error:.1e}"
+
+
+@pytest.mark.parametrize("widths", [(1, 1, 1), (16, 1, 16), (1, 16, 1), (16, 16, 16)])
+@pytest.mark.parametrize("bias", list(BIASES))
+def test_it_equals_the_plain_chunks(bias: str, widths: tuple[int, int, int]) -> None:
+    """Prevents a gradient point, a decay or a second-order term that is lost between pieces and chunks."""
+    named = draw(37, widths=widths)
+    chunk = {"l2": 16, "lp3": 5}.get(bias, 64)
+    actual, expected = (results(named, chunk, BIASES[bias], form) for form in ("triton", "chunked"))
+    assert_equal(actual, expected)
+
+
+@pytest.mark.parametrize("bias", ["huber", "huber of the norm"])
+@pytest.mark.parametrize(("chunk", "cuts"), [(16, (21,)), (20, ()), (64, (1, 14))])
+def test_it_keeps_documents_padding_and_calls_apart(bias: str, chunk: int, cuts: tuple[int, ...]) -> None:
+    """Prevents a document that sees the one before it, padding that moves the chunks, and states that do not go on in an open chunk."""
+    named, marks = draw(26, n_rows=2, n_heads=2, widths=(1, 16, 1)), flags(2, 26)
+    actual = results(named, chunk, BIASES[bias], "triton", cuts=cuts, **marks)
+    assert_equal(actual, results(named, chunk, BIASES[bias], "chunked", **marks))
+
+
+@pytest.mark.parametrize(("length", "chunk", "cuts"), [(70, 16, ()), (90, 80, (3,)), (75, 2, ())])
+def test_it_goes_back_over_several_segments(length: int, chunk: int, cuts: tuple[int, ...]) -> None:
+    """Prevents a state, or the first state of a chunk, that is taken from the wrong segment."""
+    named = draw(length)
+    actual = results(named, chunk, BIASES["lp3"], "triton", cuts=cuts)
+    assert_equal(actual, results(named, chunk, BIASES["lp3"], "chunked"))
+
+
+@pytest.mark.parametrize(("key", "value"), [(20, 48), (48, 5), (3, 40)])
+@pytest.mark.parametrize("bias", ["huber", "huber of the norm"])
+def test_sizes_of_keys_and_values_are_free(bias: str, key: int, value: int) -> None:
+    """Prevents entries that pad a tile from being written or summed, and several blocks of rows that miss a part of a sum."""
+    named = draw(19, n_heads=2, key=key, value=value, widths=(key, key, 1))
+    marks = flags(1, 19)
+    actual, expected = (results(named, 7, BIASES[bias], form, **marks) for form in ("triton", "chunked"))
+    assert_equal(actual, expected)
+
+
+@pytest.mark.parametrize("retention", [none(), l2_coupled()], ids=["none", "l2_coupled"])
+def test_other_retentions_that_leave_the_weights_alone(retention: Retention) -> None:
+    """Prevents a gate that a retention lacks or derives from being taken for another."""
+    named = draw(20)
+    actual, expected = (results(named, 8, BIASES["l1"], form, retention=retention) for form in ("triton", "chunked"))
+    assert_equal(actual, expected)
+
+
+def test_it_survives_any_decay() -> None:
+    """Prevents overflow or 0/0 where a gate forgets everything: log alpha down to -1e4."""
+    named = draw(20, widths=(1, 16, 1), strongest=3.0)
+    with torch.no_grad():
+        named["log_alpha"][:, 7] = -1e4
+    assert_equal(*(results(named, 20, BIASES["l1"], form) for form in ("triton", "chunked")))
+
+
+def test_without_gradients_it_gives_the_same() -> None:
+    """Prevents a forward pass that needs what only a backward pass asks for."""
+    named = draw(40)
+    with torch.no_grad():
+        assert_equal(*(run(named, 16, BIASES["huber"], form) for form in ("triton", "chunked")))
+
+
+@pytest.mark.parametrize("bias", list(BIASES))
+def test_error_in_single_precision_is_at_most_twice_the_plain_chunks(bias: str) -> None:
+    """Prevents sums or gates in less than fp32: mean error of three draws, each result and gradient."""
+    errors: dict[int, list[float]] = {}
+    for length in (30, 34, 38):
+        named = draw(length, widths=(16, 16, 16))
+        exact, *single = (
+            results({name: x.detach().to(dtype).requires_grad_() for name, x in named.items()}, 16, BIASES[bias], form)
+            for form, dtype in (("chunked", torch.float64), ("triton", torch.float32), ("chunked", torch.float32))
+        )
+        for n, (value, *pair) in enumerate(zip(exact, *single, strict=True)):
+            sums = errors.setdefault(n, [0.0, 0.0])
+            for m, x in enumerate(pair):
+                sums[m] += float((x.double() - value).detach().norm() / value.detach().norm().clamp(min=1e-30))
+    for n, (ours, theirs) in errors.items():
+        assert ours <= 2 * theirs, f"{n}: {ours:.1e}, the chunks {theirs:.1e}"
+
+
+@pytest.mark.parametrize("bias", ["huber", "lp3"])
+def test_it_can_be_compiled_as_one_graph(bias: str) -> None:
+    """Prevents an op that breaks torch.compile's graph, or whose fake has other shapes than it."""
+    named = draw(9, value=8)
+    if bias != "huber":
+        del named["delta"]
+
+    def total(**named: Tensor) -> Tensor:
+        parts = run(named, 8, BIASES[bias], "triton", reset=torch.arange(9)[None] == 4)
+        return sum((x.sin().sum() for x in parts), torch.zeros(()))
+
+    compiled = torch.compile(total, fullgraph=True, backend="aot_eager")
+    inputs = list(named.values())
+    for a, b in zip(torch.autograd.grad(compiled(**named), inputs), torch.autograd.grad(total(**named), inputs), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_it_is_never_the_default_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prevents an interpreter that someone waits for, and a kernel that is named where it cannot run."""
+    from recollect.kernels.triton import matrix as kernels
+
+    named = draw(3)
+    monkeypatch.setattr(kernels, "matrix_scan", None)
+    run(named, 16, l1(), None)
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(RuntimeError, match=r"'triton' cannot run this spec here .*pass backend='chunked'"):
+        run(named, 16, l1(), "triton")
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"bias": l_infinity()},
+        {"bias": dot_product()},
+        {"retention": logit()},
+        {"rule": momentum()},
+        {"memory": mlp(depth=1)},
+        {"chunk_size": 1, "bias": l1()},
+    ],
+)
+def test_it_refuses_what_it_has_no_code_for(choice: dict[str, Any]) -> None:
+    """Prevents wrong numbers where the plain form has to be used."""
+    named = draw(3)
+    same: dict[str, Any] = {"memory": matrix(), "bias": l2(), "retention": decay(), "rule": gd(), "chunk_size": 16}
+    spec = MirasSpec(**{**same, **choice})
+    parameters = spec.memory.init(1, 16, 16, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="'triton' cannot run"):
+        scan(spec, *(named[x] for x in "qkv"), {}, parameters=parameters, backend="triton")
+
+
+CODE = """
+from recollect.kernels.triton import matrix_walk as of
+from recollect.kernels.triton.perceptron_tokens import prepare
+
+def check(kernel, real, **choice):
+    numbers = {"n_tokens", "n_heads", "n_rows", "n_slots"}
+    sizes = dict(KEY=20, KW=32, VALUE=24, BV=32, SHARPNESS=10.0, LINK=0)
+    constants = {name: value for name, value in {**sizes, **choice}.items() if name in kernel.arg_names}
+    pointers = {name: "*" + real for name in kernel.arg_names if name not in numbers and name not in constants}
+    tables = {name: "*i32" for name in ("order", "entries", "ends")}
+    text = compiled(kernel, {**pointers, **tables}, **constants)
+    assert "mma" in text, "no tensor cores"
+
+gates = ("ETA_WIDE", "ALPHA_WIDE", "IN_WIDE", "DELTA_WIDE", "HAS_DELTA", "LEARN", "HAS_START")
+plain, every = dict.fromkeys(gates, False), dict.fromkeys(gates, True)
+kernels = (prepare, of.finish_back, of.walk, of.walk_back)
+for kernel in kernels:
+    check(kernel, "fp32", PRECISION="tf32x3", BIAS=0, **plain)
+    check(kernel, "fp64", PRECISION="ieee", BIAS=4, **every)
+for bias in range(1, 5):
+    for kernel in kernels[2:]:
+        check(kernel, "fp32", PRECISION="tf32x3", BIAS=bias, **{**every, "DELTA_WIDE": bias == 2, "HAS_DELTA": bias in (2, 4)})
+"""
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_kernels_compile_for_a_gpu(capability: int) -> None:
+    """Prevents code that only the interpreter understands, and products that miss the tensor cores."""
+    assert_compiles(CODE, capability)
