@@ -245,21 +245,21 @@ def test_it_refuses_what_it_has_no_code_for(choice: dict[str, Any]) -> None:
 
 
 CODE = """
-from recollect.kernels.triton import matrix_walk as of
-from recollect.kernels.triton.perceptron_tokens import prepare
+from recollect.kernels.triton.matrix_tokens import finish_back, prepare
+from recollect.kernels.triton.matrix_walk import walk, walk_back
 
 def check(kernel, real, **choice):
     numbers = {"n_tokens", "n_heads", "n_rows", "n_slots"}
-    sizes = dict(KEY=20, KW=32, VALUE=24, BV=32, SHARPNESS=10.0, LINK=0)
+    sizes = dict(KEY=20, KW=32, VALUE=24, BV=32, SHARPNESS=10.0)
     constants = {name: value for name, value in {**sizes, **choice}.items() if name in kernel.arg_names}
     pointers = {name: "*" + real for name in kernel.arg_names if name not in numbers and name not in constants}
     tables = {name: "*i32" for name in ("order", "entries", "ends")}
     text = compiled(kernel, {**pointers, **tables}, **constants)
     assert "mma" in text, "no tensor cores"
 
-gates = ("ETA_WIDE", "ALPHA_WIDE", "IN_WIDE", "DELTA_WIDE", "HAS_DELTA", "LEARN", "HAS_START")
+gates = ("ETA_WIDE", "ALPHA_WIDE", "DELTA_WIDE", "HAS_DELTA", "LEARN", "HAS_START")
 plain, every = dict.fromkeys(gates, False), dict.fromkeys(gates, True)
-kernels = (prepare, of.finish_back, of.walk, of.walk_back)
+kernels = (prepare, finish_back, walk, walk_back)
 for kernel in kernels:
     check(kernel, "fp32", PRECISION="tf32x3", BIAS=0, **plain)
     check(kernel, "fp64", PRECISION="ieee", BIAS=4, **every)

@@ -3,7 +3,7 @@
     y_t = W_t q_t,    W_t = W_{t-1} diag(alpha_t) - phi(W k_t - v_t) (eta_t k_t)^T,    W the matrix at the chunk's start
 
 Its oracle is `backend="chunked"`, in fp32 and fp64. Pieces of 16 tokens are products of matrices (`matrix_walk`); what needs no matrix of
-the memory is done for all pieces at once, before and after the walk. Sums over programs are taken by PyTorch from a place for each:
+the memory is done for all pieces at once, before and after the walk (`matrix_tokens`). Sums over programs are taken by PyTorch from a place for each:
 equal inputs give equal bits. NOT YET MEASURED ON A GPU: checked by Triton's interpreter, and compiled for NVIDIA GPUs in the tests.
 
 Axis legend: B batch, T time, H heads, K key dim, V value dim, P pieces, S saved states, N blocks of rows.
@@ -17,9 +17,9 @@ import torch
 import triton
 from torch import Tensor
 
-from recollect.kernels.memory import BIASES, LINKS, Settings
-from recollect.kernels.triton.matrix_walk import finish_back, walk, walk_back
-from recollect.kernels.triton.perceptron_tokens import prepare
+from recollect.kernels.memory import BIASES, Settings
+from recollect.kernels.triton.matrix_tokens import finish_back, prepare
+from recollect.kernels.triton.matrix_walk import walk, walk_back
 from recollect.kernels.triton.pieces import SEGMENT, TOKENS, cut
 from recollect.kernels.triton.stencil import accumulator
 
@@ -59,14 +59,10 @@ class _Plan:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """`prepare`'s decayed queries, eta k decayed to the piece's end, scores and decays over the pieces."""
         batch, length, n_heads, key = q.shape
-        decayed, in_end, rest = q.new_empty(3, batch, n_heads, length, key)
-        scores, total = q.new_empty(batch, n_heads, length, TOKENS), q.new_empty(batch, n_heads, self.pieces[1], 2, key)
+        decayed, in_end = q.new_empty(2, batch, n_heads, length, key)
+        scores, total = q.new_empty(batch, n_heads, length, TOKENS), q.new_empty(batch, n_heads, self.pieces[1], key)
         prepare[self.pieces](
-            *(*table, q, k, eta, log_alpha, log_alpha, decayed, in_end, rest, scores, total, *self.sizes),
-            **self.every,
-            **self.gates,
-            IN_WIDE=self.gates["ALPHA_WIDE"],
-            LINK=LINKS["identity"],
+            *(*table, q, k, eta, log_alpha, decayed, in_end, scores, total, *self.sizes), **self.every, **self.gates
         )
         return decayed, in_end, scores, total
 

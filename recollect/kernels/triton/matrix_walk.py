@@ -13,8 +13,6 @@ import triton
 import triton.language as tl
 
 from recollect.kernels.triton.perceptron_parts import (
-    attended,
-    attended_back,
     channels,
     line,
     phi,
@@ -97,7 +95,7 @@ def walk(
     LEARN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """decayed .. total: as `prepare` leaves them. state, anchor, last, last_anchor [B, H, V, K], start [H, V, K]; saved [B, H, slots, V,
+    """decayed .. total: as `prepare` of `matrix_tokens` leaves them. state, anchor, last, last_anchor [B, H, V, K], start [H, V, K]; saved [B, H, slots, V,
     K]; written [B, T, H, V]: what the chunk's first matrix gives for keys."""
     program = tl.program_id(0).to(tl.int64)
     batch, head = program // n_heads, program % n_heads
@@ -127,7 +125,7 @@ def walk(
         out = product(query, tl.trans(w), PRECISION)
         out -= product(square(s + program * n_tokens * 16, at, real), g, PRECISION)
         put_some(y, row, real, rows, out, VALUE)
-        keep, f = line(total + (program * n_rows + n) * 2 * KEY, KEY, KW), channels(in_end + tile, at, real, KEY, KW, True)
+        keep, f = line(total + (program * n_rows + n) * KEY, KEY, KW), channels(in_end + tile, at, real, KEY, KW, True)
         w = keep * w - product(tl.trans(g), f, PRECISION)
     point = tl.where(tl.load(ends + batch * 2 + 1) != 0, w, point)
     put_rows(last + program * area, rows, w, VALUE, KEY, KW)
@@ -190,7 +188,7 @@ def walk_back(
     states += program * 5 * area
     start += head * area
     d_start += program * area
-    total += program * n_rows * 2 * KEY
+    total += program * n_rows * KEY
     entries += batch * n_rows * 6
     if not DELTA_WIDE:
         d_delta += piece_of * (tl.num_programs(0) // n_heads) * n_tokens * n_heads
@@ -223,7 +221,7 @@ def walk_back(
                 threshold = r
             g = phi(r, threshold, VALUE, BIAS, SHARPNESS)
             f = channels(in_end + tile, at, real, KEY, KW, True)
-            w = line(total + n * 2 * KEY, KEY, KW) * w - product(tl.trans(g), f, PRECISION)
+            w = line(total + n * KEY, KEY, KW) * w - product(tl.trans(g), f, PRECISION)
         put_rows(states + (high - 1 - low) * area, rows, w, VALUE, KEY, KW)
         tl.debug_barrier()
 
@@ -243,7 +241,7 @@ def walk_back(
             put_square(d_s + own * n_tokens * 16, at, real, -product(d_out, tl.trans(g), PRECISION))
             end = product(g, d, PRECISION)
             put(end_in + mine, at, real, end, KEY, KW, True)
-            w, keep = rows_of(states + (n - low) * area, rows, VALUE, KEY, KW), line(total + n * 2 * KEY, KEY, KW)
+            w, keep = rows_of(states + (n - low) * area, rows, VALUE, KEY, KW), line(total + n * KEY, KEY, KW)
             put(of_query + mine, at, real, product(d_out, w, PRECISION), KEY, KW, True)
             gained = tl.sum(d * w, axis=0)[None, :] * keep - tl.sum(end * f, axis=0)[None, :]
             put_line(along + (own * n_rows + n) * KEY, gained, KEY, KW)
@@ -270,54 +268,3 @@ def walk_back(
         high = low
     put_rows(d_state + program * area, rows, d, VALUE, KEY, KW)
     put_rows(d_anchor + program * area, rows, d_point, VALUE, KEY, KW)
-
-
-@triton.jit
-def finish_back(
-    order,
-    entries,
-    ends,
-    q,
-    k,
-    eta,
-    log_alpha,
-    of_query,
-    of_key,
-    end_in,
-    d_s,
-    along,
-    d_q,
-    d_k,
-    d_eta,
-    d_log_alpha,
-    n_tokens,
-    n_heads,
-    n_rows,
-    KEY: tl.constexpr,
-    KW: tl.constexpr,
-    ETA_WIDE: tl.constexpr,
-    ALPHA_WIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Gradients of queries, keys and gates from what the walk has left, summed over its blocks of rows: one program for each piece."""
-    program, n = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    batch, head = program // n_heads, program % n_heads
-    if n < tl.load(ends + batch * 2):
-        entry, tile = entries + (batch * n_rows + n) * 6, program * n_tokens * KEY
-        at, row, real = tokens_of(order, entry, batch, head, n_tokens, n_heads, 0)
-        _, next_row, behind = tokens_of(order, entry, batch, head, n_tokens, n_heads, 1)
-        query, keys = channels(q, row, real, KEY, KW, True), channels(k, row, real, KEY, KW, True)
-        step = channels(eta, row, real, KEY, KW, ETA_WIDE)
-        alpha = tl.exp(channels(log_alpha, row, real, KEY, KW, ALPHA_WIDE))
-        after = tl.exp(channels(log_alpha, next_row, behind, KEY, KW, ALPHA_WIDE))
-        w, f = square(d_s + program * n_tokens * 16, at, real), step * keys
-        to_f = attended_back(w, query, alpha, after, KW, PRECISION)
-        to_f -= channels(end_in + tile, at, real, KEY, KW, True) * tl.cumprod(after, axis=0, reverse=True)
-        to_query = attended(w, f, alpha, after, KW, PRECISION)
-        to_query += channels(of_query + tile, at, real, KEY, KW, True) * tl.cumprod(alpha, axis=0)
-        put(d_q, row, real, to_query, KEY, KW, True)
-        put(d_k, row, real, to_f * step + channels(of_key + tile, at, real, KEY, KW, True), KEY, KW, True)
-        put(d_eta, row, real, to_f * keys, KEY, KW, ETA_WIDE)
-        gained = line(along + (program * n_rows + n) * KEY, KEY, KW)
-        gained += tl.cumsum(to_query * query - to_f * f, axis=0, reverse=True)
-        put(d_log_alpha, row, real, gained, KEY, KW, ALPHA_WIDE)
