@@ -93,10 +93,17 @@ def _scanned_matrix(call: Call) -> tuple[Tensor, MirasState]:
     bias = _matrix_bias(call)
     assert bias is not None
     assert state.anchor is not None
+    v, initial, threshold = inputs.v, call.parameters.fast[0], 0.0
+    if (
+        spec.retention.name == "towards_initial"
+    ):  # what is read and written is the change: the first matrix is a part of the values
+        v = v - torch.einsum("bthk,hvk->bthv", inputs.k, initial)
+    if spec.retention.name == "elastic_net":
+        threshold = spec.chunk_size * float(spec.retention.options[0] or 0)
     y, dual, anchor, phase = matrix_scan(
         inputs.q,
         inputs.k,
-        inputs.v,
+        v,
         inputs.eta,
         inputs.log_alpha,
         state.dual[0],
@@ -104,19 +111,26 @@ def _scanned_matrix(call: Call) -> tuple[Tensor, MirasState]:
         state.phase,
         Settings(spec.chunk_size, bias, float(spec.bias.options[0]) if bias == "l1" else 1.0),
         delta=inputs.bias[0] if inputs.bias else None,
-        start=None if call.reset is None else call.parameters.fast[0],
+        start=None if call.reset is None else spec.retention.start(initial),
+        radius=_radius(call)[:, 0] if _link(spec) == "scaled" else None,
         reset=call.reset,
         valid=call.valid,
+        threshold=threshold,
     )
-    return y, MirasState((dual,), (anchor,), None, None, None, phase)
+    if spec.retention.name == "towards_initial":
+        q = inputs.q if call.valid is None else inputs.q * call.valid[:, :, None, None]
+        y = y + torch.einsum("bthk,hvk->bthv", q, initial)
+    return y, MirasState((dual,), (anchor,), _kept(call, phase), None, None, phase)
 
 
 def _matrix_bias(call: Call) -> str | None:
     """The kernel's name of the bias of one matrix written by gradient descent in chunks of several tokens, None if any part of the spec
     is not built in. A bias that does not read (dot_product) has a closed form, and l2 with chunks of one token has another."""
     spec = call.spec
-    fits = spec.memory.name == "matrix" and spec.rule.name == "gd" and spec.stale and _link(spec) == "identity"
-    return _bias(spec) if fits else None
+    fits = spec.memory.name == "matrix" and spec.rule.name == "gd" and spec.stale
+    kept = spec.retention.name in ("none", "l2", "l2_coupled", "towards_initial")
+    kept |= (spec.retention.name == "elastic_net" and spec.read == "linear") or _link(spec) == "scaled"
+    return _bias(spec) if fits and kept else None
 
 
 def _built_in(call: Call) -> tuple[str, str, str] | None:

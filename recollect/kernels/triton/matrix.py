@@ -2,9 +2,10 @@
 
     y_t = W_t q_t,    W_t = W_{t-1} diag(alpha_t) - phi(W k_t - v_t) (eta_t k_t)^T,    W the matrix at the chunk's start
 
-Its oracle is `backend="chunked"`, in fp32 and fp64. Pieces of 16 tokens are products of matrices (`matrix_walk`); what needs no matrix of
-the memory is done for all pieces at once, before and after the walk (`matrix_tokens`). Sums over programs are taken by PyTorch from a place for each:
-equal inputs give equal bits. NOT YET MEASURED ON A GPU: checked by Triton's interpreter, and compiled for NVIDIA GPUs in the tests.
+Its oracle is `backend="chunked"`, in fp32 and fp64. Pieces of 16 tokens are products of matrices (`matrix_walk`); what needs no matrix
+of the memory is done for all pieces at once, before and after the walk (`matrix_tokens`). Sums over programs are taken by PyTorch from
+a place for each: equal inputs give equal bits. NOT YET MEASURED ON A GPU: checked by Triton's interpreter, and compiled for NVIDIA GPUs
+in the tests.
 
 Axis legend: B batch, T time, H heads, K key dim, V value dim, P pieces, S saved states, N blocks of rows.
 """
@@ -30,7 +31,15 @@ class _Plan:
     """What the kernels are compiled for and how many programs they have."""
 
     def __init__(
-        self, q: Tensor, v: Tensor, eta: Tensor, log_alpha: Tensor, delta: Tensor | None, start: Tensor | None, entries: Tensor
+        self,
+        q: Tensor,
+        v: Tensor,
+        eta: Tensor,
+        log_alpha: Tensor,
+        delta: Tensor | None,
+        start: Tensor | None,
+        radius: Tensor | None,
+        entries: Tensor,
     ) -> None:
         batch, length, n_heads, key = q.shape
         self.sizes = (length, n_heads, entries.shape[1])
@@ -44,13 +53,18 @@ class _Plan:
         self.gates = {"ETA_WIDE": eta.shape[-1] > 1, "ALPHA_WIDE": log_alpha.shape[-1] > 1}
         self.value = v.shape[-1]
         self.wide = delta is not None and delta.shape[-1] > 1
-        self.given = {"HAS_DELTA": delta is not None, "HAS_START": start is not None, "DELTA_WIDE": self.wide}
+        self.given = {
+            "HAS_DELTA": delta is not None,
+            "HAS_START": start is not None,
+            "DELTA_WIDE": self.wide,
+            "SCALE": radius is not None,
+        }
 
-    def walks(self, bias: int, sharpness: float) -> tuple[tuple[int, int], dict[str, Any]]:
-        """The grid of a walk, and its options: rows meet where a bias takes a norm over them."""
+    def walks(self, bias: int, sharpness: float, threshold: float) -> tuple[tuple[int, int], dict[str, Any]]:
+        """The grid of a walk, and its options: rows meet where a bias or the link takes a norm over them."""
         width = _width(self.value)
-        rows = width if bias == BIASES["huber_norm"] else min(ROWS, width)
-        kinds = {"VALUE": self.value, "BV": rows, "BIAS": bias, "SHARPNESS": sharpness}
+        rows = width if bias == BIASES["huber_norm"] or self.given["SCALE"] else min(ROWS, width)
+        kinds = {"VALUE": self.value, "BV": rows, "BIAS": bias, "SHARPNESS": sharpness, "THRESHOLD": threshold}
         grid = (self.pieces[0], triton.cdiv(self.value, rows))
         return grid, {**self.every, **self.given, **kinds, "num_warps": WARPS if rows <= ROWS else 2 * WARPS}
 
@@ -83,6 +97,7 @@ def _forward(
     state: Tensor,
     anchor: Tensor,
     start: Tensor | None,
+    radius: Tensor | None,
     order: Tensor,
     entries: Tensor,
     ends: Tensor,
@@ -90,30 +105,33 @@ def _forward(
     padded: bool,
     bias: int,
     sharpness: float,
+    threshold: float,
 ) -> list[Tensor]:
     tokens = [(q if x is None else x).contiguous() for x in (q, k, v, eta, log_alpha, delta)]
     query, keys, values, steps, decays, thresholds = tokens
-    plan, table = _Plan(q, v, eta, log_alpha, delta, start, entries), (order, entries, ends)
+    plan, table = _Plan(q, v, eta, log_alpha, delta, start, radius, entries), (order, entries, ends)
     y = torch.zeros_like(values) if padded else torch.empty_like(values)
     last, last_anchor = (state.new_empty(state.shape) for _ in range(2))
     saved = state.new_empty(*state.shape[:2], n_slots, *state.shape[2:])
     written = values.new_empty(values.shape if n_slots else 0)
-    grid, options = plan.walks(bias, sharpness)
+    factors = q.new_empty(*state.shape[:2], entries.shape[1] if radius is not None else 0, 2)
+    grid, options = plan.walks(bias, sharpness, threshold)
     walk[grid](
         *(*table, keys, values, thresholds, *plan.prepared(table, query, keys, steps, decays)),
-        *(x.contiguous() for x in (state, anchor, state if start is None else start)),
-        *(last, last_anchor, saved, written, y, *plan.sizes, n_slots),
+        *(x.contiguous() for x in (state, anchor, state if start is None else start, state if radius is None else radius)),
+        *(last, last_anchor, saved, written, factors, y, *plan.sizes, n_slots),
         **options,
         LEARN=n_slots > 0,
     )
-    return [y, last, last_anchor, saved, written]
+    return [y, last, last_anchor, saved, written, factors]
 
 
 @_forward.register_fake
-def _(q, k, v, eta, log_alpha, delta, state, anchor, start, order, entries, ends, n_slots, *others):
+def _(q, k, v, eta, log_alpha, delta, state, anchor, start, radius, order, entries, ends, n_slots, *others):
     last, last_anchor = (state.new_empty(state.shape) for _ in range(2))
     saved = state.new_empty(*state.shape[:2], n_slots, *state.shape[2:])
-    return [v.new_empty(v.shape), last, last_anchor, saved, v.new_empty(v.shape if n_slots else 0)]
+    factors = q.new_empty(*state.shape[:2], entries.shape[1] if radius is not None else 0, 2)
+    return [v.new_empty(v.shape), last, last_anchor, saved, v.new_empty(v.shape if n_slots else 0), factors]
 
 
 @torch.library.custom_op("recollect::matrix_scan_backward", mutates_args=())
@@ -121,8 +139,10 @@ def _backward(
     grad_y: Tensor,
     grad_last: Tensor,
     grad_anchor: Tensor,
+    last: Tensor,
     saved: Tensor,
     written: Tensor,
+    factors: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -131,18 +151,20 @@ def _backward(
     delta: Tensor | None,
     anchor: Tensor,
     start: Tensor | None,
+    radius: Tensor | None,
     order: Tensor,
     entries: Tensor,
     ends: Tensor,
     padded: bool,
     bias: int,
     sharpness: float,
+    threshold: float,
 ) -> list[Tensor]:
     tokens = [(q if x is None else x).contiguous() for x in (q, k, v, eta, log_alpha, delta)]
     query, keys, values, steps, decays, thresholds = tokens
-    plan, table = _Plan(q, v, eta, log_alpha, delta, start, entries), (order, entries, ends)
+    plan, table = _Plan(q, v, eta, log_alpha, delta, start, radius, entries), (order, entries, ends)
     batch, length, n_heads, key = q.shape
-    grid, options = plan.walks(bias, sharpness)
+    grid, options = plan.walks(bias, sharpness, threshold)
     n_blocks = grid[1]
     empty = torch.zeros_like if padded else torch.empty_like
     d_q, d_k, d_v, d_eta, d_log_alpha, d_delta = (empty(x) for x in tokens)
@@ -150,16 +172,19 @@ def _backward(
         d_delta = empty(thresholds.expand(n_blocks, *thresholds.shape).contiguous())
     states = anchor.new_empty(*anchor.shape[:2], SEGMENT + 1, *anchor.shape[2:])
     d_start = anchor.new_zeros(anchor.shape if start is not None else 0)
+    d_radius = q.new_empty(anchor.shape[:2])
     full = (ends[:, 1] != 0).view(-1, 1, 1, 1)
     d_state = (grad_last + grad_anchor.masked_fill(~full, 0)).contiguous()
+    if threshold > 0:
+        d_state = d_state.masked_fill(full & (last == 0), 0)
     d_anchor = grad_anchor.masked_fill(full, 0).contiguous()
     left = [q.new_empty(n_blocks, batch, n_heads, length, width) for width in (key, key, key, TOKENS)]
     left.append(q.new_empty(n_blocks, batch, n_heads, plan.pieces[1], key))
     prepared = plan.prepared(table, query, keys, steps, decays)
     walk_back[grid](
         *(*table, keys, values, thresholds, anchor.contiguous(), (anchor if start is None else start).contiguous()),
-        *(saved, written, *prepared, grad_y.contiguous(), states, d_v, d_delta, d_start, d_state, d_anchor, *left),
-        *(*plan.sizes, saved.shape[2]),
+        *((anchor if radius is None else radius).contiguous(), saved, written, factors, *prepared, grad_y.contiguous(), states),
+        *(d_v, d_delta, d_start, d_radius, d_state, d_anchor, *left, *plan.sizes, saved.shape[2]),
         **options,
     )
     summed = [x.sum(0) for x in left]
@@ -170,26 +195,27 @@ def _backward(
     if delta is not None:
         found.append(d_delta if plan.wide else d_delta.sum(0))
     found += [d_state, d_anchor]
-    return found if start is None else [*found, d_start.sum(0)]
+    optional = ((start, d_start), (radius, d_radius))
+    return [*found, *(x.sum(0) for given, x in optional if given is not None)]
 
 
 @_backward.register_fake
-def _(grad_y, grad_last, grad_anchor, saved, written, *given):
-    *inputs, anchor, start, _, _, _, _, _, _ = given
-    return [x.new_empty(x.shape) for x in (*inputs, anchor, anchor, start) if x is not None]
+def _(grad_y, grad_last, grad_anchor, last, saved, written, factors, *given):
+    *inputs, anchor, start, radius, _, _, _, _, _, _, _ = given
+    return [x.new_empty(x.shape) for x in (*inputs, anchor, anchor, start, radius) if x is not None]
 
 
 def _keep(ctx, inputs, output):
-    *tensors, _, ctx.padded, ctx.bias, ctx.sharpness = inputs
+    *tensors, _, ctx.padded, ctx.bias, ctx.sharpness, ctx.threshold = inputs
     del tensors[6]  # the state: it is what was saved first
-    ctx.save_for_backward(*output[3:], *tensors)
+    ctx.save_for_backward(output[1], *output[3:], *tensors)
 
 
 def _differentiate(ctx, grads):
     saved = ctx.saved_tensors
-    found = iter(_backward(*grads[:3], *saved, ctx.padded, ctx.bias, ctx.sharpness))
-    given = [*saved[2:9], *saved[8:10]]
-    return *(None if x is None else next(found) for x in given), *(None,) * 7
+    found = iter(_backward(*grads[:3], *saved, ctx.padded, ctx.bias, ctx.sharpness, ctx.threshold))
+    given = [*saved[4:11], *saved[10:13]]
+    return *(None if x is None else next(found) for x in given), *(None,) * 8
 
 
 _forward.register_autograd(_differentiate, setup_context=_keep)
@@ -208,8 +234,10 @@ def matrix_scan(
     *,
     delta: Tensor | None = None,
     start: Tensor | None = None,
+    radius: Tensor | None = None,
     reset: Tensor | None = None,
     valid: Tensor | None = None,
+    threshold: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Outputs and states of a matrix memory.
 
@@ -219,19 +247,22 @@ def matrix_scan(
         state: the matrix before the first token, [B, H, V, K].
         anchor: the one at the start of the open chunk, likewise (read only where phase > 0).
         phase: int64 [B], tokens already in the open chunk.
-        settings: chunk size and bias; link "identity", rule "gd".
+        settings: chunk size and bias.
         delta: threshold of the bias "huber" or "huber_norm", [B, T, H, 1 or V].
         start: the matrix at the start of a document, [H, V, K]; needed with `reset`.
+        radius: of link "scaled", [H], positive: in a chunk the weights are the matrix times min(1, (radius / |matrix|_4)^2), the norm
+            with 1e-8 added and taken at the chunk's start. None: link "identity".
         reset, valid: bool [B, T]: first token of a document; False where the token is padding.
+        threshold: >= 0, by how much every full chunk ends with entries nearer to zero (those below it at zero).
     Returns:
         y [B, T, H, V], 0 at padding; the matrix after the last token; that at the start of its chunk; the new phase.
     """
     pieces = cut(phase, q.shape[1], settings.chunk_size, reset, valid)
-    inputs = (q, k, v, eta, log_alpha, delta, state, anchor, start)
+    inputs = (q, k, v, eta, log_alpha, delta, state, anchor, start, radius)
     learning = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     y, last, last_anchor, *_ = _forward(
         *inputs,
         *(pieces.order, pieces.entries, pieces.ends, max(pieces.n_slots, 1) if learning else 0, valid is not None),
-        *(BIASES[settings.bias], settings.sharpness),
+        *(BIASES[settings.bias], settings.sharpness, threshold),
     )
     return y, last, last_anchor, pieces.phase

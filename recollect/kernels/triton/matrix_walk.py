@@ -1,8 +1,8 @@
 """The matrix memory's walk over the pieces of one head of one batch element, forward and backward.
 
-One program has a block of the matrix' rows (value channels), which never meet inside a chunk: all of them only where a bias or link takes
-a norm over them. The matrix that is written and the one at the chunk's start stay in registers. Backward, a segment is computed again
-from the state saved at its first piece, then its pieces are differentiated from the last to the first.
+One program has a block of the matrix' rows (value channels), which never meet inside a chunk: all of them only where a bias or link
+takes a norm over them. The matrix that is written and the one at the chunk's start stay in registers. Backward, a segment is computed
+again from the state saved at its first piece, then its pieces are differentiated from the last to the first.
 
 Axis legend: B batch, T time, H heads, K key dim, V value dim, P pieces, N blocks of rows.
 """
@@ -13,7 +13,9 @@ import triton
 import triton.language as tl
 
 from recollect.kernels.triton.perceptron_parts import (
+    LEAST,
     channels,
+    factor_of,
     line,
     phi,
     phi_back,
@@ -60,6 +62,30 @@ def put_some(x, row, real, rows, value, VALUE: tl.constexpr):
 
 
 @triton.jit
+def shrunk(w, THRESHOLD: tl.constexpr):
+    """Entries nearer to zero by a threshold, those below it at zero."""
+    return tl.where(w > THRESHOLD, w - THRESHOLD, tl.where(w < -THRESHOLD, w + THRESHOLD, 0.0))
+
+
+@triton.jit
+def norm_of(w):
+    """The l_4 norm of a matrix: in units of its largest entry, whose fourth power may not be a number."""
+    largest = tl.max(tl.abs(w))
+    squared = w / tl.where(largest == 0, 1.0, largest)
+    squared = squared * squared
+    return largest * tl.sqrt(tl.sqrt(tl.sum(squared * squared)))
+
+
+@triton.jit
+def scaled_back(x, d_weights, norm, radius, factor, to_factor):
+    """From the gradients of a chunk's weights, the first matrix x times a factor, and of the factor to those of x and the radius."""
+    size = norm + LEAST
+    along = tl.where(radius <= size, 2 * factor * (to_factor + tl.sum(x * d_weights)), 0.0)
+    unit = x * tl.where(norm > 0, 1 / tl.where(norm > 0, norm, 1.0), 0.0)
+    return factor * d_weights - along / size * unit * unit * unit, along / radius
+
+
+@triton.jit
 def walk(
     order,
     entries,
@@ -74,10 +100,12 @@ def walk(
     state,
     anchor,
     start,
+    radius,
     last,
     last_anchor,
     saved,
     written,
+    factors,
     y,
     n_tokens,
     n_heads,
@@ -92,42 +120,58 @@ def walk(
     DELTA_WIDE: tl.constexpr,
     HAS_DELTA: tl.constexpr,
     HAS_START: tl.constexpr,
+    THRESHOLD: tl.constexpr,
+    SCALE: tl.constexpr,
     LEARN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """decayed .. total: as `prepare` of `matrix_tokens` leaves them. state, anchor, last, last_anchor [B, H, V, K], start [H, V, K]; saved [B, H, slots, V,
-    K]; written [B, T, H, V]: what the chunk's first matrix gives for keys."""
+    """decayed .. total: as `prepare` of `matrix_tokens` leaves them. state, anchor, last, last_anchor [B, H, V, K], start [H, V, K],
+    radius [H]; saved [B, H, S, V, K]; written [B, T, H, V]: what the chunk's first weights give for keys. THRESHOLD: every full chunk
+    ends with entries nearer to zero by it. With SCALE, factors [B, H, P, 2]: that of the chunk's weights, and the norm it is of."""
     program = tl.program_id(0).to(tl.int64)
     batch, head = program // n_heads, program % n_heads
     rows, area = tl.program_id(1) * BV + tl.arange(0, BV), KEY * VALUE
     tile = program * n_tokens * KEY
     w = rows_of(state + program * area, rows, VALUE, KEY, KW)
     point = rows_of(anchor + program * area, rows, VALUE, KEY, KW)
+    by = tl.full((), 1.0, w.dtype)
+    norm = by
     for n in range(tl.load(ends + batch * 2)):
         entry = entries + (batch * n_rows + n) * 6
         flags, slot = tl.load(entry + 2), tl.load(entry + 3).to(tl.int64)
         at, row, real = tokens_of(order, entry, batch, head, n_tokens, n_heads, 0)
+        if THRESHOLD > 0 and (flags == 1) & (n > 0):
+            w = shrunk(w, THRESHOLD)
         if HAS_START and flags >= 2:
             w = rows_of(start + head * area, rows, VALUE, KEY, KW)
         point = tl.where(flags % 2 == 1, w, point)
         if LEARN and slot >= 0:
             put_rows(saved + (program * n_slots + slot) * area, rows, w, VALUE, KEY, KW)
-        u = product(channels(k, row, real, KEY, KW, True), tl.trans(point), PRECISION)
+        if SCALE:
+            if (flags % 2 == 1) | (n == 0):
+                norm = norm_of(point)
+                by = factor_of(norm, tl.load(radius + head))
+            tl.store(factors + (program * n_rows + n) * 2, by)
+            tl.store(factors + (program * n_rows + n) * 2 + 1, norm)
+        u = product(channels(k, row, real, KEY, KW, True), tl.trans(point), PRECISION) * by
         r = u - some(v, row, real, rows, VALUE, True)
         if HAS_DELTA:
-            threshold = some(delta, row, real, rows, VALUE, DELTA_WIDE)
+            bound = some(delta, row, real, rows, VALUE, DELTA_WIDE)
         else:
-            threshold = r
-        g = phi(r, threshold, VALUE, BIAS, SHARPNESS)
+            bound = r
+        g = phi(r, bound, VALUE, BIAS, SHARPNESS)
         if LEARN:
             put_some(written, row, real, rows, u, VALUE)
         query = channels(decayed + tile, at, real, KEY, KW, True)
         out = product(query, tl.trans(w), PRECISION)
         out -= product(square(s + program * n_tokens * 16, at, real), g, PRECISION)
-        put_some(y, row, real, rows, out, VALUE)
+        put_some(y, row, real, rows, out * by, VALUE)
         keep, f = line(total + (program * n_rows + n) * KEY, KEY, KW), channels(in_end + tile, at, real, KEY, KW, True)
         w = keep * w - product(tl.trans(g), f, PRECISION)
-    point = tl.where(tl.load(ends + batch * 2 + 1) != 0, w, point)
+    full = tl.load(ends + batch * 2 + 1) != 0
+    if THRESHOLD > 0 and full:
+        w = shrunk(w, THRESHOLD)
+    point = tl.where(full, w, point)
     put_rows(last + program * area, rows, w, VALUE, KEY, KW)
     put_rows(last_anchor + program * area, rows, point, VALUE, KEY, KW)
 
@@ -142,8 +186,10 @@ def walk_back(
     delta,
     anchor,
     start,
+    radius,
     saved,
     written,
+    factors,
     decayed,
     in_end,
     s,
@@ -153,6 +199,7 @@ def walk_back(
     d_v,
     d_delta,
     d_start,
+    d_radius,
     d_state,
     d_anchor,
     of_query,
@@ -173,12 +220,15 @@ def walk_back(
     DELTA_WIDE: tl.constexpr,
     HAS_DELTA: tl.constexpr,
     HAS_START: tl.constexpr,
+    THRESHOLD: tl.constexpr,
+    SCALE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """decayed .. total, saved, written: as the forward pass has them. states [B, H, 5, V, K]: room for the matrix at the start of each
     piece of a segment and of the chunk open there. d_state, d_anchor [B, H, V, K] hold the gradients of the last matrices and become
-    those of the first; d_start [B, H, V, K] starts at zeros. Of each block: of_query, of_key, end_in [N, B, H, T, K], d_s [N, B, H, T,
-    16] and along [N, B, H, P, K], the gradient of the log of the decay over the piece; d_delta [N, B, T, H], or [B, T, H, V]."""
+    those of the first; d_start [B, H, V, K] starts at zeros; d_radius [B, H]. Of each block: of_query, of_key, end_in [N, B, H, T, K],
+    d_s [N, B, H, T, 16] and along [N, B, H, P, K], the gradient of the log of the decay over the piece; d_delta [N, B, T, H], or [B, T,
+    H, V]."""
     program, piece_of = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     batch, head = program // n_heads, program % n_heads
     rows, area = tl.program_id(1) * BV + tl.arange(0, BV), KEY * VALUE
@@ -194,6 +244,9 @@ def walk_back(
         d_delta += piece_of * (tl.num_programs(0) // n_heads) * n_tokens * n_heads
     d = rows_of(d_state + program * area, rows, VALUE, KEY, KW)
     d_point = rows_of(d_anchor + program * area, rows, VALUE, KEY, KW)
+    d_weights = tl.zeros_like(d)  # with SCALE, of the chunk's first weights
+    by, to_by, to_radius = tl.full((), 1.0, d.dtype), tl.full((), 0.0, d.dtype), tl.full((), 0.0, d.dtype)
+    factors += program * n_rows * 2
     high = tl.load(ends + batch * 2)
     while high > 0:
         low = tl.load(entries + (high - 1) * 6 + 4)
@@ -216,12 +269,14 @@ def walk_back(
             at, row, real = tokens_of(order, entries + n * 6, batch, head, n_tokens, n_heads, 0)
             r = some(written, row, real, rows, VALUE, True) - some(v, row, real, rows, VALUE, True)
             if HAS_DELTA:
-                threshold = some(delta, row, real, rows, VALUE, DELTA_WIDE)
+                bound = some(delta, row, real, rows, VALUE, DELTA_WIDE)
             else:
-                threshold = r
-            g = phi(r, threshold, VALUE, BIAS, SHARPNESS)
+                bound = r
+            g = phi(r, bound, VALUE, BIAS, SHARPNESS)
             f = channels(in_end + tile, at, real, KEY, KW, True)
             w = line(total + n * KEY, KEY, KW) * w - product(tl.trans(g), f, PRECISION)
+            if THRESHOLD > 0 and tl.load(entries + (n + 1) * 6 + 2) == 1:
+                w = shrunk(w, THRESHOLD)
         put_rows(states + (high - 1 - low) * area, rows, w, VALUE, KEY, KW)
         tl.debug_barrier()
 
@@ -231,40 +286,60 @@ def walk_back(
             at, row, real = tokens_of(order, entries + n * 6, batch, head, n_tokens, n_heads, 0)
             r = some(written, row, real, rows, VALUE, True) - some(v, row, real, rows, VALUE, True)
             if HAS_DELTA:
-                threshold = some(delta, row, real, rows, VALUE, DELTA_WIDE)
+                bound = some(delta, row, real, rows, VALUE, DELTA_WIDE)
             else:
-                threshold = r
-            g, d_out = phi(r, threshold, VALUE, BIAS, SHARPNESS), some(grad_y, row, real, rows, VALUE, True)
+                bound = r
+            g, d_out = phi(r, bound, VALUE, BIAS, SHARPNESS), some(grad_y, row, real, rows, VALUE, True)
+            w, keep = rows_of(states + (n - low) * area, rows, VALUE, KEY, KW), line(total + n * KEY, KEY, KW)
+            query, inner = channels(decayed + tile, at, real, KEY, KW, True), square(s + program * n_tokens * 16, at, real)
+            if SCALE:
+                by = tl.load(factors + n * 2)
+                out = product(query, tl.trans(w), PRECISION) - product(inner, g, PRECISION)
+                to_by += tl.sum(d_out * out)
+                d_out = d_out * by
             f = channels(in_end + tile, at, real, KEY, KW, True)
-            d_g = -product(tl.trans(square(s + program * n_tokens * 16, at, real)), d_out, PRECISION)
+            d_g = -product(tl.trans(inner), d_out, PRECISION)
             d_g -= product(f, tl.trans(d), PRECISION)
             put_square(d_s + own * n_tokens * 16, at, real, -product(d_out, tl.trans(g), PRECISION))
             end = product(g, d, PRECISION)
             put(end_in + mine, at, real, end, KEY, KW, True)
-            w, keep = rows_of(states + (n - low) * area, rows, VALUE, KEY, KW), line(total + n * KEY, KEY, KW)
             put(of_query + mine, at, real, product(d_out, w, PRECISION), KEY, KW, True)
             gained = tl.sum(d * w, axis=0)[None, :] * keep - tl.sum(end * f, axis=0)[None, :]
             put_line(along + (own * n_rows + n) * KEY, gained, KEY, KW)
-            d = d * keep + product(tl.trans(d_out), channels(decayed + tile, at, real, KEY, KW, True), PRECISION)
+            d = d * keep + product(tl.trans(d_out), query, PRECISION)
 
-            d_r, d_threshold = phi_back(d_g, r, threshold, VALUE, BIAS, SHARPNESS)
+            d_r, d_bound = phi_back(d_g, r, bound, VALUE, BIAS, SHARPNESS)
             put_some(d_v, row, real, rows, -d_r, VALUE)
             if HAS_DELTA:
-                d_threshold = tl.where((rows < VALUE)[None, :], d_threshold, 0.0)
+                d_bound = tl.where((rows < VALUE)[None, :], d_bound, 0.0)
                 if DELTA_WIDE:
-                    put_some(d_delta, row, real, rows, d_threshold, VALUE)
+                    put_some(d_delta, row, real, rows, d_bound, VALUE)
                 else:
-                    tl.store(d_delta + row, tl.sum(d_threshold, axis=1), mask=real)
+                    tl.store(d_delta + row, tl.sum(d_bound, axis=1), mask=real)
             point = rows_of(states + tl.where(chunk_at >= low, chunk_at - low, SEGMENT) * area, rows, VALUE, KEY, KW)
-            put(of_key + mine, at, real, product(d_r, point, PRECISION), KEY, KW, True)
-            d_point += product(tl.trans(d_r), channels(k, row, real, KEY, KW, True), PRECISION)
+            put(of_key + mine, at, real, product(d_r, point, PRECISION) * by, KEY, KW, True)
+            of_point = product(tl.trans(d_r), channels(k, row, real, KEY, KW, True), PRECISION)
+            if SCALE:
+                d_weights += of_point
+                if (flags % 2 == 1) | (n == 0):
+                    norm, rho = tl.load(factors + n * 2 + 1), tl.load(radius + head)
+                    of_point, of_radius = scaled_back(point, d_weights, norm, rho, by, to_by)
+                    d_point += of_point
+                    to_radius += of_radius
+                    d_weights, to_by = tl.zeros_like(d), tl.full((), 0.0, d.dtype)
+            else:
+                d_point += of_point
             if flags % 2 == 1:  # a chunk starts: its first matrix is this one
                 d += d_point
-                d_point = d_point * 0
+                d_point = tl.zeros_like(d)
+            if THRESHOLD > 0 and (flags == 1) & (n > 0):
+                d = tl.where(w == 0, 0.0, d)
             if HAS_START and flags >= 2:
                 put_rows(d_start, rows, rows_of(d_start, rows, VALUE, KEY, KW) + d, VALUE, KEY, KW)
-                d = d * 0
+                d = tl.zeros_like(d)
         tl.debug_barrier()
         high = low
+    if SCALE:
+        tl.store(d_radius + program, to_radius)
     put_rows(d_state + program * area, rows, d, VALUE, KEY, KW)
     put_rows(d_anchor + program * area, rows, d_point, VALUE, KEY, KW)

@@ -303,7 +303,7 @@ def elastic_net(gamma: float = 1e-3) -> Retention:
         n = _per_row(n, z)
         return torch.where(n > 0, soft_threshold(z, n.to(z.dtype) * gamma), z)
 
-    return Retention("elastic_net", settle=settle, exact=False)
+    return Retention("elastic_net", settle=settle, exact=False, options=(gamma,))
 
 
 def elastic_net_ftrl(gamma: float = 1e-3) -> Retention:
