@@ -138,12 +138,12 @@ def test_it_equals_the_plain_chunks(bias: str, length: int, chunk: int, widths: 
 @pytest.mark.parametrize(("bias", "chunk", "cuts"), [("huber", 16, (21,)), ("l1", 20, ()), ("huber of the norm", 64, (1, 14))])
 def test_it_keeps_documents_padding_and_calls_apart(bias: str, chunk: int, cuts: tuple[int, ...]) -> None:
     """Prevents a document that sees the one before it, padding that moves the chunks, and states that do not go on in an open chunk."""
-    named, marks = draw(26, n_rows=2, n_heads=1 + (chunk == 20), widths=(1, 16, 1)), flags(2, 26)
+    named, marks = draw(26, n_rows=2, widths=(1, 16, 1)), flags(2, 26)
     actual = results(named, chunk, BIASES[bias], "triton", cuts=cuts, **marks)
     assert_equal(actual, results(named, chunk, BIASES[bias], "chunked", **marks))
 
 
-@pytest.mark.parametrize(("length", "chunk", "cuts"), [(70, 16, ()), (90, 80, (3,)), (19, 2, ())])
+@pytest.mark.parametrize(("length", "chunk", "cuts"), [(70, 16, ()), (90, 80, (3,)), (11, 2, ())])
 def test_it_goes_back_over_several_segments(length: int, chunk: int, cuts: tuple[int, ...]) -> None:
     """Prevents a state, or the first state of a chunk, that is taken from the wrong segment."""
     named = draw(length)
@@ -191,7 +191,7 @@ def test_a_scaled_memory_equals_the_plain_chunks(bias: str) -> None:
     """Prevents a scale, or its gradient, that is lost in an open chunk or between calls, once the memory has outgrown its radius."""
     named, options = draw(40, n_heads=2, value=20, widths=(16, 16, 1)), {"retention": lq(4.0)}
     with torch.no_grad():
-        named["first"] /= 10
+        named["first"] /= 100
     actual, expected = (
         results(named, 20, BIASES[bias], form, cuts=cuts, **options) for form, cuts in (("triton", (7, 23)), ("chunked", ()))
     )
@@ -297,7 +297,7 @@ def check(kernel, real, **choice):
     constants = {name: value for name, value in {**sizes, **choice}.items() if name in kernel.arg_names}
     pointers = {name: "*" + real for name in kernel.arg_names if name not in numbers and name not in constants}
     tables = {name: "*i32" for name in ("order", "entries", "ends")}
-    text = compiled(kernel, {**pointers, **tables}, **constants)
+    text = compiled(kernel, {**pointers, **tables}, {"num_stages": 1}, **constants)
     assert "mma" in text, "no tensor cores"
 
 gates = ("ETA_WIDE", "ALPHA_WIDE", "DELTA_WIDE", "HAS_DELTA", "LEARN", "HAS_START", "SCALE")
@@ -310,7 +310,7 @@ for kernel in (walk, walk_back):
 """
 
 
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", [pytest.param(80, marks=pytest.mark.slow), 90])
 def test_kernels_compile_for_a_gpu(capability: int) -> None:
     """Prevents code that only the interpreter understands, and products that miss the tensor cores."""
     assert_compiles(CODE, capability)

@@ -2,6 +2,8 @@
 
     y_t = W_t q_t,    W_t = W_{t-1} diag(alpha_t) - phi(W k_t - v_t) (eta_t k_t)^T,    W the matrix at the chunk's start
 
+Where a full chunk ends, entries may come nearer to zero (elastic nets); weights may be W times a factor of the chunk (Moneta's scale).
+
 Its oracle is `backend="chunked"`, in fp32 and fp64. Pieces of 16 tokens are products of matrices (`matrix_walk`); what needs no matrix
 of the memory is done for all pieces at once, before and after the walk (`matrix_tokens`). Sums over programs are taken by PyTorch from
 a place for each: equal inputs give equal bits. NOT YET MEASURED ON A GPU: checked by Triton's interpreter, and compiled for NVIDIA GPUs
