@@ -25,8 +25,8 @@ def assert_compiles(code: str, capability: int) -> None:
     """Run code in a process without the interpreter.
 
     Args:
-        code: Python that calls `compiled(kernel, {name: type of a pointer}, **constants)`, which gives PTX; other arguments are int32. An argument
-            `options` is the compiler's, such as {"num_stages": 1}.
+        code: Python that calls `compiled(kernel, {name: type of a pointer}, **constants)`, which gives PTX; other arguments are int32.
+            `options` are the compiler's, such as {"num_stages": 1}.
         capability: of the NVIDIA GPU, such as 90.
     """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
