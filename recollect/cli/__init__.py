@@ -6,6 +6,7 @@ import os
 
 from recollect.cli import bench, compare, evaluate, inspect, listing, memory, reproduce, retrofit, train  # noqa: F401 (each registers its commands)
 from recollect.cli.shared import app
+from recollect.training.allocator import keep_freed_memory
 
 __all__ = ["app", "main"]
 
@@ -14,4 +15,5 @@ def main() -> None:
     """Entry point of the console script."""
     # Before torch is imported: two spinning OpenMP threads on busy cores cost up to 300 times.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    keep_freed_memory()
     app()

@@ -28,6 +28,7 @@ from recollect.comparison.plan import Plan
 from recollect.comparison.workload import Workload, make_workload
 from recollect.evaluation.metrics import score
 from recollect.models import RecollectForCausalLM
+from recollect.training.allocator import keep_freed_memory
 from recollect.training.checkpoint import Saving
 from recollect.training.export import save_model
 from recollect.training.folder import is_disk_full, locked
@@ -174,6 +175,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--checkpoint-seconds", type=float, default=CHECKPOINT_SECONDS)
     args = parser.parse_args(argv)
     transformers_logging.disable_progress_bar()
+    keep_freed_memory()
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())

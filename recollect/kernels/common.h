@@ -57,7 +57,7 @@ INLINE ptrdiff_t start_of(const Geometry *g, ptrdiff_t group, ptrdiff_t row) {
     return g->start ? g->start[group / g->per_batch * g->start_stride + row] : 0;
 }
 
-INLINE vec splat(real x) { return (vec){0} + x; }
+INLINE vec splat(real x) { return x - (vec){0}; } /* not 0 + x, which is no broadcast: -0 would become 0 */
 
 /* exp for x <= 0 up to rounding of the input; exactly 0 where float would be subnormal. */
 INLINE vec exp_of(vec x) {
