@@ -41,7 +41,7 @@ TOY = Experiment(
         ),
     ),
     tiny=_six(n_blocks=4, budget="600steps"),
-    small=_six(n_blocks=8, budget="3000steps"),
+    small=_six(n_blocks=8, budget="2000steps", lr=4e-3),
     paper=tuple(
         "recollect compare find-block --mixers attention,mta_toy --seeds 3 --budget 100000steps --layers 4 --width 256 --heads 2 "
         f"--batch-size 64 --lr 5e-4 -t n_letters={n} -t n_blocks={52 if n == 5 else 35} -t answer={answer} --out toy-{n}-{answer}"
@@ -50,7 +50,7 @@ TOY = Experiment(
     ),
     size={
         "tiny": "3 layers of width 64, 4 blocks, 600 steps; the paper: 4 layers of width 256, about 50 blocks, 100K steps.",
-        "small": "3 layers of width 64, 8 blocks, 3000 steps; the paper: 4 layers of width 256, about 50 blocks, 100K steps.",
+        "small": "3 layers of width 64, 8 blocks, 2000 steps; the paper: 4 layers of width 256, about 50 blocks, 100K steps.",
     },
 )
 
