@@ -1,7 +1,7 @@
 """Faster equals of `recollect.ops`, each naming its oracle and its error bound. Importing this package offers them to the ops."""
 
 from recollect.kernels import fla, miras, multi_token, triton
-from recollect.kernels.compile import compiler, products
+from recollect.kernels.compile import attention, compiler
 from recollect.ops import tiles
 from recollect.ops.miras.scan import ABLE as ABLE_TO_SCAN
 from recollect.ops.miras.scan import BACKENDS as SCANS
@@ -26,7 +26,7 @@ def describe() -> str:
     found = compiler()
     if found is None:
         return "plain PyTorch blocks (no C compiler on the PATH: cc, gcc or clang would make it several times faster)"
-    code = products(False)
+    code = attention(False)
     if code is None:
         return f"plain PyTorch blocks ({found} could not build the kernels)"
     return f"compiled kernels ({found}, {32 * code.lanes()}-bit vectors)"

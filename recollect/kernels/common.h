@@ -1,9 +1,4 @@
-/* What the kernels share: vectors of the machine's width, the geometry of a block, zeros outside the visible keys.
- *
- * Layout. A map is [heads][rows][ld]; column j stands at index j of the pointers passed in (they point past the left padding), and
- * everything outside the visible keys, padding included, holds zeros. Row r of a block is the query at position first + r; it sees keys
- * start[r] .. first + r (start = NULL: from 0). REAL64: double instead of float.
- */
+/* What the kernels share: vectors of the machine's width. REAL64: double instead of float. */
 #pragma once
 #include <math.h>
 #include <stddef.h>
@@ -33,7 +28,6 @@ typedef uint32_t word;
 #define VECS 4
 #endif
 #define LANES ((int)(BYTES / sizeof(real)))
-#define STRIP ((ptrdiff_t)ROWS)
 #define INLINE static inline __attribute__((always_inline))
 
 typedef real vec __attribute__((vector_size(BYTES)));
@@ -41,21 +35,6 @@ typedef word uvec __attribute__((vector_size(BYTES)));
 typedef real loose __attribute__((vector_size(BYTES), aligned(sizeof(real)), may_alias));
 #define LOAD(p) ((vec)(*(const loose *)(p)))
 #define STORE(p, v) (*(loose *)(p) = (loose)(v))
-
-typedef struct {
-    ptrdiff_t groups;       /* tasks: batch * heads / heads of a task */
-    ptrdiff_t per_batch;    /* groups of one batch element */
-    ptrdiff_t rows, first;  /* rows of the block, position of the first */
-    ptrdiff_t ld, pad;      /* row stride; zeros kept left and right of the columns */
-    ptrdiff_t left;         /* keys reached to the left of the current one */
-    const int64_t *start;   /* [batch][start_stride], NULL: all zero */
-    ptrdiff_t start_stride;
-    int threads;
-} Geometry;
-
-INLINE ptrdiff_t start_of(const Geometry *g, ptrdiff_t group, ptrdiff_t row) {
-    return g->start ? g->start[group / g->per_batch * g->start_stride + row] : 0;
-}
 
 INLINE vec splat(real x) { return x - (vec){0}; } /* not 0 + x, which is no broadcast: -0 would become 0 */
 
@@ -87,17 +66,4 @@ INLINE real sum_of(vec x) {
     real total = 0;
     for (int i = 0; i < LANES; i++) total += x[i];
     return total;
-}
-
-/* Zero a row outside [low, high), from -pad to ld - pad. */
-INLINE void clear_outside(real *row, const Geometry *g, ptrdiff_t low, ptrdiff_t high) {
-    memset(row - g->pad, 0, (size_t)(low + g->pad) * sizeof(real));
-    memset(row + high, 0, (size_t)(g->ld - g->pad - high) * sizeof(real));
-}
-
-/* The vectors of columns that a strip of nr rows from row `top` on sees: first column, and one past the last. */
-INLINE ptrdiff_t span_from(const Geometry *g, ptrdiff_t group, ptrdiff_t top) { return start_of(g, group, top) / LANES * LANES; }
-
-INLINE ptrdiff_t span_to(const Geometry *g, ptrdiff_t from, ptrdiff_t top, ptrdiff_t nr) {
-    return from + (g->first + top + nr - from + LANES - 1) / LANES * LANES;
 }

@@ -1,6 +1,6 @@
 """Compiles the C kernels with the machine's C compiler, once, and loads them with ctypes.
 
-`stencil.c` is compiled for each shape of the mixing, `memory.c` for each shape of the memory, bias and link, `products.c` for each
+`stencil.c` is compiled for each shape of the mixing, `memory.c` for each shape of the memory, bias and link, `attention.c` for each
 precision. A build takes one to three seconds and is kept in the user's cache folder under the hash of source, flags, compiler and
 processor, and the hash of what the compiler wrote.
 """
@@ -23,26 +23,6 @@ FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fPIC", "-shared", "-fno-math-er
 POINTER, SIZE = ctypes.c_void_p, ctypes.c_ssize_t
 
 
-class Geometry(ctypes.Structure):
-    """The C struct of the same name: tasks, rows, strides and visible keys of one block."""
-
-    _fields_ = (
-        ("groups", SIZE),
-        ("per_batch", SIZE),
-        ("rows", SIZE),
-        ("first", SIZE),
-        ("ld", SIZE),
-        ("pad", SIZE),
-        ("left", SIZE),
-        ("start", POINTER),
-        ("start_stride", SIZE),
-        ("threads", ctypes.c_int),
-    )
-
-
-GEOMETRY = ctypes.POINTER(Geometry)
-
-
 @functools.lru_cache(maxsize=1)
 def compiler() -> str | None:
     """The C compiler found on the PATH (cc, gcc or clang), None if there is none."""
@@ -56,47 +36,20 @@ def stencil(c_q: int, c_k: int, c_h: int, double: bool) -> ctypes.CDLL | None:
     Args:
         c_q, c_k: kernel size (0, 0: no convolution on this side); c_h: heads mixed (1: none); double: fp64 instead of fp32.
     """
-    names = ("forward", "convolution_backward", *(("mix_backward",) if c_h > 1 else ()))
-    loaded = _build("stencil.c", (f"-DCQ={c_q}", f"-DCK={c_k}", f"-DCH={c_h}"), double, names)
-    if loaded is None:
-        return None
-    loaded.forward.argtypes = [
-        GEOMETRY,
-        POINTER,
-        SIZE,
-        POINTER,
-        POINTER,
-        POINTER,
-        SIZE,
-        POINTER,
-        SIZE,
-        ctypes.c_int,
-        POINTER,
-        SIZE,
-    ]
-    loaded.convolution_backward.argtypes = [
-        *(GEOMETRY, POINTER, SIZE, POINTER, SIZE, POINTER, POINTER, POINTER, SIZE, POINTER, SIZE),
-    ]
-    loaded.forward.restype = loaded.convolution_backward.restype = None
-    if c_h > 1:
-        loaded.mix_backward.argtypes = [GEOMETRY, POINTER, SIZE, POINTER, SIZE, POINTER, POINTER, SIZE]
-        loaded.mix_backward.restype = None
-    return loaded
+    names = ("forward", "convolution_backward", *(("mix_backward",) if c_h > 1 else ()), *(("correlate",) if c_q else ()))
+    return _build("stencil.c", (f"-DCQ={c_q}", f"-DCK={c_k}", f"-DCH={c_h}"), double, names)
 
 
 @functools.lru_cache(maxsize=2)
-def products(double: bool) -> ctypes.CDLL | None:
-    """The matrix products around the stencil; None where they cannot be built or loaded."""
-    names = ("panel_width", "lanes", "pack", "logits", "read_rows", "accumulate")
-    loaded = _build("products.c", (), double, names)
+def attention(double: bool) -> ctypes.CDLL | None:
+    """The walk over a map's strips; None where it cannot be built or loaded."""
+    loaded = _build("attention.c", (), double, ("panel_width", "lanes", "pack_all", "scratch_size", "run"))
     if loaded is None:
         return None
-    loaded.pack.argtypes = [POINTER, SIZE, SIZE, SIZE, SIZE, SIZE, POINTER, ctypes.c_int]
-    loaded.logits.argtypes = [GEOMETRY, POINTER, SIZE, SIZE, SIZE, POINTER, SIZE, POINTER, SIZE]
-    loaded.read_rows.argtypes = [GEOMETRY, POINTER, SIZE, POINTER, SIZE, SIZE, SIZE, POINTER, SIZE, SIZE]
-    loaded.accumulate.argtypes = [GEOMETRY, POINTER, SIZE, POINTER, SIZE, SIZE, SIZE, POINTER, SIZE, SIZE]
-    for function in (loaded.pack, loaded.logits, loaded.read_rows, loaded.accumulate):
-        function.restype = None
+    loaded.pack_all.argtypes = [POINTER, SIZE, SIZE, SIZE, POINTER, ctypes.c_int]
+    loaded.scratch_size.argtypes = loaded.run.argtypes = [POINTER, ctypes.c_int]
+    loaded.scratch_size.restype = SIZE
+    loaded.pack_all.restype = loaded.run.restype = None
     return loaded
 
 

@@ -1,20 +1,54 @@
-"""Tensors as the compiled kernels want them: one side of the softmax, a block of query rows, the inputs and scratch of a call.
+"""Tensors as the compiled kernels want them, and the structs of attention.c that point at them.
 
-Axis legend: B batch, T queries, S keys, H heads, K key dim, R rows of a block, W padded width of a map.
+Axis legend: B batch, T queries, S keys, H heads, K key dim, R rows, W padded width of a map.
 """
 
 from __future__ import annotations
 
 import ctypes
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from recollect.kernels.compile import Geometry, products, stencil
-from recollect.ops.multi_token import Mixing, Settings, key_padding
+from recollect.kernels.compile import POINTER, SIZE, attention, stencil
+from recollect.ops.multi_token import Mixing, Settings, dropout_mask, key_padding
 
-BLOCK_BYTES = 2**23  # of one map of a block
+# Of the strips of maps that a task stands on: about the second-level cache. A strip is whole tiles of 3, 4 or 6 rows.
+STRIP_BYTES, STRIP_ROWS, LONGEST_STRIP = 2**20, 12, 48
+MASK_BYTES = 2**25  # of the dropout mask of a call's rows
+# Few heads are cut into segments of rows, so that there is work for all threads; not by their number, which must not change the result.
+TASKS, SEGMENT_ROWS = 16, 256
+
+
+class SideStruct(ctypes.Structure):
+    """The C struct `Side`."""
+
+    _fields_ = (
+        *((name, SIZE) for name in ("halo", "left", "taps", "group")),
+        *((name, POINTER) for name in ("kernel", "flipped", "matrix", "transposed", "kernel_grad", "matrix_grad")),
+        *((name, POINTER) for name in ("forward", "mix_backward", "correlate", "convolution_backward")),
+    )
+
+
+class Call(ctypes.Structure):
+    """The C struct of the same name."""
+
+    _fields_ = (
+        *((name, SIZE) for name in ("batch", "heads", "group", "queries", "keys", "width", "value_width")),
+        *((name, SIZE) for name in ("low", "high", "segments", "strip", "ld", "pad", "start_stride")),
+        *((name, POINTER) for name in ("start", "q", "k", "v", "packed", "mask")),
+        ("mask_rows", SIZE),
+        *((name, POINTER) for name in ("carried_raw", "carried_weights", "lse", "out", "last_raw", "last_weights")),
+        *((name, POINTER) for name in ("grad_out", "grad_raw", "grad_weights")),
+        *((name, SIZE) for name in ("n_raw", "n_weights")),
+        *((name, POINTER) for name in ("grad_q", "grad_k", "grad_v", "scratch")),
+        ("scratch_size", SIZE),
+        ("threads", ctypes.c_int),
+        ("pre", SideStruct),
+        ("post", SideStruct),
+    )
 
 
 class Side(NamedTuple):
@@ -23,17 +57,35 @@ class Side(NamedTuple):
     kernel: Tensor | None
     matrix: Tensor | None
     code: ctypes.CDLL
-    left: int
+    reach: tuple[int, int]  # keys to the left and right of the current one
 
     @property
     def halo(self) -> int:
-        """Rows above a block that the convolution reads."""
+        """Rows above that the convolution reads."""
         return 0 if self.kernel is None else self.kernel.shape[1] - 1
 
     @property
     def group(self) -> int:
         """Heads mixed together, c_h."""
         return 1 if self.matrix is None else self.matrix.shape[1]
+
+    def struct(self, kept: list[Tensor]) -> SideStruct:
+        """What attention.c reads; tensors that it points at go to `kept`."""
+        given = SideStruct(halo=self.halo, left=self.reach[0], group=self.group)
+        names = ["forward", "convolution_backward"]
+        if self.kernel is not None:
+            flipped = self.kernel.flip(1, 2).contiguous()
+            kept.append(flipped)
+            given.taps, given.kernel, given.flipped = self.kernel[0].numel(), self.kernel.data_ptr(), flipped.data_ptr()
+            names.append("correlate")
+        if self.matrix is not None:
+            transposed = self.matrix.mT.contiguous()
+            kept.append(transposed)
+            given.matrix, given.transposed = self.matrix.data_ptr(), transposed.data_ptr()
+            names.append("mix_backward")
+        for name in names:
+            setattr(given, name, ctypes.cast(self.code[name], POINTER))
+        return given
 
 
 def side(kernel: Tensor | None, matrix: Tensor | None, pad_key: str, dtype: torch.dtype) -> Side:
@@ -42,7 +94,7 @@ def side(kernel: Tensor | None, matrix: Tensor | None, pad_key: str, dtype: torc
     assert code is not None
     kernel = None if kernel is None else kernel.detach().to(dtype).contiguous()
     matrix = None if matrix is None else matrix.detach().to(dtype).contiguous()
-    return Side(kernel, matrix, code, 0 if kernel is None else key_padding(pad_key, kernel.shape[2])[0])
+    return Side(kernel, matrix, code, (0, 0) if kernel is None else key_padding(pad_key, kernel.shape[2]))
 
 
 def compiled(kernel: Tensor | None, matrix: Tensor | None, double: bool) -> ctypes.CDLL | None:
@@ -51,95 +103,54 @@ def compiled(kernel: Tensor | None, matrix: Tensor | None, double: bool) -> ctyp
     return stencil(c_q, c_k, 1 if matrix is None else matrix.shape[1], double)
 
 
-class Block:
-    """Buffers and geometry of one block: rows i0 .. i1 of the queries, W = padded width of its maps.
-
-    Maps are [BH, rows, W] views of flat buffers that all blocks share. Row 0 of `raw` is query i0 - halo_pre - halo_post, row 0 of
-    `weights` is query i0 - halo_post; rows before the first query hold what was carried, or zeros.
-    """
-
-    def __init__(self, plan: Plan, top: int, bottom: int) -> None:
-        self.plan, self.top, self.bottom = plan, top, bottom
-        self.n_rows, self.n_keys = bottom - top, plan.earlier + bottom
-        self.width = 2 * plan.pad + -(-self.n_keys // plan.panel) * plan.panel
-
-    def map(self, name: str, rows: int) -> Tensor:
-        """A map [BH, rows, W] in the buffer of that name."""
-        size = self.plan.n_maps * rows * self.width
-        buffer = self.plan.buffers.get(name)
-        if buffer is None or buffer.numel() < size:
-            buffer = self.plan.buffers[name] = self.plan.q.new_empty(size)
-        return buffer[:size].view(self.plan.n_maps, rows, self.width)
-
-    def geometry(self, row: int, rows: int, *, group: int = 1, left: int = 0) -> Geometry:
-        """Geometry of `rows` rows from query `row` on, a task being `group` heads, with `left` keys reached to the left."""
-        plan = self.plan
-        start = None if plan.start is None else plan.start.data_ptr() + row * plan.start.element_size()
-        stride = 0 if plan.start is None else plan.start.shape[1]
-        per_batch = plan.n_heads // group
-        return Geometry(
-            *(plan.batch * per_batch, per_batch, rows, plan.earlier + row, self.width, plan.pad, left),
-            *(start, stride, plan.threads),
-        )
-
-    def address(self, x: Tensor, row: int = 0) -> int:
-        """Address of column 0 of a row of a map."""
-        return x.data_ptr() + (row * self.width + self.plan.pad) * x.element_size()
-
-    def logits(self, x: Tensor, row: int, panels: Tensor, out: Tensor) -> None:
-        """Masked products of rows x [BH, T, K'] from query `row` to the block's last with packed keys, into a map."""
-        self.plan.code.logits(
-            *(
-                self.geometry(row, self.bottom - row),
-                x.data_ptr() + row * x.stride(1) * x.element_size(),
-                x.stride(0),
-                x.stride(1),
-            ),
-            *(x.shape[2], panels.data_ptr(), panels.stride(0), self.address(out), out.stride(0)),
-        )
-
-    def read(self, x: Tensor, values: Tensor, out: Tensor) -> None:
-        """Products of the block's rows of a map with values [BH, S, K'], into rows top .. bottom of out [BH, T, K']."""
-        to = out.data_ptr() + self.top * out.stride(1) * out.element_size()
-        self.plan.code.read_rows(
-            *(self.geometry(self.top, self.n_rows), self.address(x), x.stride(0), values.data_ptr(), values.stride(0)),
-            *(values.stride(1), values.shape[2], to, out.stride(0), out.stride(1)),
-        )
-
-    def accumulate(self, x: Tensor, rows: Tensor, out: Tensor) -> None:
-        """Add the transposed map times the block's rows of `rows` [BH, T, K'] to out [BH, S, K']."""
-        source = rows.data_ptr() + self.top * rows.stride(1) * rows.element_size()
-        self.plan.code.accumulate(
-            *(self.geometry(self.top, self.n_rows), self.address(x), x.stride(0), source, rows.stride(0)),
-            *(rows.stride(1), rows.shape[2], out.data_ptr(), out.stride(0), out.stride(1)),
-        )
-
-    def columns(self, x: Tensor) -> Tensor:
-        """The map without its padding: [BH, rows, n_keys]."""
-        return x[:, :, self.plan.pad : self.plan.pad + self.n_keys]
-
-
 class Plan:
-    """One call: inputs in kernel layout, both sides, scratch buffers."""
+    """One call: inputs in kernel layout, both sides, and the struct that describes them."""
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, mixing: Mixing, settings: Settings, start: Tensor | None) -> None:
         self.batch, self.n_queries, self.n_heads, _ = q.shape
-        self.earlier = k.shape[1] - q.shape[1]
+        self.n_keys = k.shape[1]
         self.dtype = torch.promote_types(q.dtype, torch.float32)  # of every buffer, whatever the dtypes of k and v
-        pre = side(mixing.kq_pre, mixing.head_pre, settings.pad_key, self.dtype)
-        post = side(mixing.kq_post, mixing.head_post, settings.pad_key, self.dtype)
-        self.pre, self.post, self.settings = pre, post, settings
-        self.n_maps, self.threads = self.batch * self.n_heads, torch.get_num_threads()
-        widest = max((part.kernel.shape[2] for part in (pre, post) if part.kernel is not None), default=1)
-        self.pad = -(-widest // 16) * 16
-        self.halo = pre.halo + post.halo
-        code = products(self.dtype == torch.float64)
+        self.pre = side(mixing.kq_pre, mixing.head_pre, settings.pad_key, self.dtype)
+        self.post = side(mixing.kq_post, mixing.head_post, settings.pad_key, self.dtype)
+        self.settings = settings
+        self.n_maps = self.batch * self.n_heads
+        self.halo = self.pre.halo + self.post.halo
+        code = attention(self.dtype == torch.float64)
         assert code is not None
-        self.code, self.panel, self.lanes = code, code.panel_width(), code.lanes()
+        self.code, self.lanes = code, code.lanes()
         self.q, self.k, self.v = self.heads(q).mul_(settings.scale), self.heads(k), self.heads(v)
         self.start = None if start is None else self.starts(start)
-        self.packed_k = self.panels(self.k)
-        self.buffers: dict[str, Tensor] = {}
+        self.kept: list[Tensor] = []
+        self.call = self._describe()
+
+    def _describe(self) -> Call:
+        group = math.lcm(self.pre.group, self.post.group)
+        pad = -(-max(*self.pre.reach, *self.post.reach) // 16) * 16
+        ld = -(-self.n_keys // 16) * 16 + 2 * pad
+        strip = STRIP_BYTES // (8 * group * ld * self.q.element_size()) // STRIP_ROWS * STRIP_ROWS
+        tasks = self.n_maps // group
+        masked = self.settings.dropout_p > 0
+        call = Call(
+            batch=self.batch,
+            heads=self.n_heads,
+            group=group,
+            queries=self.n_queries,
+            keys=self.n_keys,
+            width=self.q.shape[-1],
+            value_width=self.v.shape[-1],
+            high=self.n_queries,
+            segments=1 if masked else max(1, min(TASKS // tasks, self.n_queries // SEGMENT_ROWS)),
+            strip=min(max(strip, STRIP_ROWS), LONGEST_STRIP),
+            ld=ld,
+            pad=pad,
+            threads=torch.get_num_threads(),
+            pre=self.pre.struct(self.kept),
+            post=self.post.struct(self.kept),
+            **{name: x.data_ptr() for name, x in (("q", self.q), ("k", self.k), ("v", self.v))},
+        )
+        if self.start is not None:
+            call.start, call.start_stride = self.start.data_ptr(), self.start.shape[1]
+        return call
 
     def heads(self, x: Tensor) -> Tensor:
         """[B, L, Hx, K] -> [BH, L, K'], key-value heads repeated to H, K' = K padded with zeros to whole vectors."""
@@ -162,34 +173,47 @@ class Plan:
                 f"start or document_ids must be [B, T] with B={shape[0]}, T={shape[1]} here; got {tuple(start.shape)}"
             )
         start = start.expand(shape).to(torch.int64)
-        position = torch.arange(self.earlier, self.earlier + self.n_queries)
+        position = torch.arange(self.n_keys - self.n_queries, self.n_keys)
         if ((start < 0) | (start > position)).any() or (start.diff(dim=1) < 0).any():
             raise ValueError("start must not decrease and must lie in 0 .. the query's position; it does not")
         return torch.cat((start, start[:, -1:].expand(-1, 32)), 1)
 
-    def panels(self, x: Tensor) -> Tensor:
-        """Keys or values [BH, S, K'] packed for `logits`: [BH, panels, K', panel width]."""
-        out = x.new_empty(x.shape[0], -(-x.shape[1] // self.panel), x.shape[2], self.panel)
-        self.code.pack(x.data_ptr(), x.shape[0], x.shape[1], x.stride(0), x.stride(1), x.shape[2], out.data_ptr(), self.threads)
+    def pack(self, *several: Tensor) -> Tensor:
+        """Keys, and values, [BH, S, K'] one after the other as panels, as attention.c wants them."""
+        panel = self.code.panel_width()
+        length = -(-self.n_keys // panel) * panel
+        out = self.q.new_empty(sum(self.n_maps * length * x.shape[2] for x in several))
+        at = 0
+        for x in several:
+            self.code.pack_all(x.data_ptr(), *x.shape, out[at:].data_ptr(), self.call.threads)
+            at += self.n_maps * length * x.shape[2]
         return out
 
-    def blocks(self) -> list[Block]:
-        """Blocks of rows, of about BLOCK_BYTES a map."""
-        row_bytes = self.n_maps * (self.earlier + self.n_queries + 2 * self.pad) * self.q.element_size()
-        # Kernels work on strips of six rows: with the rows above that the second convolution reads, a block is whole strips.
-        rows = max(36, BLOCK_BYTES // row_bytes // 6 * 6) + -self.post.halo % 6
-        return [Block(self, top, min(top + rows, self.n_queries)) for top in range(0, self.n_queries, rows)]
+    def carried(self, rows: Tensor | None, halo: int) -> Tensor | None:
+        """Carried rows [B, H, n, S'] as the last of `halo` rows [BH, halo, W] above the first query, zeros around them."""
+        if rows is None or not halo or not rows.shape[2] or self.n_keys == self.n_queries:
+            return None
+        out = self.q.new_zeros(self.n_maps, halo, self.call.ld)
+        kept = rows.flatten(0, 1)[:, -halo:, : self.n_keys]
+        out[:, halo - kept.shape[1] :, self.call.pad : self.call.pad + kept.shape[2]] = kept
+        return out
 
-    def above(self, x: Tensor, rows: int, block: Block, carried: Tensor | None) -> None:
-        """Fill the rows of map x that lie before the first query: carried rows [B, H, halo, S], zeros above them."""
-        if not rows:
+    def run(self, *, backward: bool) -> None:
+        """Do the call, range by range of the queries where dropout is on: a mask has an entry for every pair of tokens."""
+        call, size = self.call, self.code.scratch_size(ctypes.byref(self.call), int(backward))
+        scratch = self.q.new_empty(call.threads * size)
+        call.scratch, call.scratch_size = scratch.data_ptr(), size
+        if not self.settings.dropout_p:
+            self.code.run(ctypes.byref(call), int(backward))
             return
-        x[:, :rows].zero_()
-        if carried is not None and carried.shape[2] and self.earlier:
-            kept = carried.flatten(0, 1)[:, :, : block.n_keys]
-            x[:, rows - kept.shape[1] : rows, self.pad : self.pad + kept.shape[2]] = kept
+        rows = max(2 * self.halo + 1, MASK_BYTES // (self.n_maps * self.n_keys * self.q.element_size()))
+        for low in range(0, self.n_queries, rows):
+            high = min(low + rows, self.n_queries)
+            mask = self.mask(low, min(high + self.halo, self.n_queries))
+            call.low, call.high, call.mask, call.mask_rows = low, high, mask.data_ptr(), mask.shape[1]
+            self.code.run(ctypes.byref(call), int(backward))
 
-
-def pointer(x: Tensor | None) -> int | None:
-    """Address of a contiguous tensor, None for None."""
-    return None if x is None else x.data_ptr()
+    def mask(self, low: int, high: int) -> Tensor:
+        """The dropout mask [BH, high - low, S] of these queries."""
+        like = self.q.new_empty(self.batch, self.n_heads, high - low, self.n_keys)
+        return dropout_mask(like, self.settings, self.n_keys - self.n_queries + low).flatten(0, 1)

@@ -1,10 +1,10 @@
-"""Multi-Token Attention on the CPU by compiled kernels: products on the causal part (products.c) around the stencil (stencil.c).
+"""Multi-Token Attention on the CPU by compiled kernels: a walk over strips of the map (attention.c) around the stencil (stencil.c).
 
 Faster equal of `recollect.ops.multi_token.materialized` (its oracle), forward and backward, fp32 and fp64. Error: that of the
-same computation in the same precision (exp is accurate to about 2 ulp in fp32). Blocks of query rows in turn; the backward pass
-recomputes each block from its logits' log-sum-exp, from the last block to the first, handing c_q - 1 gradient rows up.
+same computation in the same precision (exp is accurate to about 2 ulp in fp32). The backward pass recomputes each strip of the map from
+its logits' log-sum-exp; beside inputs, outputs and their gradients, memory is a few strips of rows for each thread.
 
-Axis legend: B batch, T queries, S keys, H heads, K key dim, V value dim, R rows of a block, W padded width of a map.
+Axis legend: B batch, T queries, S keys, H heads, K key dim, V value dim.
 """
 
 from __future__ import annotations
@@ -13,13 +13,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from recollect.kernels.compile import products
-from recollect.kernels.layout import Block, Plan, Side, compiled, pointer
+from recollect.kernels.compile import attention
+from recollect.kernels.layout import Plan, Side, SideStruct, compiled
 from recollect.ops.attention import visible
-from recollect.ops.multi_token import Mixing, Rows, Settings, blocked, dropout_mask
-
-LINEAR, SOFTMAX, SOFTMAX_KNOWN = 0, 1, 2
-SLOTS = 4  # partial sums of a matrix gradient per group: fixed, so that the result does not depend on the number of threads
+from recollect.ops.multi_token import Mixing, Rows, Settings, blocked
 
 
 def can_run(q: Tensor, mixing: Mixing) -> bool:
@@ -34,227 +31,85 @@ def can_run(q: Tensor, mixing: Mixing) -> bool:
         return False
     double = q.dtype == torch.float64
     sides = ((mixing.kq_pre, mixing.head_pre), (mixing.kq_post, mixing.head_post))
-    return products(double) is not None and all(compiled(*parts, double) is not None for parts in sides)
-
-
-def logits_and_weights(
-    plan: Plan, block: Block, rows: Rows, lse: Tensor, *, known: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """raw [BH, halo + R, W], softmax weights [BH, halo_post + R, W], and the pre-convolution's output if its matrix needs it."""
-    pre, post, top = plan.pre, plan.post, block.top
-    raw = block.map("raw", plan.halo + block.n_rows)
-    missing = max(0, plan.halo - top)
-    plan.above(raw, missing, block, rows.raw)
-    block.logits(plan.q, top - plan.halo + missing, plan.packed_k, raw[:, missing:])
-    weights = block.map("weights", post.halo + block.n_rows)
-    missing = max(0, post.halo - top)
-    plan.above(weights, missing, block, rows.weights)
-    row = top - post.halo + missing
-    mid = block.map("mid_pre", post.halo + block.n_rows) if known and pre.matrix is not None else None
-    pre.code.forward(
-        block.geometry(row, block.bottom - row, group=pre.group, left=pre.left),
-        *(block.address(raw, missing), raw.stride(0), pointer(pre.kernel), pointer(pre.matrix)),
-        *(block.address(weights, missing), weights.stride(0)),
-        *(None if mid is None else block.address(mid, missing), weights.stride(0)),
-        *(SOFTMAX_KNOWN if known else SOFTMAX, lse.data_ptr() + row * lse.element_size(), lse.stride(0)),
-    )
-    return raw, weights, None if mid is None else mid[:, post.halo :]
-
-
-def final_weights(plan: Plan, block: Block, weights: Tensor, *, keep: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Weights that values are read with [BH, R, W], the convolution's output if kept, and the dropout mask that was applied."""
-    post, mid = plan.post, None
-    out = weights
-    if post.kernel is not None or post.matrix is not None:
-        out = block.map("out", block.n_rows)
-        mid = block.map("mid_post", block.n_rows) if keep and post.matrix is not None else None
-        post.code.forward(
-            block.geometry(block.top, block.n_rows, group=post.group, left=post.left),
-            *(block.address(weights), weights.stride(0), pointer(post.kernel), pointer(post.matrix)),
-            *(block.address(out), out.stride(0), None if mid is None else block.address(mid), out.stride(0)),
-            *(LINEAR, None, 0),
-        )
-    if not plan.settings.dropout_p:
-        return out, mid, None
-    shape = (plan.batch, plan.n_heads, block.n_rows, block.n_keys)
-    mask = dropout_mask(out.new_empty(shape), plan.settings, plan.earlier + block.top).flatten(0, 1)
-    if out is weights:
-        out = block.map("out", block.n_rows).copy_(weights)
-    block.columns(out).mul_(mask)
-    return out, mid, mask
+    return attention(double) is not None and all(compiled(*parts, double) is not None for parts in sides)
 
 
 class _Native(torch.autograd.Function):
-    """Forward keeps q, k, v, the parameters and a log-sum-exp a row; backward recomputes block by block."""
+    """Forward keeps q, k, v, the parameters and a log-sum-exp a row; backward recomputes strip by strip."""
 
     @staticmethod
     def forward(ctx, settings, start, q, k, v, kq_pre, head_pre, kq_post, head_post, raw, weights):
         plan = Plan(q, k, v, Mixing(kq_pre, head_pre, kq_post, head_post), settings, start)
         lse = plan.q.new_empty(plan.n_maps, plan.n_queries)
         heads = plan.q.new_empty(plan.n_maps, plan.n_queries, plan.v.shape[-1])
-        last_raw = last_weights = None
-        for block in plan.blocks():
-            raws, soft, _ = logits_and_weights(plan, block, Rows(raw, weights), lse, known=False)
-            out, _, _ = final_weights(plan, block, soft, keep=False)
-            block.read(out, plan.v, heads)
-            if block.bottom == plan.n_queries:
-                last_raw = last_rows(plan, block, raws, plan.pre.halo, raw)
-                last_weights = last_rows(plan, block, soft, plan.post.halo, weights)
+        packed, above = plan.pack(plan.k), carried(plan, Rows(raw, weights))
+        last = [
+            None if given is None else plan.q.new_empty(plan.batch, plan.n_heads, side.halo, plan.n_keys)
+            for given, side in ((raw, plan.pre), (weights, plan.post))
+        ]
+        point(plan, packed=packed, lse=lse, out=heads, last_raw=last[0], last_weights=last[1], **above)
+        plan.run(backward=False)
         ctx.save_for_backward(q, k, v, kq_pre, head_pre, kq_post, head_post, raw, weights, lse)
         ctx.settings, ctx.start = settings, start
-        shaped = (
-            heads.view(plan.batch, plan.n_heads, plan.n_queries, -1)[..., : v.shape[-1]].transpose(1, 2).to(q.dtype, copy=True)
-        )
-        return shaped, last_raw, last_weights
+        shaped = heads.view(plan.batch, plan.n_heads, plan.n_queries, -1)[..., : v.shape[-1]].transpose(1, 2)
+        return shaped.to(q.dtype, copy=True), *last
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out, grad_raw, grad_weights):
         q, k, v, kq_pre, head_pre, kq_post, head_post, raw, weights, lse = ctx.saved_tensors
         plan = Plan(q, k, v, Mixing(kq_pre, head_pre, kq_post, head_post), ctx.settings, ctx.start)
-        grads = Gradients(plan, grad_out, grad_raw, grad_weights)
-        for block in reversed(plan.blocks()):
-            backward_block(plan, block, Rows(raw, weights), lse, grads)
-        parts = grads.finish(q, k, v)
-        return None, None, *parts, None, None
+        segments = plan.call.segments
+        grad_raw = None if grad_raw is None else seen_rows(plan, grad_raw)
+        returned = {"grad_raw": last_rows(plan, grad_raw), "grad_weights": last_rows(plan, grad_weights)}
+        plan.call.n_raw, plan.call.n_weights = (0 if x is None else x.shape[1] for x in returned.values())
+        found = {
+            "grad_q": torch.empty_like(plan.q),
+            "grad_k": plan.k.new_zeros(segments, *plan.k.shape),
+            "grad_v": plan.v.new_zeros(segments, *plan.v.shape),
+        }
+        sums = [*side_gradients(plan, plan.pre, plan.call.pre), *side_gradients(plan, plan.post, plan.call.post)]
+        inputs = {"packed": plan.pack(plan.k, plan.v), "lse": lse, "grad_out": plan.heads(grad_out)}
+        above = carried(plan, Rows(raw, weights))
+        point(plan, **inputs, **above, **returned, **found)
+        plan.run(backward=True)
+        found["grad_q"].mul_(plan.settings.scale)
+        parts = [back(plan, x.sum(0) if x.dim() > 3 else x, like) for x, like in zip(found.values(), (q, k, v), strict=True)]
+        return None, None, *parts, *(None if x is None else x.sum((0, 1)) for x in sums), None, None
 
 
-class Gradients:
-    """Accumulated gradients of one call in kernel layout, and the rows that a block hands to the block above it."""
-
-    def __init__(self, plan: Plan, grad_out: Tensor, grad_raw: Tensor | None, grad_weights: Tensor | None) -> None:
-        self.plan = plan
-        self.out = plan.heads(grad_out)
-        self.raw = None if grad_raw is None else seen_rows(plan, grad_raw).flatten(0, 1)
-        self.weights = None if grad_weights is None else grad_weights.flatten(0, 1)
-        self.packed_v = plan.panels(plan.v)
-        self.q, self.k, self.v = torch.empty_like(plan.q), torch.zeros_like(plan.k), torch.zeros_like(plan.v)
-        self.handed: dict[str, Tensor] = {}
-        self.sums: dict[str, Tensor] = {}
-
-    def add(self, name: str, part: Tensor) -> None:
-        """Sum up the gradient of a kernel or matrix over blocks."""
-        self.sums[name] = self.sums[name] + part if name in self.sums else part
-
-    def finish(self, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor | None]:
-        """Gradients of q, k, v [B, L, Hx, K] and of the four mixing parameters, in the inputs' dtypes."""
-        plan = self.plan
-
-        def back(x: Tensor, like: Tensor) -> Tensor:
-            grouped = x.view(plan.batch, like.shape[2], -1, like.shape[1], x.shape[-1])[..., : like.shape[3]]
-            total = grouped[:, :, 0] if grouped.shape[2] == 1 else grouped.sum(2)
-            return total.transpose(1, 2).to(like.dtype)
-
-        parts: list[Tensor | None] = [back(self.q.mul_(plan.settings.scale), q), back(self.k, k), back(self.v, v)]
-        for name, part in (("pre", plan.pre), ("post", plan.post)):
-            kernel, matrix = self.sums.get(f"kernel_{name}"), self.sums.get(f"matrix_{name}")
-            parts.append(None if kernel is None or part.kernel is None else kernel.view(plan.batch, *part.kernel.shape).sum(0))
-            parts.append(
-                None if matrix is None or part.matrix is None else matrix.sum(1).view(plan.batch, *part.matrix.shape).sum(0)
-            )
-        return parts
+def point(plan: Plan, **tensors: Tensor | None) -> None:
+    """Set fields of the call to the addresses of tensors, which live as long as the plan."""
+    for name, x in tensors.items():
+        if x is not None:
+            assert x.is_contiguous()
+            plan.kept.append(x)
+            setattr(plan.call, name, x.data_ptr())
 
 
-def backward_block(plan: Plan, block: Block, rows: Rows, lse: Tensor, grads: Gradients) -> None:
-    """One block: recompute its maps, then gradients of values, weights, logits, queries and keys."""
-    pre, post = plan.pre, plan.post
-    raw, weights, mid_pre = logits_and_weights(plan, block, rows, lse, known=True)
-    out, mid_post, dropped = final_weights(plan, block, weights, keep=True)
-    block.accumulate(out, grads.out, grads.v)
-    # Gradient of the final weights. Below the block's rows there is room for what the next block hands up.
-    below = post.halo if post.kernel is not None else pre.halo
-    grad = block.map("grad_post" if post.kernel is not None else "grad_pre", block.n_rows + below)
-    block.logits(grads.out, block.top, grads.packed_v, grad)
-    if dropped is not None:
-        block.columns(grad[:, : block.n_rows]).mul_(dropped)
-    mix_backward(plan, block, post, "post", grad, mid_post, grads)
-    soft = weights[:, post.halo :]
-    grad_soft = grad
-    if post.kernel is not None:
-        hand_up(block, "post", grad, post.halo, grads)
-        grad_soft = block.map("grad_pre", block.n_rows + pre.halo)
-    extra = returned(block, grads.weights)
-    convolution_backward(plan, block, post, "post", grad, weights, grad_soft, soft if extra is None else None, grads)
-    if extra is not None:  # someone also differentiates the carried rows
-        block.columns(grad_soft)[:, extra[0]] += extra[1]
-        rows_grad = grad_soft[:, : block.n_rows]
-        rows_grad.sub_((rows_grad * soft).sum(-1, keepdim=True)).mul_(soft)
-    mix_backward(plan, block, pre, "pre", grad_soft, mid_pre, grads)
-    grad_raw = grad_soft
-    if pre.kernel is not None:
-        hand_up(block, "pre", grad_soft, pre.halo, grads)
-        grad_raw = block.map("grad_raw", block.n_rows)
-        convolution_backward(plan, block, pre, "pre", grad_soft, raw[:, post.halo :], grad_raw, None, grads)
-        if (extra := returned(block, grads.raw)) is not None:
-            block.columns(grad_raw)[:, extra[0]] += extra[1]
-    block.read(grad_raw, plan.k, grads.q)
-    block.accumulate(grad_raw, plan.q, grads.k)
+def carried(plan: Plan, rows: Rows) -> dict[str, Tensor | None]:
+    """The rows above the first query, by the names of the call's fields."""
+    return {
+        "carried_raw": plan.carried(rows.raw, plan.pre.halo),
+        "carried_weights": plan.carried(rows.weights, plan.post.halo),
+    }
 
 
-def mix_backward(plan: Plan, block: Block, part: Side, name: str, grad: Tensor, mid: Tensor | None, grads: Gradients) -> None:
-    """Head mixing backward, in place on the block's rows of grad; sums the matrix's gradient."""
-    if part.matrix is None or mid is None:
-        return
-    geometry = block.geometry(block.top, block.n_rows, group=part.group)
-    transposed = part.matrix.transpose(1, 2).contiguous()
-    sums = grad.new_empty(geometry.groups, SLOTS, part.group, part.group)
-    part.code.mix_backward(
-        geometry,
-        *(
-            block.address(grad),
-            grad.stride(0),
-            block.address(mid),
-            mid.stride(0),
-            transposed.data_ptr(),
-            sums.data_ptr(),
-            SLOTS,
-        ),
-    )
-    grads.add(f"matrix_{name}", sums)
+def side_gradients(plan: Plan, side: Side, given: SideStruct) -> list[Tensor | None]:
+    """Zeros for the gradients of a side's kernel and matrix, [segments, B, *shape], and their addresses in the call."""
+    found: list[Tensor | None] = []
+    for name, x in (("kernel_grad", side.kernel), ("matrix_grad", side.matrix)):
+        found.append(None if x is None else x.new_zeros(plan.call.segments, plan.batch, *x.shape))
+        if found[-1] is not None:
+            setattr(given, name, found[-1].data_ptr())
+    return found
 
 
-def convolution_backward(
-    plan: Plan,
-    block: Block,
-    part: Side,
-    name: str,
-    grad: Tensor,
-    x: Tensor,
-    grad_x: Tensor,
-    soft: Tensor | None,
-    grads: Gradients,
-) -> None:
-    """Convolution backward into grad_x (`grad` itself without a convolution), through the softmax where `soft` is given."""
-    geometry = block.geometry(block.top, block.n_rows, left=part.left)
-    if part.kernel is None:
-        flipped = sums = None
-    else:
-        flipped = part.kernel.flip(1, 2).contiguous()
-        sums = grad.new_empty(plan.n_maps, *part.kernel.shape[1:])
-    part.code.convolution_backward(
-        geometry,
-        *(block.address(grad), grad.stride(0), block.address(x), x.stride(0), pointer(flipped), pointer(sums)),
-        *(
-            block.address(grad_x),
-            grad_x.stride(0),
-            None if soft is None else block.address(soft),
-            0 if soft is None else soft.stride(0),
-        ),
-    )
-    if sums is not None:
-        grads.add(f"kernel_{name}", sums)
-
-
-def hand_up(block: Block, name: str, grad: Tensor, halo: int, grads: Gradients) -> None:
-    """Put the next block's first gradient rows below this block's, and keep this block's first for the one above."""
-    if not halo:
-        return
-    handed = grads.handed.get(name)
-    if handed is None:
-        grad[:, block.n_rows :].zero_()
-    else:
-        grad[:, block.n_rows :] = handed[:, :, : block.width]
-    grads.handed[name] = grad[:, :halo].clone()
+def back(plan: Plan, x: Tensor, like: Tensor) -> Tensor:
+    """A gradient [BH, L, K'] in the layout and dtype of its input [B, L, Hx, K], summed over the heads that shared it."""
+    grouped = x.view(plan.batch, like.shape[2], -1, like.shape[1], x.shape[-1])[..., : like.shape[3]]
+    total = grouped[:, :, 0] if grouped.shape[2] == 1 else grouped.sum(2)
+    return total.transpose(1, 2).to(like.dtype)
 
 
 def seen_rows(plan: Plan, grad_raw: Tensor) -> Tensor:
@@ -265,23 +120,9 @@ def seen_rows(plan: Plan, grad_raw: Tensor) -> Tensor:
     return grad_raw[:, :, grad_raw.shape[2] - n_rows :].masked_fill(~seen, 0)
 
 
-def returned(block: Block, extra: Tensor | None) -> tuple[slice, Tensor] | None:
-    """The block's rows that are among the returned ones, and the part of their gradient `extra` [BH, n, S] that belongs to them."""
-    if extra is None:
-        return None
-    first = block.plan.n_queries - extra.shape[1]
-    low = max(block.top, first)
-    if low >= block.bottom:
-        return None
-    return slice(low - block.top, block.n_rows), extra[:, low - first : block.bottom - first, : block.n_keys]
-
-
-def last_rows(plan: Plan, block: Block, x: Tensor, halo: int, like: Tensor | None) -> Tensor | None:
-    """The last `halo` rows of a map as carried rows [B, H, halo, S]."""
-    if like is None:
-        return None
-    kept = block.columns(x)[:, x.shape[1] - halo :]
-    return kept.reshape(plan.batch, plan.n_heads, halo, block.n_keys).clone()
+def last_rows(plan: Plan, grad: Tensor | None) -> Tensor | None:
+    """The gradient [BH, n, S] of returned rows, of those that are the call's own."""
+    return None if grad is None else grad[:, :, -min(grad.shape[2], plan.n_queries) :].flatten(0, 1).to(plan.dtype).contiguous()
 
 
 def native(

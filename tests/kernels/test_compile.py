@@ -23,7 +23,7 @@ QUICK = ("-O0", "-std=gnu11", "-fPIC", "-shared")
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty home folder, and nothing built or loaded yet."""
-    caches = (building._cache_folder, building.stencil, building.products)
+    caches = (building._cache_folder, building.stencil, building.attention)
     for cache in caches:
         cache.cache_clear()
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
@@ -33,8 +33,8 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def lanes(*names: str) -> int | None:
-    """Load a quick build of products.c and call it; None where that is refused."""
-    loaded = building._load(str(building.compiler()), "products.c", QUICK, ("lanes", *names))
+    """Load a quick build of attention.c and call it; None where that is refused."""
+    loaded = building._load(str(building.compiler()), "attention.c", QUICK, ("lanes", *names))
     return None if loaded is None else loaded.lanes()
 
 

@@ -20,7 +20,7 @@ EXACT = 1e-12
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of the smallest size (32 rows), so that short sequences have several."""
-    monkeypatch.setattr(layout, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(layout, "STRIP_BYTES", 1)
 
 
 def assert_forms_agree(named: dict[str, Tensor], *, tolerance: float = EXACT, **options: object) -> None:

@@ -1,0 +1,410 @@
+/* Multi-Token Attention, forward and backward: a task walks over the rows of a few heads, strip by strip, and nothing but the strips it
+ * stands on is ever in memory. Products: products.h; what mixes tokens and heads: stencil.c, of which a call brings the functions for
+ * its shapes. Oracle: recollect/ops/multi_token.py, `materialized`.
+ *
+ * A task is a group of heads that mix, of one batch element, and a segment of the queries. Forward goes down: every strip leaves the last
+ * rows of raw logits and of weights to the next, which its convolutions read. Backward goes up: it computes raw logits and weights again, as
+ * many rows ahead as the convolutions reach, and every strip leaves the first rows of its gradients to the one above. A segment starts with
+ * strips of its neighbour that are computed and not counted.
+ */
+#include "products.h"
+
+enum { LINEAR = 0, SOFTMAX = 1, SOFTMAX_KNOWN = 2 };
+
+/* One side of the softmax: what it has learned, and its functions (stencil.c). NULL where a part is missing. */
+typedef struct {
+    ptrdiff_t halo, left, taps, group; /* rows above that are read, keys to the left, CQ * CK, CH */
+    const real *kernel, *flipped;      /* [heads][taps] */
+    const real *matrix, *transposed;   /* [heads / CH][CH][CH] */
+    real *kernel_grad, *matrix_grad;   /* [segments][batch][as above], zeros at first */
+    void (*forward)(const Strip *, const real *, ptrdiff_t, const real *, const real *, real *, ptrdiff_t, real *, ptrdiff_t, int, real *,
+                    ptrdiff_t);
+    void (*mix_backward)(const Strip *, real *, ptrdiff_t, const real *, ptrdiff_t, const real *, real *);
+    void (*correlate)(const Strip *, const real *, const real *, ptrdiff_t, real *);
+    void (*convolution_backward)(const Strip *, const real *, const real *, real *, const real *);
+} Side;
+
+/* One call. Row r of queries stands at position keys - queries + r. Rows of q, k, v, out are [batch * heads][length][width]. */
+typedef struct {
+    ptrdiff_t batch, heads, group, queries, keys, width, value_width;
+    ptrdiff_t low, high, segments;  /* the queries of this call, in how many segments */
+    ptrdiff_t strip;                /* rows of a strip */
+    ptrdiff_t ld, pad, start_stride;
+    const int64_t *start;           /* [batch][start_stride], NULL: all zero */
+    const real *q, *k, *v, *packed; /* packed: keys (forward), keys and values (backward), as pack() lays them */
+    const real *mask;               /* [batch * heads][rows from low on][keys], NULL: no dropout */
+    ptrdiff_t mask_rows;
+    const real *carried_raw, *carried_weights; /* [batch * heads][halo][ld], NULL: zeros */
+    real *lse;                      /* [batch * heads][queries] */
+    real *out, *last_raw, *last_weights; /* last_*: [batch * heads][halo][keys], NULL: not wanted */
+    const real *grad_out, *grad_raw, *grad_weights; /* grad_raw, grad_weights: of the last rows, [batch * heads][n_*][keys] */
+    ptrdiff_t n_raw, n_weights;
+    real *grad_q, *grad_k, *grad_v; /* grad_k, grad_v: [segments][batch * heads][keys][width], zeros at first */
+    real *scratch;
+    ptrdiff_t scratch_size;         /* of a thread */
+    int threads;
+    Side pre, post;
+} Call;
+
+/* What a task holds. Maps point at column 0 of row 0 of the first head; `rows` of them lie between heads. */
+typedef struct {
+    real *at;
+    ptrdiff_t rows;
+} Map;
+
+typedef struct {
+    const Call *c;
+    ptrdiff_t batch, head, segment; /* head: batch * heads + the first of the group */
+    Map raw, soft, mid_pre, out, mid_post, d_post, d_pre, d_raw;
+    real *sums_pre, *sums_post, *matrix_pre, *matrix_post; /* [group][taps][LANES], [group / CH][CH][CH][LANES] */
+} Task;
+
+int lanes(void) { return LANES; }
+
+int panel_width(void) { return PANEL; }
+
+static ptrdiff_t padded(ptrdiff_t length) { return (length + PANEL - 1) / PANEL * PANEL; }
+
+INLINE ptrdiff_t stride_of(const Task *t, Map m) { return m.rows * t->c->ld; }
+
+INLINE real *row_of(const Task *t, Map m, ptrdiff_t head, ptrdiff_t row) { return m.at + (head * m.rows + row) * t->c->ld; }
+
+static Map take_map(const Call *c, real **free, ptrdiff_t rows) {
+    Map m = {*free + c->pad, rows};
+    *free += c->group * rows * c->ld;
+    return m;
+}
+
+static real *take(real **free, ptrdiff_t size) {
+    real *at = *free;
+    *free += size;
+    return at;
+}
+
+/* Lay out a task's scratch; returns where it ends. */
+static real *lay_out(const Call *c, Task *t, real *free, int backward) {
+    const Side *pre = &c->pre, *post = &c->post;
+    t->raw = take_map(c, &free, c->strip + pre->halo + (backward ? post->halo : 0));
+    t->soft = take_map(c, &free, c->strip + post->halo);
+    t->out = take_map(c, &free, c->strip);
+    if (!backward) return free;
+    t->mid_pre = take_map(c, &free, pre->matrix ? c->strip + post->halo : 0);
+    t->mid_post = take_map(c, &free, post->matrix ? c->strip : 0);
+    t->d_pre = take_map(c, &free, c->strip + pre->halo);
+    t->d_post = post->kernel ? take_map(c, &free, c->strip + post->halo) : t->d_pre;
+    t->d_raw = pre->kernel ? take_map(c, &free, c->strip) : t->d_pre;
+    t->sums_pre = take(&free, c->group * pre->taps * LANES);
+    t->sums_post = take(&free, c->group * post->taps * LANES);
+    t->matrix_pre = take(&free, pre->matrix ? c->group * pre->group * LANES : 0);
+    t->matrix_post = take(&free, post->matrix ? c->group * post->group * LANES : 0);
+    return free;
+}
+
+/* Reals that a thread needs. */
+ptrdiff_t scratch_size(const Call *c, int backward) {
+    Task t;
+    return lay_out(c, &t, NULL, backward) - (real *)NULL + LANES;
+}
+
+static Task task_at(const Call *c, ptrdiff_t number, real *scratch, int backward) {
+    const ptrdiff_t groups = c->heads / c->group, group = number % (c->batch * groups);
+    Task t = {.c = c, .batch = group / groups, .head = group * c->group, .segment = c->segments - 1 - number / (c->batch * groups)};
+    lay_out(c, &t, scratch, backward);
+    return t;
+}
+
+static Strip strip_at(const Task *t, const Side *side, ptrdiff_t top, ptrdiff_t rows) {
+    const Call *c = t->c;
+    return (Strip){rows,    c->keys - c->queries + top, c->ld, c->pad, side ? side->left : 0,
+                   c->start ? c->start + t->batch * c->start_stride + top : NULL};
+}
+
+/* Move n rows of every head within a map. */
+static void move(const Task *t, Map m, ptrdiff_t to, ptrdiff_t from, ptrdiff_t n) {
+    const Call *c = t->c;
+    if (to == from || m.rows == 0) return;
+    for (ptrdiff_t h = 0; h < c->group; h++)
+        memmove(row_of(t, m, h, to) - c->pad, row_of(t, m, h, from) - c->pad, (size_t)(n * c->ld) * sizeof(real));
+}
+
+/* Rows before the first query: the last n of `halo` carried ones, or zeros. */
+static void fill_carried(const Task *t, Map m, ptrdiff_t row, ptrdiff_t first, ptrdiff_t n, const real *carried, ptrdiff_t halo) {
+    const Call *c = t->c;
+    for (ptrdiff_t h = 0; h < c->group; h++)
+        for (ptrdiff_t i = 0; i < n; i++) {
+            const ptrdiff_t from = halo + first + i; /* of the carried rows; `first` counts from the first query, so it is below zero */
+            real *to = row_of(t, m, h, row + i) - c->pad;
+            if (carried && from >= 0)
+                memcpy(to, carried + ((t->head + h) * halo + from) * c->ld, (size_t)c->ld * sizeof(real));
+            else
+                memset(to, 0, (size_t)c->ld * sizeof(real));
+        }
+}
+
+/* Raw logits of the queries top .. bottom into the map from `row` on; rows before the first query are carried ones. */
+static void raw_rows(const Task *t, ptrdiff_t row, ptrdiff_t top, ptrdiff_t bottom) {
+    const Call *c = t->c;
+    if (top < 0) {
+        const ptrdiff_t n = (bottom < 0 ? bottom : 0) - top;
+        fill_carried(t, t->raw, row, top, n, c->carried_raw, c->pre.halo);
+        row += n, top += n;
+    }
+    if (top >= bottom) return;
+    const Strip s = strip_at(t, NULL, top, bottom - top);
+    for (ptrdiff_t h = 0; h < c->group; h++)
+        logits(&s, c->q + ((t->head + h) * c->queries + top) * c->width, c->width, c->width,
+               c->packed + (t->head + h) * padded(c->keys) * c->width, row_of(t, t->raw, h, row));
+}
+
+/* Softmax weights of the queries top .. bottom into the map from `row` on, from raw logits whose first row is `in`, c->pre.halo above. */
+static void soft_rows(const Task *t, ptrdiff_t row, ptrdiff_t in, ptrdiff_t top, ptrdiff_t bottom, int mode, int own) {
+    const Call *c = t->c;
+    const Side *side = &c->pre;
+    if (top < 0) {
+        const ptrdiff_t n = (bottom < 0 ? bottom : 0) - top;
+        fill_carried(t, t->soft, row, top, n, c->carried_weights, c->post.halo);
+        row += n, in += n, top += n;
+    }
+    if (top >= bottom) return;
+    const Strip s = strip_at(t, side, top, bottom - top);
+    real none[32 * 64]; /* for rows that belong to another task */
+    for (ptrdiff_t h = 0; h < c->group; h += side->group) {
+        const ptrdiff_t head = (t->head + h) % c->heads;
+        real *lse = own ? c->lse + (t->head + h) * c->queries + top : none;
+        side->forward(&s, row_of(t, t->raw, h, in), stride_of(t, t->raw), side->kernel ? side->kernel + head * side->taps : NULL,
+                      side->matrix ? side->matrix + head * side->group : NULL, row_of(t, t->soft, h, row), stride_of(t, t->soft),
+                      t->mid_pre.rows ? row_of(t, t->mid_pre, h, row) : NULL, stride_of(t, t->mid_pre), mode, lse, own ? c->queries : 64);
+    }
+}
+
+/* Multiply rows of a map with the dropout mask. */
+static void apply_mask(const Task *t, Map m, ptrdiff_t top, ptrdiff_t n) {
+    const Call *c = t->c;
+    for (ptrdiff_t h = 0; c->mask && h < c->group; h++)
+        for (ptrdiff_t r = 0; r < n; r++) {
+            const real *mask = c->mask + ((t->head + h) * c->mask_rows + top - c->low + r) * c->keys;
+            real *row = row_of(t, m, h, r);
+            for (ptrdiff_t j = 0; j < c->keys; j++) row[j] *= mask[j];
+        }
+}
+
+/* Weights that values are read with, of the queries top .. top + n, whose softmax weights start in row 0 of the map, halo above. */
+static Map final_rows(const Task *t, ptrdiff_t top, ptrdiff_t n) {
+    const Call *c = t->c;
+    const Side *side = &c->post;
+    if (!side->kernel && !side->matrix && !c->mask) return t->soft;
+    const Strip s = strip_at(t, side, top, n);
+    for (ptrdiff_t h = 0; h < c->group; h += side->group) {
+        const ptrdiff_t head = (t->head + h) % c->heads;
+        side->forward(&s, row_of(t, t->soft, h, 0), stride_of(t, t->soft), side->kernel ? side->kernel + head * side->taps : NULL,
+                      side->matrix ? side->matrix + head * side->group : NULL, row_of(t, t->out, h, 0), stride_of(t, t->out),
+                      t->mid_post.rows ? row_of(t, t->mid_post, h, 0) : NULL, stride_of(t, t->mid_post), LINEAR, NULL, 0);
+    }
+    apply_mask(t, t->out, top, n);
+    return t->out;
+}
+
+/* The last `halo` rows that stand before row `end` of a map, as carried rows. */
+static void keep_last(const Task *t, Map m, ptrdiff_t end, ptrdiff_t halo, real *to) {
+    const Call *c = t->c;
+    for (ptrdiff_t h = 0; to && h < c->group; h++)
+        for (ptrdiff_t i = 0; i < halo; i++)
+            memcpy(to + ((t->head + h) * halo + i) * c->keys, row_of(t, m, h, end - halo + i), (size_t)c->keys * sizeof(real));
+}
+
+static void segment_of(const Task *t, ptrdiff_t *low, ptrdiff_t *high) {
+    const Call *c = t->c;
+    const ptrdiff_t rows = (c->high - c->low + c->segments - 1) / c->segments;
+    *low = c->low + t->segment * rows < c->high ? c->low + t->segment * rows : c->high;
+    *high = *low + rows < c->high ? *low + rows : c->high;
+}
+
+static void forward_task(const Task *t) {
+    const Call *c = t->c;
+    const ptrdiff_t pre = c->pre.halo, post = c->post.halo;
+    ptrdiff_t low, high, bottom;
+    segment_of(t, &low, &high);
+    ptrdiff_t top = low > pre + post ? low - pre - post : 0;
+    fill_carried(t, t->raw, 0, -pre, pre, top ? NULL : c->carried_raw, pre);
+    fill_carried(t, t->soft, 0, -post, post, top ? NULL : c->carried_weights, post);
+    for (; top < high; top = bottom) {
+        const ptrdiff_t end = top < low ? low : high;
+        bottom = top + c->strip < end ? top + c->strip : end;
+        const ptrdiff_t n = bottom - top;
+        raw_rows(t, pre, top, bottom);
+        soft_rows(t, post, 0, top, bottom, SOFTMAX, top >= low);
+        if (top >= low) {
+            const Map weights = final_rows(t, top, n);
+            const Strip s = strip_at(t, NULL, top, n);
+            for (ptrdiff_t h = 0; h < c->group; h++)
+                read_rows(&s, row_of(t, weights, h, 0), c->v + (t->head + h) * c->keys * c->value_width, c->value_width, c->value_width,
+                          c->out + ((t->head + h) * c->queries + top) * c->value_width, c->value_width);
+        }
+        if (bottom == c->queries) {
+            keep_last(t, t->raw, pre + n, pre, c->last_raw);
+            keep_last(t, t->soft, post + n, post, c->last_weights);
+        }
+        move(t, t->raw, 0, n, pre);
+        move(t, t->soft, 0, n, post);
+    }
+}
+
+/* Add the gradient of the last rows that the call returned to the rows of a map that are among them. */
+static int add_last(const Task *t, Map m, ptrdiff_t top, ptrdiff_t n, const real *grad, ptrdiff_t n_last) {
+    const Call *c = t->c;
+    const ptrdiff_t first = c->queries - n_last;
+    if (!grad || top + n <= first) return 0;
+    for (ptrdiff_t h = 0; h < c->group; h++)
+        for (ptrdiff_t r = first > top ? first - top : 0; r < n; r++) {
+            const real *from = grad + ((t->head + h) * n_last + top + r - first) * c->keys;
+            real *row = row_of(t, m, h, r);
+            for (ptrdiff_t j = 0; j < c->keys; j++) row[j] += from[j];
+        }
+    return 1;
+}
+
+/* The gradient of a softmax's input, in place of that of its output. */
+static void softmax_backward(const Task *t, Map grad, Map soft, ptrdiff_t in_soft, ptrdiff_t n) {
+    const Call *c = t->c;
+    for (ptrdiff_t h = 0; h < c->group; h++)
+        for (ptrdiff_t r = 0; r < n; r++) {
+            real *d = row_of(t, grad, h, r), total = 0;
+            const real *p = row_of(t, soft, h, in_soft + r);
+            for (ptrdiff_t j = 0; j < c->keys; j++) total += p[j] * d[j];
+            for (ptrdiff_t j = 0; j < c->keys; j++) d[j] = p[j] * (d[j] - total);
+        }
+}
+
+/* Head mixing backward, in place on the first n rows of `grad`; the matrix's gradient is summed where the rows are the task's own. */
+static void mix_back(const Task *t, const Side *side, Map grad, Map mid, ptrdiff_t in_mid, ptrdiff_t top, ptrdiff_t n, real *sums) {
+    if (!side->matrix) return;
+    const Strip s = strip_at(t, side, top, n);
+    for (ptrdiff_t h = 0; h < t->c->group; h += side->group)
+        side->mix_backward(&s, row_of(t, grad, h, 0), stride_of(t, grad), row_of(t, mid, h, in_mid), stride_of(t, mid),
+                           side->transposed + (t->head + h) % t->c->heads * side->group, sums ? sums + h * side->group * LANES : NULL);
+}
+
+static void correlate_rows(const Task *t, const Side *side, Map in, ptrdiff_t in_row, Map grad, ptrdiff_t low, ptrdiff_t top, ptrdiff_t n,
+                           real *sums) {
+    const Strip s = strip_at(t, side, top, n);
+    for (ptrdiff_t h = 0; h < t->c->group; h++)
+        side->correlate(&s, row_of(t, in, h, in_row), row_of(t, grad, h, 0) - low * t->c->ld, low, sums + h * side->taps * LANES);
+}
+
+static void convolve_back(const Task *t, const Side *side, Map grad, Map grad_in, Map soft, ptrdiff_t in_soft, ptrdiff_t top, ptrdiff_t n) {
+    const Strip s = strip_at(t, side, top, n);
+    for (ptrdiff_t h = 0; h < t->c->group; h++)
+        side->convolution_backward(&s, row_of(t, grad, h, 0), side->flipped ? side->flipped + (t->head + h) % t->c->heads * side->taps : NULL,
+                                   row_of(t, grad_in, h, 0), soft.rows ? row_of(t, soft, h, in_soft) : NULL);
+}
+
+/* Queries top .. bottom; `own`: they belong to the task, so their gradients count. */
+static void backward_strip(const Task *t, ptrdiff_t top, ptrdiff_t bottom, int own) {
+    const Call *c = t->c;
+    const Side *pre = &c->pre, *post = &c->post;
+    const ptrdiff_t n = bottom - top, up = pre->halo + post->halo, size = c->value_width;
+    const Strip s = strip_at(t, NULL, top, n);
+    const Map none = {NULL, 0};
+
+    move(t, t->raw, n, 0, up);
+    raw_rows(t, 0, top - up, bottom - up);
+    move(t, t->soft, n, 0, post->halo);
+    move(t, t->mid_pre, n, 0, post->halo);
+    soft_rows(t, 0, 0, top - post->halo, bottom - post->halo, SOFTMAX_KNOWN, 1);
+    const Map weights = final_rows(t, top, n);
+
+    move(t, t->d_pre, n, 0, pre->halo);
+    if (post->kernel) move(t, t->d_post, n, 0, post->halo);
+    for (ptrdiff_t h = 0; h < c->group; h++) {
+        const real *rows = c->grad_out + ((t->head + h) * c->queries + top) * size;
+        const real *packed = c->packed + c->batch * c->heads * padded(c->keys) * c->width + (t->head + h) * padded(c->keys) * size;
+        if (own)
+            accumulate(&s, row_of(t, weights, h, 0), rows, size, size,
+                       c->grad_v + ((t->segment * c->batch * c->heads + t->head + h) * c->keys) * size, size);
+        logits(&s, rows, size, size, packed, row_of(t, t->d_post, h, 0));
+    }
+    apply_mask(t, t->d_post, top, n);
+    mix_back(t, post, t->d_post, t->mid_post, 0, top, n, own ? t->matrix_post : NULL);
+    if (post->kernel && own) correlate_rows(t, post, t->soft, post->halo, t->d_post, 0, top, n, t->sums_post);
+    const int returned = c->grad_weights && bottom > c->queries - c->n_weights;
+    convolve_back(t, post, t->d_post, t->d_pre, returned ? none : t->soft, post->halo, top, n);
+    if (returned) {
+        add_last(t, t->d_pre, top, n, c->grad_weights, c->n_weights);
+        softmax_backward(t, t->d_pre, t->soft, post->halo, n);
+    }
+    mix_back(t, pre, t->d_pre, t->mid_pre, post->halo, top, n, own ? t->matrix_pre : NULL);
+    if (!own) return;
+    if (pre->kernel) {
+        correlate_rows(t, pre, t->raw, up, t->d_pre, 0, top, n, t->sums_pre);
+        convolve_back(t, pre, t->d_pre, t->d_raw, none, 0, top, n);
+        add_last(t, t->d_raw, top, n, c->grad_raw, c->n_raw);
+    }
+    for (ptrdiff_t h = 0; h < c->group; h++) {
+        const ptrdiff_t head = t->head + h, width = c->width;
+        const real *grad = row_of(t, t->d_raw, h, 0);
+        read_rows(&s, grad, c->k + head * c->keys * width, width, width, c->grad_q + (head * c->queries + top) * width, width);
+        accumulate(&s, grad, c->q + (head * c->queries + top) * width, width, width,
+                   c->grad_k + (t->segment * c->batch * c->heads + head) * c->keys * width, width);
+    }
+}
+
+static void add_up(const real *sums, ptrdiff_t n, real *to) {
+    for (ptrdiff_t i = 0; i < n; i++) to[i] += sum_of(LOAD(sums + i * LANES));
+}
+
+static void backward_task(const Task *t) {
+    const Call *c = t->c;
+    const Side *pre = &c->pre, *post = &c->post;
+    const ptrdiff_t up = pre->halo + post->halo, number = t->segment * c->batch * c->heads + t->head;
+    ptrdiff_t low, high, top;
+    segment_of(t, &low, &high);
+    memset(t->sums_pre, 0, (size_t)(c->group * pre->taps * LANES) * sizeof(real));
+    memset(t->sums_post, 0, (size_t)(c->group * post->taps * LANES) * sizeof(real));
+    if (pre->matrix) memset(t->matrix_pre, 0, (size_t)(c->group * pre->group * LANES) * sizeof(real));
+    if (post->matrix) memset(t->matrix_post, 0, (size_t)(c->group * post->group * LANES) * sizeof(real));
+    if (low < high) {
+        ptrdiff_t bottom = high + up < c->queries ? high + up : c->queries;
+        raw_rows(t, 0, bottom - up, bottom);
+        soft_rows(t, 0, 0, bottom - post->halo, bottom, SOFTMAX_KNOWN, 1);
+        fill_carried(t, t->d_pre, 0, -pre->halo, pre->halo, NULL, pre->halo);
+        if (post->kernel) fill_carried(t, t->d_post, 0, -post->halo, post->halo, NULL, post->halo);
+        for (; bottom > low; bottom = top) {
+            const ptrdiff_t end = bottom > high ? high : low;
+            top = bottom - c->strip > end ? bottom - c->strip : end;
+            backward_strip(t, top, bottom, bottom <= high);
+        }
+        if (low == 0 && pre->kernel && c->carried_raw)
+            correlate_rows(t, pre, t->raw, post->halo, t->d_pre, pre->halo, -pre->halo, pre->halo, t->sums_pre);
+        if (low == 0 && post->kernel && c->carried_weights)
+            correlate_rows(t, post, t->soft, 0, t->d_post, post->halo, -post->halo, post->halo, t->sums_post);
+    }
+    add_up(t->sums_pre, c->group * pre->taps, pre->kernel_grad + number * pre->taps);
+    add_up(t->sums_post, c->group * post->taps, post->kernel_grad + number * post->taps);
+    if (pre->matrix) add_up(t->matrix_pre, c->group * pre->group, pre->matrix_grad + number * pre->group);
+    if (post->matrix) add_up(t->matrix_post, c->group * post->group, post->matrix_grad + number * post->group);
+}
+
+/* Keys or values [n][length][width] as packed panels. */
+void pack_all(const real *in, ptrdiff_t n, ptrdiff_t length, ptrdiff_t width, real *out, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (ptrdiff_t i = 0; i < n; i++) pack(in + i * length * width, length, width, width, out + i * padded(length) * width);
+}
+
+#ifdef _OPENMP
+#include <omp.h>
+#define THREAD omp_get_thread_num()
+#else
+#define THREAD 0
+#endif
+
+void run(const Call *c, int backward) {
+    const ptrdiff_t tasks = c->batch * c->heads / c->group * c->segments;
+#pragma omp parallel for schedule(dynamic) num_threads(c->threads) if (c->threads > 1)
+    for (ptrdiff_t number = 0; number < tasks; number++) {
+        const Task t = task_at(c, number, c->scratch + THREAD * c->scratch_size, backward);
+        if (backward)
+            backward_task(&t);
+        else
+            forward_task(&t);
+    }
+}
