@@ -13,19 +13,26 @@ typedef float real;
 typedef uint32_t word;
 #endif
 
-/* Register blocking: ROWS x VECS accumulators, VECS inputs and a broadcast weight have to fit the register file. */
+/* Register blocking: ROWS x VECS accumulators, VECS inputs and a broadcast weight have to fit the register file; TALL x NARROW instead
+ * where inputs are read at any address, which costs most (stencil.c). */
 #if defined(__AVX512F__)
 #define BYTES 64
 #define ROWS 6
 #define VECS 4
+#define TALL 12
+#define NARROW 2
 #elif defined(__AVX2__)
 #define BYTES 32
 #define ROWS 3
 #define VECS 3
+#define TALL 6
+#define NARROW 2
 #else
 #define BYTES 16
 #define ROWS 4
 #define VECS 4
+#define TALL 8
+#define NARROW 2
 #endif
 #define LANES ((int)(BYTES / sizeof(real)))
 #define INLINE static inline __attribute__((always_inline))
