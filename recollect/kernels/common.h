@@ -13,26 +13,19 @@ typedef float real;
 typedef uint32_t word;
 #endif
 
-/* Register blocking: ROWS x VECS accumulators, VECS inputs and a broadcast weight have to fit the register file; TALL x NARROW instead
- * where inputs are read at any address, which costs most (stencil.c). */
+/* Register blocking: ROWS x VECS accumulators, VECS inputs and a broadcast weight have to fit the register file. */
 #if defined(__AVX512F__)
 #define BYTES 64
 #define ROWS 6
 #define VECS 4
-#define TALL 12
-#define NARROW 2
 #elif defined(__AVX2__)
 #define BYTES 32
 #define ROWS 3
 #define VECS 3
-#define TALL 6
-#define NARROW 2
 #else
 #define BYTES 16
 #define ROWS 4
 #define VECS 4
-#define TALL 8
-#define NARROW 2
 #endif
 #define LANES ((int)(BYTES / sizeof(real)))
 #define INLINE static inline __attribute__((always_inline))
@@ -42,6 +35,15 @@ typedef word uvec __attribute__((vector_size(BYTES)));
 typedef real loose __attribute__((vector_size(BYTES), aligned(sizeof(real)), may_alias));
 #define LOAD(p) ((vec)(*(const loose *)(p)))
 #define STORE(p, v) (*(loose *)(p) = (loose)(v))
+
+/* Keep a vector in a register: compilers load one that is used often again and again, as an operand. */
+#if defined(__AVX512F__)
+#define HOLD(x) __asm__("" : "+v"(x))
+#elif defined(__x86_64__)
+#define HOLD(x) __asm__("" : "+x"(x))
+#else
+#define HOLD(x) ((void)(x))
+#endif
 
 INLINE vec splat(real x) { return x - (vec){0}; } /* not 0 + x, which is no broadcast: -0 would become 0 */
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from recollect.kernels.compile import POINTER, SIZE, attention, stencil
 from recollect.ops.multi_token import Mixing, Settings, dropout_mask, key_padding
 
-# Of the strips of maps that a task stands on: about the second-level cache. A strip is whole tiles of 12, 8 or 6 rows.
+# Of the strips of maps that a task stands on: about the second-level cache. A strip is whole tiles of 3, 4 or 6 rows.
 STRIP_BYTES, STRIP_ROWS, LONGEST_STRIP = 2**20, 24, 48
 MASK_BYTES = 2**25  # of the dropout mask of a call's rows
 # Few heads are cut into segments of rows, so that there is work for all threads; not by their number, which must not change the result.

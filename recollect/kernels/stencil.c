@@ -17,7 +17,7 @@
 /* out[r][c] = sum over (k, b) of kernel[k][b] * in[r + k][c + b]: nr rows, of which `keep` are written, nv vectors of columns. */
 INLINE void stencil(const real *in, ptrdiff_t in_ld, const real *kernel, real *out, ptrdiff_t out_ld, ptrdiff_t keep, const int nr,
                     const int nv) {
-    vec acc[TALL][NARROW];
+    vec acc[ROWS][VECS];
 #pragma GCC unroll 16
     for (int r = 0; r < nr; r++)
 #pragma GCC unroll 8
@@ -28,9 +28,12 @@ INLINE void stencil(const real *in, ptrdiff_t in_ld, const real *kernel, real *o
 #pragma GCC unroll 8
         for (int v = 0; v < nv; v++) __builtin_prefetch(line + CK - 1 + (nv + v) * LANES); /* of the next columns */
         for (int b = 0; b < CK; b++) {
-            vec x[NARROW];
+            vec x[VECS];
 #pragma GCC unroll 8
-            for (int v = 0; v < nv; v++) x[v] = LOAD(line + b + v * LANES);
+            for (int v = 0; v < nv; v++) {
+                x[v] = LOAD(line + b + v * LANES);
+                HOLD(x[v]);
+            }
 #pragma GCC unroll 16
             for (int r = 0; r < nr; r++) {
                 if (row - r < 0 || row - r >= CQ) continue;
@@ -61,16 +64,16 @@ static void stencil_cut(const real *in, ptrdiff_t in_ld, const real *kernel, rea
 INLINE void stencil_columns(const real *in, ptrdiff_t in_ld, const real *kernel, real *out, ptrdiff_t out_ld, ptrdiff_t keep,
                             ptrdiff_t width, const int nr) {
     ptrdiff_t c = 0;
-    for (; c + NARROW * LANES <= width; c += NARROW * LANES) stencil(in + c, in_ld, kernel, out + c, out_ld, keep, nr, NARROW);
-    if (c < width) stencil(in + c, in_ld, kernel, out + c, out_ld, keep, nr, 1);
+    for (; c + VECS * LANES <= width; c += VECS * LANES) stencil(in + c, in_ld, kernel, out + c, out_ld, keep, nr, VECS);
+    for (; c < width; c += LANES) stencil(in + c, in_ld, kernel, out + c, out_ld, keep, nr, 1);
 }
 
-/* Rows 0 .. nr <= TALL of the convolution. The map has room for TALL + HALO: more rows may be read than are written. */
+/* Rows 0 .. nr <= ROWS of the convolution. The map has room for ROWS + HALO: more rows may be read than are written. */
 static void stencil_span(const real *in, ptrdiff_t in_ld, const real *kernel, real *out, ptrdiff_t out_ld, ptrdiff_t nr, ptrdiff_t width) {
-    if (nr > TALL / 2)
-        stencil_columns(in, in_ld, kernel, out, out_ld, nr, width, TALL);
-    else if (nr > TALL / 4)
-        stencil_columns(in, in_ld, kernel, out, out_ld, nr, width, TALL / 2);
+    if (nr > ROWS / 2)
+        stencil_columns(in, in_ld, kernel, out, out_ld, nr, width, ROWS);
+    else if (nr > 1)
+        stencil_columns(in, in_ld, kernel, out, out_ld, nr, width, ROWS / 2);
     else
         for (ptrdiff_t r = 0; r < nr; r++) stencil_columns(in + r * in_ld, in_ld, kernel, out + r * out_ld, out_ld, 1, width, 1);
 }
@@ -141,15 +144,15 @@ INLINE void finish_row(real *row, const Strip *s, ptrdiff_t low, ptrdiff_t high,
  */
 void forward(const Strip *s, const real *in, ptrdiff_t in_hs, const real *kernel, const real *matrix, real *out, ptrdiff_t out_hs,
              real *mid, ptrdiff_t mid_hs, int mode, real *lse, ptrdiff_t lse_hs) {
-    for (ptrdiff_t top = 0; top < s->rows; top += TALL) {
-        const ptrdiff_t nr = s->rows - top < TALL ? s->rows - top : TALL;
+    for (ptrdiff_t top = 0; top < s->rows; top += ROWS) {
+        const ptrdiff_t nr = s->rows - top < ROWS ? s->rows - top : ROWS;
         const ptrdiff_t from = span_from(s, top), to = span_to(s, from, top, nr);
         const real *source = in + top * s->ld;
 #if CQ > 0
         const int cut = start_of(s, top + nr - 1) > s->first + top - HALO && start_of(s, top + nr - 1) > 0;
 #endif
         enum { WIDE = VECS * LANES };
-        real work[CH][TALL][WIDE] __attribute__((aligned(64)));
+        real work[CH][ROWS][WIDE] __attribute__((aligned(64)));
         for (ptrdiff_t c = from; c < to; c += WIDE) {
             const ptrdiff_t width = to - c < WIDE ? to - c : WIDE;
             for (int h = 0; h < CH; h++) {
@@ -169,7 +172,7 @@ void forward(const Strip *s, const real *in, ptrdiff_t in_hs, const real *kernel
             for (ptrdiff_t r = 0; r < nr; r++) {
                 real *to_out = out + (top + r) * s->ld + c;
 #if CH > 1
-                for (ptrdiff_t v = 0; v < width; v += LANES) mix_vector(work[0][r] + v, TALL * WIDE, matrix, to_out + v, out_hs);
+                for (ptrdiff_t v = 0; v < width; v += LANES) mix_vector(work[0][r] + v, ROWS * WIDE, matrix, to_out + v, out_hs);
                 if (mid)
                     for (int h = 0; h < CH; h++)
                         memcpy(mid + h * mid_hs + (top + r) * s->ld + c, work[h][r], (size_t)width * sizeof(real));
@@ -258,7 +261,10 @@ INLINE void correlate_taps(const Strip *s, const real *in, const real *grad, ptr
             for (ptrdiff_t j = c; j < end; j += LANES) {
                 vec d[CQ];
 #pragma GCC unroll 40
-                for (int k = 0; k < CQ; k++) d[k] = LOAD(below[k] + (j - c));
+                for (int k = 0; k < CQ; k++) {
+                    d[k] = LOAD(below[k] + (j - c));
+                    if (CQ <= 6) HOLD(d[k]);
+                }
 #pragma GCC unroll 4
                 for (int b = 0; b < nb; b++) {
                     vec x = LOAD(line + j + b);
@@ -298,8 +304,8 @@ void correlate(const Strip *s, const real *in, const real *grad, ptrdiff_t low, 
  *   weights  NULL, or the softmax that the input is: grad_in then becomes the gradient of the softmax's input
  */
 void convolution_backward(const Strip *s, const real *grad, const real *flipped, real *grad_in, const real *weights) {
-    for (ptrdiff_t top = 0; top < s->rows; top += TALL) {
-        const ptrdiff_t nr = s->rows - top < TALL ? s->rows - top : TALL;
+    for (ptrdiff_t top = 0; top < s->rows; top += ROWS) {
+        const ptrdiff_t nr = s->rows - top < ROWS ? s->rows - top : ROWS;
         const ptrdiff_t from = span_from(s, top), to = span_to(s, from, top, nr);
         real *y = grad_in + top * s->ld;
 #if CQ > 0
