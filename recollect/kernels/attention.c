@@ -115,7 +115,10 @@ static Task task_at(const Call *c, ptrdiff_t number, real *scratch, int backward
 
 static Strip strip_at(const Task *t, const Side *side, ptrdiff_t top, ptrdiff_t rows) {
     const Call *c = t->c;
-    return (Strip){rows,    c->keys - c->queries + top, c->ld, c->pad, side ? side->left : 0,
+    const ptrdiff_t first = c->keys - c->queries + top;
+    /* The next strip reads rows of this one, up to its own last key, a vector and the reach of the convolution further. */
+    const ptrdiff_t end = first + rows + c->strip + c->pre.halo + c->post.halo + PANEL + c->pad;
+    return (Strip){rows, first, c->ld, c->pad, end < c->ld - c->pad ? end : c->ld - c->pad, side ? side->left : 0,
                    c->start ? c->start + t->batch * c->start_stride + top : NULL};
 }
 

@@ -10,16 +10,17 @@
 typedef struct {
     ptrdiff_t rows, first;  /* rows of the strip, position of the first */
     ptrdiff_t ld, pad;      /* row stride; zeros kept left and right of the columns */
+    ptrdiff_t end;          /* no strip that reads these rows reads further right */
     ptrdiff_t left;         /* keys reached to the left of the current one */
     const int64_t *start;   /* of the first row on, also past the strip; NULL: all zero */
 } Strip;
 
 INLINE ptrdiff_t start_of(const Strip *s, ptrdiff_t row) { return s->start ? s->start[row] : 0; }
 
-/* Zero a row outside [low, high), from -pad to ld - pad. */
+/* Zero a row outside [low, high), from -pad to the end. */
 INLINE void clear_outside(real *row, const Strip *s, ptrdiff_t low, ptrdiff_t high) {
     memset(row - s->pad, 0, (size_t)(low + s->pad) * sizeof(real));
-    memset(row + high, 0, (size_t)(s->ld - s->pad - high) * sizeof(real));
+    memset(row + high, 0, (size_t)(s->end - high) * sizeof(real));
 }
 
 /* The vectors of columns that nr rows from row `top` on see: first column, and one past the last. */

@@ -69,6 +69,7 @@ INLINE void stencil_columns(const real *in, ptrdiff_t in_ld, const real *kernel,
 }
 
 /* Rows 0 .. nr <= ROWS of the convolution. The map has room for ROWS + HALO: more rows may be read than are written. */
+__attribute__((noinline)) /* by itself it has all registers */
 static void stencil_span(const real *in, ptrdiff_t in_ld, const real *kernel, real *out, ptrdiff_t out_ld, ptrdiff_t nr, ptrdiff_t width) {
     if (nr > ROWS / 2)
         stencil_columns(in, in_ld, kernel, out, out_ld, nr, width, ROWS);
