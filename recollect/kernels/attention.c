@@ -27,12 +27,13 @@ typedef struct {
 /* One call. Row r of queries stands at position keys - queries + r. Rows of q, k, v, out are [batch * heads][length][width]. */
 typedef struct {
     ptrdiff_t batch, heads, group, queries, keys, width, value_width;
-    ptrdiff_t low, high, segments;  /* the queries of this call, in how many segments */
+    ptrdiff_t segments;             /* of the queries; segment i is bounds[i] .. bounds[i + 1] */
+    const int64_t *bounds;
     ptrdiff_t strip;                /* rows of a strip */
     ptrdiff_t ld, pad, start_stride;
     const int64_t *start;           /* [batch][start_stride], NULL: all zero */
     const real *q, *k, *v, *packed; /* packed: keys (forward), keys and values (backward), as pack() lays them */
-    const real *mask;               /* [batch * heads][rows from low on][keys], NULL: no dropout */
+    const real *mask;               /* [batch * heads][rows from bounds[0] on][keys], NULL: no dropout */
     ptrdiff_t mask_rows;
     const real *carried_raw, *carried_weights; /* [batch * heads][halo][ld], NULL: zeros */
     real *lse;                      /* [batch * heads][queries] */
@@ -185,7 +186,7 @@ static void apply_mask(const Task *t, Map m, ptrdiff_t top, ptrdiff_t n) {
     const Call *c = t->c;
     for (ptrdiff_t h = 0; c->mask && h < c->group; h++)
         for (ptrdiff_t r = 0; r < n; r++) {
-            const real *mask = c->mask + ((t->head + h) * c->mask_rows + top - c->low + r) * c->keys;
+            const real *mask = c->mask + ((t->head + h) * c->mask_rows + top - c->bounds[0] + r) * c->keys;
             real *row = row_of(t, m, h, r);
             for (ptrdiff_t j = 0; j < c->keys; j++) row[j] *= mask[j];
         }
@@ -215,19 +216,11 @@ static void keep_last(const Task *t, Map m, ptrdiff_t end, ptrdiff_t halo, real 
             memcpy(to + ((t->head + h) * halo + i) * c->keys, row_of(t, m, h, end - halo + i), (size_t)c->keys * sizeof(real));
 }
 
-static void segment_of(const Task *t, ptrdiff_t *low, ptrdiff_t *high) {
-    const Call *c = t->c;
-    const ptrdiff_t rows = (c->high - c->low + c->segments - 1) / c->segments;
-    *low = c->low + t->segment * rows < c->high ? c->low + t->segment * rows : c->high;
-    *high = *low + rows < c->high ? *low + rows : c->high;
-}
-
 static void forward_task(const Task *t) {
     const Call *c = t->c;
     const ptrdiff_t pre = c->pre.halo, post = c->post.halo;
-    ptrdiff_t low, high, bottom;
-    segment_of(t, &low, &high);
-    ptrdiff_t top = low > pre + post ? low - pre - post : 0;
+    const ptrdiff_t low = c->bounds[t->segment], high = c->bounds[t->segment + 1];
+    ptrdiff_t bottom, top = low > pre + post ? low - pre - post : 0;
     fill_carried(t, t->raw, 0, -pre, pre, top ? NULL : c->carried_raw, pre);
     fill_carried(t, t->soft, 0, -post, post, top ? NULL : c->carried_weights, post);
     for (; top < high; top = bottom) {
@@ -359,8 +352,8 @@ static void backward_task(const Task *t) {
     const Call *c = t->c;
     const Side *pre = &c->pre, *post = &c->post;
     const ptrdiff_t up = pre->halo + post->halo, number = t->segment * c->batch * c->heads + t->head;
-    ptrdiff_t low, high, top;
-    segment_of(t, &low, &high);
+    const ptrdiff_t low = c->bounds[t->segment], high = c->bounds[t->segment + 1];
+    ptrdiff_t top;
     memset(t->sums_pre, 0, (size_t)(c->group * pre->taps * LANES) * sizeof(real));
     memset(t->sums_post, 0, (size_t)(c->group * post->taps * LANES) * sizeof(real));
     if (pre->matrix) memset(t->matrix_pre, 0, (size_t)(c->group * pre->group * LANES) * sizeof(real));
