@@ -14,8 +14,8 @@ SETTINGS = {MMAP_THRESHOLD: 32 * 2**20, TRIM_THRESHOLD: 2**31 - 1, TOP_PAD: 256 
 def keep_freed_memory() -> bool:
     """Have glibc keep what is freed, for this process: steps of training ask for the same sizes again and again.
 
-    By itself glibc gives every large block back, and the next step pays a page fault for each 4 KiB of it: on two CPU cores a quarter to
-    a third of a small model's step. The process holds on to its peak instead. Settings of the user (MALLOC_*, GLIBC_TUNABLES) stand.
+    By itself glibc gives every large block back, and the next step pays a page fault for each 4 KiB of it: on a CPU a quarter to a third
+    of a small model's step. The process holds on to its peak instead. Settings of the user (MALLOC_*, GLIBC_TUNABLES) stand.
 
     Returns:
         Whether all settings were taken: False on other systems and C libraries.
@@ -23,4 +23,7 @@ def keep_freed_memory() -> bool:
     if not sys.platform.startswith("linux") or any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    return mallopt is not None and all([mallopt(name, value) == 1 for name, value in SETTINGS.items()])
+    if mallopt is None:
+        return False
+    taken = [mallopt(name, value) for name, value in SETTINGS.items()]
+    return all(taken)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from recollect.kernels import compile as building
-from recollect.kernels import layout
 from recollect.ops import multi_token_attention
 from recollect.ops.multi_token import document_starts
+from tests.kernels.strips import small
 from tests.ops.test_multi_token import module_inputs
 
 pytestmark = pytest.mark.skipif(building.compiler() is None, reason="no C compiler on this machine")
@@ -26,7 +26,7 @@ PROCESSORS = ("native", "x86-64-v3", "x86-64")  # vectors of the widest kind her
 
 @pytest.fixture
 def fenced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """New buffers hold NaN and lie between NaNs, which must still be there at the end; blocks are as small as possible."""
+    """New buffers hold NaN and lie between NaNs, which must still be there at the end; strips are as short as possible."""
     buffers: list[tuple[Tensor, int]] = []
 
     def new_empty(self: Tensor, *shape: int, dtype: torch.dtype | None = None, device: object = None) -> Tensor:
@@ -36,7 +36,7 @@ def fenced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         buffers.append((buffer, size))
         return buffer[FENCE : FENCE + size].view(sizes)
 
-    monkeypatch.setattr(layout, "BLOCK_BYTES", 1)
+    small(monkeypatch)
     monkeypatch.setattr(Tensor, "new_empty", new_empty)
     monkeypatch.setattr(torch, "empty_like", lambda x: new_empty(x, *x.shape))
     monkeypatch.setattr(torch, "zeros_like", lambda x: new_empty(x, *x.shape).zero_())
@@ -56,10 +56,10 @@ def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
         pytest.skip("a processor without AVX2")
     flags = tuple(f"-march={request.param}" if flag == "-march=native" else flag for flag in building.FLAGS)
     monkeypatch.setattr(building, "FLAGS", flags)
-    for cache in (building.stencil, building.products):
+    for cache in (building.stencil, building.attention):
         cache.cache_clear()
     yield request.param
-    for cache in (building.stencil, building.products):
+    for cache in (building.stencil, building.attention):
         cache.cache_clear()
 
 
@@ -84,7 +84,7 @@ def results(named: dict[str, Tensor], **options: object) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("pad_key", ["both", "left", "right"])
-@pytest.mark.parametrize("length", [1, 40, 64, 67, 96])
+@pytest.mark.parametrize("length", [1, 40, 64, 67, 96, 203])
 def test_kernels_use_only_what_they_wrote(length: int, pad_key: str, processor: str, fenced: None) -> None:
     """Prevents reads and writes outside the maps, and rows or padding that are read before they are written.
 

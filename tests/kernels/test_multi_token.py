@@ -1,4 +1,4 @@
-"""The compiled form of Multi-Token Attention against its oracle where blocks, threads and rare shapes take other paths."""
+"""The compiled form of Multi-Token Attention against its oracle where strips, segments, threads and rare shapes take other paths."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from recollect.kernels import layout
 from recollect.kernels.compile import compiler
 from recollect.ops import Mixing, Rows, multi_token_attention, multi_token_rows
 from recollect.ops.multi_token import document_starts
+from tests.kernels.strips import small
 from tests.ops.test_multi_token import module_inputs
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no C compiler on this machine")
@@ -18,9 +18,9 @@ EXACT = 1e-12
 
 
 @pytest.fixture
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of the smallest size (32 rows), so that short sequences have several."""
-    monkeypatch.setattr(layout, "STRIP_BYTES", 1)
+def small_strips(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Strips of 12 rows and segments of 24 or more, so that short sequences have several."""
+    small(monkeypatch)
 
 
 def assert_forms_agree(named: dict[str, Tensor], *, tolerance: float = EXACT, **options: object) -> None:
@@ -36,41 +36,41 @@ def assert_forms_agree(named: dict[str, Tensor], *, tolerance: float = EXACT, **
 
 
 @pytest.mark.parametrize("length", [31, 32, 33, 64, 65, 131])
-def test_native_blocks_equal_the_oracle(length: int, small_blocks: None) -> None:
-    """Prevents a halo or a gradient that is lost between blocks, and a last block that is cut wrong."""
+def test_native_strips_equal_the_oracle(length: int, small_strips: None) -> None:
+    """Prevents a halo or a gradient that is lost between strips or segments, and a last strip that is cut wrong."""
     assert_forms_agree(module_inputs(length))
 
 
 @pytest.mark.parametrize(
     "parts", [("kq_pre",), ("kq_post",), ("kq_pre", "head_pre"), ("kq_post", "head_post"), ("head_pre", "head_post")]
 )
-def test_native_parts_equal_the_oracle_over_blocks(parts: tuple[str, ...], small_blocks: None) -> None:
-    """Prevents paths for a missing part that only work in one block."""
+def test_native_parts_equal_the_oracle_over_strips(parts: tuple[str, ...], small_strips: None) -> None:
+    """Prevents paths for a missing part that only work in one strip."""
     named = module_inputs(70)
     assert_forms_agree({name: named[name] for name in ("q", "k", "v", *parts)})
 
 
-def test_native_documents_equal_the_oracle_over_blocks(small_blocks: None) -> None:
-    """Prevents cuts that are read from the wrong row in a later block."""
+def test_native_documents_equal_the_oracle_over_strips(small_strips: None) -> None:
+    """Prevents cuts that are read from the wrong row in a later strip."""
     ids = torch.stack([(torch.arange(100) >= 37).long() + (torch.arange(100) >= 64), torch.arange(100) // 7])
     assert_forms_agree(module_inputs(100), document_ids=ids)
 
 
-def test_native_dropout_equals_the_oracle_over_blocks(small_blocks: None) -> None:
-    """Prevents a mask that depends on the block."""
+def test_native_dropout_equals_the_oracle_over_strips(small_strips: None) -> None:
+    """Prevents a mask that depends on the strip."""
     assert_forms_agree(module_inputs(100), dropout_p=0.3, seed=5)
 
 
 @pytest.mark.parametrize("pad_key", ["left", "right"])
-def test_native_one_sided_kernels_equal_the_oracle_over_blocks(pad_key: str, small_blocks: None) -> None:
+def test_native_one_sided_kernels_equal_the_oracle_over_strips(pad_key: str, small_strips: None) -> None:
     """Prevents a reach beyond the padding of the buffers."""
     assert_forms_agree(module_inputs(70), pad_key=pad_key)
 
 
 @pytest.mark.parametrize("first", [3, 40, 69])
 @pytest.mark.parametrize("documents", [False, True])
-def test_native_rows_carry_over_blocks(first: int, documents: bool, small_blocks: None) -> None:
-    """Prevents wrong carried rows, or wrong gradients through them, where a piece is longer or shorter than a block."""
+def test_native_rows_carry_over_strips(first: int, documents: bool, small_strips: None) -> None:
+    """Prevents wrong carried rows, or wrong gradients through them, where a piece is longer or shorter than a strip."""
     named = module_inputs(75)
     mixing = Mixing(**{part: named[part] for part in Mixing._fields})
     start = document_starts((torch.arange(75) // 38).expand(2, -1)) if documents else None
@@ -89,7 +89,7 @@ def test_native_rows_carry_over_blocks(first: int, documents: bool, small_blocks
 
 
 @pytest.mark.parametrize("n_heads", [3, 5])
-def test_native_odd_numbers_of_heads_equal_the_oracle(n_heads: int, small_blocks: None) -> None:
+def test_native_odd_numbers_of_heads_equal_the_oracle(n_heads: int, small_strips: None) -> None:
     """Prevents vector code that only works for groups of four: 3 and 5 heads mixed together."""
     assert_forms_agree(module_inputs(40, n_heads=n_heads, n_kv=n_heads, group=n_heads))
 
@@ -100,7 +100,7 @@ def test_native_refuses_a_matrix_of_one_head() -> None:
         multi_token_attention(**module_inputs(8, n_heads=2, n_kv=2, group=1), backend="native")
 
 
-def test_native_takes_any_layout_of_its_inputs(small_blocks: None) -> None:
+def test_native_takes_any_layout_of_its_inputs(small_strips: None) -> None:
     """Prevents reading memory as contiguous that is not: transposed, strided and expanded inputs."""
     named = {name: tensor.detach() for name, tensor in module_inputs(40).items()}
     odd = {name: tensor.mT.contiguous().mT for name, tensor in named.items()}
@@ -110,7 +110,7 @@ def test_native_takes_any_layout_of_its_inputs(small_blocks: None) -> None:
     torch.testing.assert_close(multi_token_attention(**odd, backend="native"), expected, rtol=0, atol=EXACT)
 
 
-def test_native_results_do_not_depend_on_threads(small_blocks: None) -> None:
+def test_native_results_do_not_depend_on_threads(small_strips: None) -> None:
     """Prevents sums in the order in which threads finish: one and three threads agree to rounding."""
 
     def run(n_threads: int) -> list[Tensor]:
@@ -136,15 +136,3 @@ def test_native_logits_of_any_size_stay_finite() -> None:
     plain = multi_token_attention(**{name: tensor.float() for name, tensor in named.items()}, backend="materialized")
     assert torch.isfinite(low).all()
     assert (low - exact).abs().max() <= 2 * (plain - exact).abs().max() + 1e-6
-
-
-@pytest.mark.parametrize("documents", [False, True])
-def test_native_reads_nothing_that_it_has_not_written(documents: bool, small_blocks: None) -> None:
-    """Prevents stale numbers beside the visible keys: scratch memory is full of NaN here, and the map is wider than what is cleared."""
-    named = module_inputs(331)
-    options = {"document_ids": (torch.arange(331) // 97).expand(2, -1)} if documents else {}
-    torch.use_deterministic_algorithms(True)  # fills empty tensors with NaN
-    try:
-        assert_forms_agree(named, **options)
-    finally:
-        torch.use_deterministic_algorithms(False)

@@ -1,0 +1,13 @@
+"""The compiled form of Multi-Token Attention with strips and segments as short as they can be."""
+
+from __future__ import annotations
+
+import pytest
+
+from recollect.kernels import layout
+
+
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Strips of 12 rows and up to four segments of at least 24, so that short sequences have several of both."""
+    for name, value in (("STRIP_BYTES", 1), ("STRIP_ROWS", 12), ("TASKS", 1000), ("SEGMENT_ROWS", 24)):
+        monkeypatch.setattr(layout, name, value)
