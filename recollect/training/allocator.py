@@ -14,7 +14,7 @@ SETTINGS = {MMAP_THRESHOLD: 32 * 2**20, TRIM_THRESHOLD: 2**31 - 1, TOP_PAD: 256 
 def keep_freed_memory() -> bool:
     """Have glibc keep what is freed, for this process: steps of training ask for the same sizes again and again.
 
-    By itself glibc gives every large block back, and the next step pays a page fault for each 4 KiB of it: on a CPU a quarter to a third
+    By itself glibc gives every large block back, and the next step pays a page fault for each 4 KiB of it: a quarter to a third
     of a small model's step. The process holds on to its peak instead. Settings of the user (MALLOC_*, GLIBC_TUNABLES) stand.
 
     Returns:
