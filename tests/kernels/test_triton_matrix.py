@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import pytest
@@ -10,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from recollect.ops.miras import MirasSpec, MirasState, Parameters, Retention, scan
-from recollect.ops.miras.biases import AttentionalBias, dot_product, huber, l1, l2, l_infinity, lp
+from recollect.ops.miras import MirasSpec, Parameters, Retention, scan
+from recollect.ops.miras.biases import AttentionalBias, dot_product, huber, l1, l2, l_infinity
 from recollect.ops.miras.memories import matrix, mlp
 from recollect.ops.miras.retentions import elastic_net, l2_coupled, logit, lq, none, towards_initial
 from recollect.ops.miras.retentions import l2 as decay
@@ -21,17 +20,9 @@ from tests.kernels.gpu_code import assert_compiles
 pytest.importorskip("triton", reason="triton is not installed (pip install 'recollect[kernels]')")
 from recollect.kernels.triton import can_run
 from tests.kernels.interpreter import quick
+from tests.kernels.scans import BIASES, assert_equal, flags, scan_in_parts, with_gradients
 
 pytestmark = pytest.mark.skipif(not can_run(torch.zeros(1)), reason="a GPU: TRITON_INTERPRET is not set")
-
-EXACT = 1e-12
-BIASES: dict[str, AttentionalBias] = {
-    "l2": l2(),
-    "lp3": lp(3.0),
-    "huber": huber(),
-    "l1": l1(),
-    "huber of the norm": huber("norm"),
-}
 
 
 @pytest.fixture(autouse=True)
@@ -66,14 +57,6 @@ def draw(
     return {name: x.requires_grad_() for name, x in named.items()}
 
 
-def flags(n_rows: int, length: int) -> dict[str, Tensor]:
-    """Documents that start inside pieces and chunks, and padding anywhere, the start included."""
-    generator = torch.Generator().manual_seed(1)
-    reset, valid = (torch.rand(n_rows, length, generator=generator) < share for share in (0.1, 0.8))
-    valid[0, :3] = False
-    return {"reset": reset, "valid": valid}
-
-
 def run(
     named: dict[str, Tensor],
     chunk: int,
@@ -88,32 +71,13 @@ def run(
     retention = retention or decay()
     spec = MirasSpec(memory=matrix(), bias=bias, retention=retention, rule=gd(), chunk_size=chunk)
     gates = ("eta", *(["log_alpha"] if retention.decays and not retention.couple else []), *bias.gates)
-    state, outputs = None, []
-    for low, high in itertools.pairwise((0, *cuts, named["q"].shape[1])):
-        part = {name: named[name][:, low:high] for name in ("q", "k", "v", *gates)}
-        q, k, v = (part.pop(name) for name in "qkv")
-        here = {name: x[:, low:high] for name, x in marks.items()}
-        parameters = Parameters((named["first"],))
-        y, state = scan(spec, q, k, v, part, state, parameters=parameters, backend=backend, **here)
-        outputs.append(y)
-    assert isinstance(state, MirasState)
-    assert state.anchor is not None
-    return [torch.cat(outputs, dim=1), *state.dual, *state.anchor, *(state.kept or ())]
+    parameters = Parameters((named["first"],))
+    return scan_in_parts(spec, named, gates, parameters, backend, cuts, **marks)
 
 
 def results(named: dict[str, Tensor], *arguments: Any, **options: Any) -> list[Tensor]:
     """What `run` returns, and the gradients of a fixed sum over it."""
-    outputs = run(named, *arguments, **options)
-    total = sum((torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view_as(x) * x).sum() for x in outputs)
-    assert isinstance(total, Tensor)
-    return [*outputs, *torch.autograd.grad(total, list(named.values()), allow_unused=True, materialize_grads=True)]
-
-
-def assert_equal(actual: list[Tensor], expected: list[Tensor], tolerance: float = EXACT) -> None:
-    """Relative to the largest entry."""
-    for n, (a, b) in enumerate(zip(actual, expected, strict=True)):
-        error = float(((a - b).abs().max() / b.abs().max().clamp(min=1e-3)).detach())
-        assert error <= tolerance, f"{n}: {error:.1e}"
+    return with_gradients(run(named, *arguments, **options), named)
 
 
 @pytest.mark.parametrize(

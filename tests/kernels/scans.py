@@ -1,0 +1,65 @@
+"""What the tests of both kinds of memory in Triton share: biases, marks of documents and padding, a scan in parts, its gradients."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from recollect.ops.miras import MirasSpec, MirasState, Parameters, scan
+from recollect.ops.miras.biases import AttentionalBias, huber, l1, l2, lp
+
+EXACT = 1e-12
+BIASES: dict[str, AttentionalBias] = {
+    "l2": l2(),
+    "lp3": lp(3.0),
+    "huber": huber(),
+    "l1": l1(),
+    "huber of the norm": huber("norm"),
+}
+
+
+def flags(n_rows: int, length: int) -> dict[str, Tensor]:
+    """Documents that start inside pieces and chunks, and padding anywhere, the start included."""
+    generator = torch.Generator().manual_seed(1)
+    reset, valid = (torch.rand(n_rows, length, generator=generator) < share for share in (0.1, 0.8))
+    valid[0, :3] = False
+    return {"reset": reset, "valid": valid}
+
+
+def scan_in_parts(
+    spec: MirasSpec,
+    named: dict[str, Tensor],
+    gates: Sequence[str],
+    parameters: Parameters,
+    backend: str | None,
+    cuts: tuple[int, ...] = (),
+    **marks: Tensor,
+) -> list[Tensor]:
+    """y and the last states, of one call or cut into several."""
+    state, outputs = None, []
+    for low, high in itertools.pairwise((0, *cuts, named["q"].shape[1])):
+        part = {name: named[name][:, low:high] for name in ("q", "k", "v", *gates)}
+        q, k, v = (part.pop(name) for name in "qkv")
+        here = {name: x[:, low:high] for name, x in marks.items()}
+        y, state = scan(spec, q, k, v, part, state, parameters=parameters, backend=backend, **here)
+        outputs.append(y)
+    assert isinstance(state, MirasState)
+    assert state.anchor is not None
+    return [torch.cat(outputs, dim=1), *state.dual, *state.anchor, *(state.kept or ()), *(state.momentum or ())]
+
+
+def with_gradients(outputs: list[Tensor], named: dict[str, Tensor]) -> list[Tensor]:
+    """The outputs, and the gradients of a fixed sum over them."""
+    total = sum((torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view_as(x) * x).sum() for x in outputs)
+    assert isinstance(total, Tensor)
+    return [*outputs, *torch.autograd.grad(total, list(named.values()), allow_unused=True, materialize_grads=True)]
+
+
+def assert_equal(actual: list[Tensor], expected: list[Tensor], tolerance: float = EXACT) -> None:
+    """Relative to the largest entry."""
+    for n, (a, b) in enumerate(zip(actual, expected, strict=True)):
+        error = float(((a - b).abs().max() / b.abs().max().clamp(min=1e-3)).detach())
+        assert error <= tolerance, f"{n}: {error:.1e}"
