@@ -32,13 +32,15 @@ class Perceptron(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """What is the same at every token: tokens of a chunk, bias, link and rule by their names above, `l1`'s sharpness."""
+    """What is the same at every token: tokens of a chunk, bias, link and rule by their names above, `l1`'s sharpness, and by how much a
+    full chunk ends with entries nearer to zero (Triton only)."""
 
     chunk_size: int
     bias: str = "l2"
     sharpness: float = 10.0
     link: str = "identity"
     rule: str = "gd"
+    threshold: float = 0.0
 
 
 def can_run(q: Tensor, hidden: int, bias: str, link: str = "identity", rule: str = "gd") -> bool:

@@ -18,7 +18,8 @@ from recollect.ops.miras.spec import MirasSpec, MirasState
 def can_scan(call: Call) -> bool:
     """Two gelu layers with norm and residual, gradient descent (with momentum), a retention and a bias that are built in."""
     built_in = _built_in(call)
-    return built_in is not None and can_run(call.inputs.q, call.parameters.fast[0].shape[1], *built_in)
+    hidden = call.parameters.fast[0].shape[1]
+    return built_in is not None and _threshold(call.spec) == 0 and can_run(call.inputs.q, hidden, *built_in)
 
 
 def can_scan_on_gpu(call: Call) -> bool:
@@ -72,7 +73,7 @@ def _scanned(
         Perceptron(*state.anchor),
         (call.parameters.slow[0], call.parameters.slow[1]),
         state.phase,
-        Settings(spec.chunk_size, bias, sharpness, link, rule),
+        Settings(spec.chunk_size, bias, sharpness, link, rule, _threshold(spec)),
         delta=inputs.bias[0] if inputs.bias else None,
         log_momentum=log_momentum,
         momentum=None if state.momentum is None else Perceptron(*state.momentum),
@@ -93,13 +94,11 @@ def _scanned_matrix(call: Call) -> tuple[Tensor, MirasState]:
     bias = _matrix_bias(call)
     assert bias is not None
     assert state.anchor is not None
-    v, initial, threshold = inputs.v, call.parameters.fast[0], 0.0
+    v, initial = inputs.v, call.parameters.fast[0]
     if (
         spec.retention.name == "towards_initial"
     ):  # what is read and written is the change: the first matrix is a part of the values
         v = v - torch.einsum("bthk,hvk->bthv", inputs.k, initial)
-    if spec.retention.name == "elastic_net":
-        threshold = spec.chunk_size * float(spec.retention.options[0] or 0)
     y, dual, anchor, phase = matrix_scan(
         inputs.q,
         inputs.k,
@@ -115,7 +114,7 @@ def _scanned_matrix(call: Call) -> tuple[Tensor, MirasState]:
         radius=_radius(call)[:, 0] if _link(spec) == "scaled" else None,
         reset=call.reset,
         valid=call.valid,
-        threshold=threshold,
+        threshold=_threshold(spec),
     )
     if spec.retention.name == "towards_initial":
         q = inputs.q if call.valid is None else inputs.q * call.valid[:, :, None, None]
@@ -129,7 +128,7 @@ def _matrix_bias(call: Call) -> str | None:
     spec = call.spec
     fits = spec.memory.name == "matrix" and spec.rule.name == "gd" and spec.stale
     kept = spec.retention.name in ("none", "l2", "l2_coupled", "towards_initial")
-    kept |= (spec.retention.name == "elastic_net" and spec.read == "linear") or _link(spec) == "scaled"
+    kept |= _link(spec) == "scaled" or (_link(spec) == "identity" and spec.retention.name == "elastic_net")
     return _bias(spec) if fits and kept else None
 
 
@@ -145,6 +144,11 @@ def _built_in(call: Call) -> tuple[str, str, str] | None:
     if spec.rule.momentum and (not scalar or spec.retention.couple is not None):
         return None
     return bias, link, spec.rule.name
+
+
+def _threshold(spec: MirasSpec) -> float:
+    """By how much a full chunk ends with entries nearer to zero."""
+    return spec.chunk_size * float(spec.retention.options[0] or 0) if spec.retention.name == "elastic_net" else 0.0
 
 
 def _radius(call: Call) -> Tensor:
@@ -195,6 +199,8 @@ def _link(spec: MirasSpec) -> str | None:
         return "identity"
     if spec.read != "linear":
         return None
+    if spec.retention.name == "elastic_net":
+        return "identity"
     if spec.retention.name == "kl" and spec.retention.options == (None,):
         return "simplex"
     return "scaled" if spec.retention.name == "lq" and spec.retention.options == (4, "safe", None) else None

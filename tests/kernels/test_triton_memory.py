@@ -12,7 +12,7 @@ from torch import Tensor
 from recollect.ops.miras import MirasSpec, Parameters, Retention, scan
 from recollect.ops.miras.biases import AttentionalBias, huber, l2, l_infinity, lp
 from recollect.ops.miras.memories import mlp
-from recollect.ops.miras.retentions import kl, lq
+from recollect.ops.miras.retentions import elastic_net, kl, lq
 from recollect.ops.miras.retentions import l2 as decay
 from recollect.ops.miras.rules import LearningRule, gd, momentum, omega
 from tests.kernels.gpu_code import assert_compiles
@@ -284,6 +284,21 @@ def test_a_simplex_memory_equals_the_plain_chunks(
     assert_equal(actual, results(named, chunk, BIASES["l2"], "chunked", **options), 3e-12)
 
 
+@pytest.mark.parametrize(
+    ("length", "cuts", "rule", "marked"), [(37, (14,), gd(), True), (40, (), momentum(), False), (90, (), gd(), False)]
+)
+def test_an_elastic_net_equals_the_plain_chunks(length: int, cuts: tuple[int, ...], rule: LearningRule, marked: bool) -> None:
+    """Prevents a threshold that is taken in an open chunk, by a document that starts, twice between calls or not at all, that takes
+    the last change along, and a gradient through weights that are zero since."""
+    named, options = draw(length), {"retention": elastic_net(0.003), "rule": rule}
+    marks = {**flags(1, length), "reset": torch.arange(length)[None] == 25} if marked else {}
+    chunk = 8 if marked else 20
+    actual = results(named, chunk, BIASES["huber"], "triton", cuts=cuts, **options, **marks)
+    expected = results(named, chunk, BIASES["huber"], "chunked", **options, **marks)
+    assert_equal(actual, expected)
+    assert 0.01 < float((expected[3] == 0).double().mean()) < 0.9  # of the state where the last chunk began
+
+
 CODE = """
 from recollect.kernels.triton import perceptron_mixture as mixed, perceptron_tokens as tokens
 from recollect.kernels.triton.perceptron_walk import walk
@@ -292,7 +307,7 @@ from tests.kernels.gpu_probe import probe
 
 def check(kernel, real, **choice):
     numbers = {"n_tokens", "n_heads", "n_rows", "n_slots"}
-    sizes = dict(KEY=16, KW=16, HIDDEN=512, BO=16, SHARPNESS=10.0)
+    sizes = dict(KEY=16, KW=16, HIDDEN=512, BO=16, SHARPNESS=10.0, THRESHOLD=0.0)
     constants = {name: value for name, value in {**sizes, **choice}.items() if name in kernel.arg_names}
     pointers = {name: "*" + real for name in kernel.arg_names if name not in numbers and name not in constants}
     tables = {name: "*i32" for name in ("order", "entries", "ends") if name in pointers}
@@ -302,7 +317,7 @@ def check(kernel, real, **choice):
 gates = ("ETA_WIDE", "ALPHA_WIDE", "IN_WIDE", "DELTA_WIDE", "HAS_DELTA", "LEARN", "HAS_START")
 plain = dict(dict.fromkeys(gates, False), MOMENTUM=False, LINK=0, BIAS=0)
 every = dict(dict.fromkeys(gates, True), MOMENTUM=False, LINK=1, BIAS=2)
-mixed_up = dict(every, MOMENTUM=True, LINK=0, ETA_WIDE=False)
+mixed_up = dict(every, MOMENTUM=True, LINK=0, ETA_WIDE=False, THRESHOLD=0.1)
 of_tokens = (tokens.prepare, tokens.finish, tokens.prepare_back, tokens.finish_back)
 of_mixtures = (mixed.prepare_mixed, mixed.finish_mixed, mixed.prepare_mixed_back, mixed.finish_mixed_back)
 some, others = {

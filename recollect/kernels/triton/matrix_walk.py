@@ -23,6 +23,7 @@ from recollect.kernels.triton.perceptron_parts import (
     put,
     put_line,
     put_square,
+    shrunk,
     square,
     tokens_of,
 )
@@ -59,12 +60,6 @@ def some(x, row, real, rows, VALUE: tl.constexpr, WIDE: tl.constexpr):
 def put_some(x, row, real, rows, value, VALUE: tl.constexpr):
     """Store what `some` reads, WIDE."""
     tl.store(x + row[:, None] * VALUE + rows[None, :], value, mask=real[:, None] & (rows < VALUE)[None, :])
-
-
-@triton.jit
-def shrunk(w, THRESHOLD: tl.constexpr):
-    """Entries nearer to zero by a threshold, those below it at zero."""
-    return tl.where(w > THRESHOLD, w - THRESHOLD, tl.where(w < -THRESHOLD, w + THRESHOLD, 0.0))
 
 
 @triton.jit

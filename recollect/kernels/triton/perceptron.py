@@ -40,6 +40,7 @@ def _options(
     link: int,
     bias: int,
     sharpness: float,
+    threshold: float,
 ) -> tuple[dict[str, Any], ...]:
     """What kernels are compiled for: all; those with gates, of W_out or both matrices; with bias and link; those that walk."""
     every = {
@@ -54,7 +55,13 @@ def _options(
     wide = delta is not None and delta.shape[-1] > 1
     kinds = {"LINK": link, "BIAS": bias, "SHARPNESS": sharpness, "DELTA_WIDE": wide, "HAS_DELTA": delta is not None}
     units = HIDDEN_UNITS if hidden % HIDDEN_UNITS == 0 else TOKENS
-    return every, gates, inner, kinds, {"MOMENTUM": n_matrices == 4, "HIDDEN": hidden, "BO": units, "num_warps": WARPS}
+    return (
+        every,
+        gates,
+        inner,
+        kinds,
+        {"THRESHOLD": threshold, "MOMENTUM": n_matrices == 4, "HIDDEN": hidden, "BO": units, "num_warps": WARPS},
+    )
 
 
 @torch.library.custom_op("recollect::perceptron_scan", mutates_args=())
@@ -82,6 +89,7 @@ def _forward(
     link: int,
     bias: int,
     sharpness: float,
+    threshold: float,
 ) -> list[Tensor]:
     batch, length, n_heads, _ = q.shape
     n_matrices, hidden = state.shape[2:4]
@@ -111,7 +119,7 @@ def _forward(
     factors = q.new_empty(batch, n_heads, entries.shape[1] if radius is not None else 0, 4)
     total = q.new_empty(batch, n_heads, sizes[-1], 2, q.shape[-1])
     mix, late = q.new_empty(batch, n_heads, length, 4), q.new_empty(batch, n_heads, sizes[-1], 2)
-    every, gates, inner, kinds, walks = _options(q, hidden, eta, log_alpha, delta, n_matrices, link, bias, sharpness)
+    every, gates, inner, kinds, walks = _options(q, hidden, eta, log_alpha, delta, n_matrices, link, bias, sharpness, threshold)
     grid = (batch * n_heads, sizes[-1])
     decays_in = decays if log_alpha_in is None else log_alpha_in.contiguous()
     before, gated = (query, keys, steps, decays), (decayed, in_end, rest, scores, total)
@@ -149,6 +157,7 @@ def _backward(
     grad_y: Tensor,
     grad_last: Tensor,
     grad_anchor: Tensor,
+    last: Tensor,
     saved: Tensor,
     written: Tensor,
     read: Tensor,
@@ -177,6 +186,7 @@ def _backward(
     link: int,
     bias: int,
     sharpness: float,
+    threshold: float,
 ) -> list[Tensor]:
     batch, length, n_heads, _ = q.shape
     n_matrices, hidden = anchor.shape[2:4]
@@ -197,6 +207,8 @@ def _backward(
     d_start = anchor.new_zeros(anchor.shape if start is not None else 0)
     full = (ends[:, 1] != 0).view(-1, 1, 1, 1, 1)
     d_state = (grad_last + grad_anchor.masked_fill(~full, 0)).contiguous()
+    if threshold > 0:  # not of the last change, if there is one
+        d_state[:, :, :2] = d_state[:, :, :2].masked_fill(full & (last[:, :, :2] == 0), 0)
     d_anchor = grad_anchor.masked_fill(full, 0).contiguous()
     simplex = open_kept is not None
     d_weights = d_anchor
@@ -211,7 +223,7 @@ def _backward(
     total = q.new_empty(batch, n_heads, sizes[-1], 2, q.shape[-1])
     mix, late = q.new_empty(batch, n_heads, length, 4), q.new_empty(batch, n_heads, sizes[-1], 2)
     d_mix, d_late = torch.empty_like(mix), torch.empty_like(late)
-    every, gates, inner, kinds, walks = _options(q, hidden, eta, log_alpha, delta, n_matrices, link, bias, sharpness)
+    every, gates, inner, kinds, walks = _options(q, hidden, eta, log_alpha, delta, n_matrices, link, bias, sharpness, threshold)
     grid = (batch * n_heads, sizes[-1])
     decays_in = decays if log_alpha_in is None else log_alpha_in.contiguous()
     before, gated = (query, keys, steps, decays), (decayed, in_end, rest, scores, total)
@@ -282,23 +294,24 @@ def _backward(
 
 
 @_backward.register_fake
-def _(grad_y, grad_last, grad_anchor, saved, written, read, scores_out, factors, kept, means, *given):
-    *inputs, anchor, start, _, _, _, _, _, _, _ = given
+def _(grad_y, grad_last, grad_anchor, last, saved, written, read, scores_out, factors, kept, means, *given):
+    *inputs, anchor, start, _, _, _, _, _, _, _, _ = given
     return [x.new_empty(x.shape) for x in (*inputs, anchor, anchor, start) if x is not None]
 
 
 def _keep(ctx, inputs, output):
-    *tensors, _, ctx.padded, ctx.link, ctx.bias, ctx.sharpness = inputs
+    *tensors, _, ctx.padded, ctx.link, ctx.bias, ctx.sharpness, ctx.threshold = inputs
     del tensors[12]  # the state: it is what was saved first
-    ctx.save_for_backward(*output[3:], *tensors)
+    ctx.save_for_backward(output[1], *output[3:], *tensors)
 
 
 def _differentiate(ctx, grads):
     grad_y, grad_last, grad_anchor, *_ = grads
     saved = ctx.saved_tensors
-    found = iter(_backward(grad_y, grad_last, grad_anchor, *saved, ctx.padded, ctx.link, ctx.bias, ctx.sharpness))
-    given = [*saved[7:19], saved[19], *saved[19:21]]
-    return *(None if x is None else next(found) for x in given), *(None,) * 8
+    settings = (ctx.padded, ctx.link, ctx.bias, ctx.sharpness, ctx.threshold)
+    found = iter(_backward(grad_y, grad_last, grad_anchor, *saved, *settings))
+    given = [*saved[8:20], saved[20], *saved[20:22]]
+    return *(None if x is None else next(found) for x in given), *(None,) * 9
 
 
 _forward.register_autograd(_differentiate, setup_context=_keep)
@@ -347,7 +360,7 @@ def perceptron_scan(
     y, last, last_anchor, *_ = _forward(
         *inputs,
         *(pieces.order, pieces.entries, pieces.ends, max(pieces.n_slots, 1) if learning else 0, valid is not None),
-        *(LINKS[settings.link], BIASES[settings.bias], settings.sharpness),
+        *(LINKS[settings.link], BIASES[settings.bias], settings.sharpness, settings.threshold),
     )
     now, then = (Perceptron(x[:, :, 0], x[:, :, 1].mT) for x in (last, last_anchor))
     change = None if momentum is None else Perceptron(last[:, :, 2], last[:, :, 3].mT)

@@ -27,6 +27,12 @@ def product(a, b, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def shrunk(w, THRESHOLD: tl.constexpr):
+    """Entries nearer to zero by a threshold, those below it at zero."""
+    return tl.where(w > THRESHOLD, w - THRESHOLD, tl.where(w < -THRESHOLD, w + THRESHOLD, 0.0))
+
+
+@triton.jit
 def tokens_of(order, entry, batch, head, n_tokens, n_heads, step: tl.constexpr):
     """The tokens of a piece, `step` behind each: their places in the order, their rows in [B, T, H], and whether they exist."""
     t = tl.arange(0, SIZE) + step
@@ -299,6 +305,13 @@ def factor_of(norm, radius):
     """What link SCALED multiplies a matrix of this norm with."""
     ratio = tl.minimum(radius / (norm + LEAST), 1.0)
     return ratio * ratio
+
+
+@triton.jit
+def shrink(x, ROWS: tl.constexpr, KEY: tl.constexpr, KW: tl.constexpr, BO: tl.constexpr, THRESHOLD: tl.constexpr):
+    """Bring the entries of ROWS rows of a memory nearer to zero, in place."""
+    for o in range(0, ROWS, BO):
+        put_block(x, o, shrunk(block(x, o, KEY, KW, BO), THRESHOLD), KEY, KW, BO)
 
 
 @triton.jit

@@ -34,6 +34,7 @@ from recollect.kernels.triton.perceptron_parts import (
     put_hidden,
     put_line,
     put_square,
+    shrink,
     square,
     tokens_of,
 )
@@ -84,6 +85,7 @@ def walk(
     LINK: tl.constexpr,
     BIAS: tl.constexpr,
     SHARPNESS: tl.constexpr,
+    THRESHOLD: tl.constexpr,
     DELTA_WIDE: tl.constexpr,
     HAS_DELTA: tl.constexpr,
     LEARN: tl.constexpr,
@@ -123,6 +125,9 @@ def walk(
         point = tl.where(flags % 2 == 1, here, point)
         there = tl.where(flags % 2 == 1, tl.where(here == 0, 1, 0), here)
         origin, source, target = states + point * FULL, states + here * FULL, states + there * FULL
+        if THRESHOLD > 0 and (flags == 1) & (n > 0):
+            shrink(source, 2 * HIDDEN, KEY, KW, BO, THRESHOLD)
+            tl.debug_barrier()
 
         if LINK == SCALED:
             if (flags % 2 == 1) | (n == 0):
@@ -233,6 +238,10 @@ def walk(
             totals = total + (program * n_rows + n) * 2 * KEY
             kept_in, kept_out = kept_in * line(totals, KEY, KW), kept_out * line(totals + KEY, KEY, KW)
         here = there
-    point = tl.where(tl.load(ends + batch * 2 + 1) != 0, here, point)
+    full = tl.load(ends + batch * 2 + 1) != 0
+    if THRESHOLD > 0 and full:
+        shrink(states + here * FULL, 2 * HIDDEN, KEY, KW, BO, THRESHOLD)
+        tl.debug_barrier()
+    point = tl.where(full, here, point)
     copy(states + here * FULL, last + program * FULL, FULL // KEY, KEY, KW, BO)
     copy(states + point * FULL, last_anchor + program * FULL, FULL // KEY, KEY, KW, BO)

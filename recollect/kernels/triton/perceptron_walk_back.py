@@ -30,6 +30,7 @@ from recollect.kernels.triton.perceptron_parts import (
     put_hidden,
     put_line,
     put_square,
+    shrunk,
     square,
     tokens_of,
 )
@@ -137,6 +138,7 @@ def walk_back(
     LINK: tl.constexpr,
     BIAS: tl.constexpr,
     SHARPNESS: tl.constexpr,
+    THRESHOLD: tl.constexpr,
     ETA_WIDE: tl.constexpr,
     DELTA_WIDE: tl.constexpr,
     HAS_DELTA: tl.constexpr,
@@ -232,6 +234,7 @@ def walk_back(
                 put_hidden(kept, o, pre, HIDDEN, BO)
                 put_hidden(kept + WIDTH, o, back, HIDDEN, BO)
                 if n + 1 < high:
+                    settles = tl.load(entries + (n + 1) * 6 + 2) == 1  # a full chunk ends with this piece
                     act, slope, _ = gelu(pre)
                     keep_in, keep_out = line(total + n * 2 * KEY, KEY, KW), line(total + n * 2 * KEY + KEY, KEY, KW)
                     gp = tl.trans(back * slope)
@@ -247,6 +250,8 @@ def walk_back(
                         m_out = slow * m_out - product(tl.trans(act), factor * pulled, PRECISION)
                         put_block(source + FULL + 2 * AREA, o, m_in, KEY, KW, BO)
                         put_block(source + FULL + 3 * AREA, o, m_out, KEY, KW, BO)
+                    if THRESHOLD > 0 and settles:
+                        w_in, w_out = shrunk(w_in, THRESHOLD), shrunk(w_out, THRESHOLD)
                     put_block(source + FULL, o, w_in, KEY, KW, BO)
                     put_block(source + FULL + AREA, o, w_out, KEY, KW, BO)
             tl.debug_barrier()
@@ -480,6 +485,11 @@ def walk_back(
                     later_in, later_out = later_in * 0, later_out * 0
             put(d_k, row, real, d_r, KEY, KW, True)
             tl.debug_barrier()
+            if THRESHOLD > 0 and (flags == 1) & (n > 0):
+                for o in range(0, 2 * HIDDEN, BO):
+                    g = tl.where(block(source, o, KEY, KW, BO) == 0, 0.0, block(d_state, o, KEY, KW, BO))
+                    put_block(d_state, o, g, KEY, KW, BO)
+                tl.debug_barrier()
             if HAS_START and flags >= 2:
                 for o in range(0, FULL // KEY, BO):
                     g = block(d_state, o, KEY, KW, BO)
