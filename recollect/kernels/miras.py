@@ -94,31 +94,38 @@ def _scanned_matrix(call: Call) -> tuple[Tensor, MirasState]:
     bias = _matrix_bias(call)
     assert bias is not None
     assert state.anchor is not None
-    v, initial = inputs.v, call.parameters.fast[0]
+    v, initial, log_alpha, link = inputs.v, call.parameters.fast[0], inputs.log_alpha, _link(spec) or "identity"
+    kept = None
     if (
         spec.retention.name == "towards_initial"
     ):  # what is read and written is the change: the first matrix is a part of the values
         v = v - torch.einsum("bthk,hvk->bthv", inputs.k, initial)
+    if link == "simplex":  # of the weights K softmax - 1 + 1, the last 1 is a part of values and outputs
+        assert state.kept is not None
+        log_alpha, kept = reduced(log_alpha, "input", row_constant=True, log=True), state.kept[0]
+        v = v - inputs.k.sum(-1, keepdim=True)
     y, dual, anchor, phase = matrix_scan(
         inputs.q,
         inputs.k,
         v,
         inputs.eta,
-        inputs.log_alpha,
+        log_alpha,
         state.dual[0],
         state.anchor[0],
         state.phase,
-        Settings(spec.chunk_size, bias, float(spec.bias.options[0]) if bias == "l1" else 1.0),
+        Settings(spec.chunk_size, bias, float(spec.bias.options[0]) if bias == "l1" else 1.0, link, threshold=_threshold(spec)),
         delta=inputs.bias[0] if inputs.bias else None,
         start=None if call.reset is None else spec.retention.start(initial),
-        radius=_radius(call)[:, 0] if _link(spec) == "scaled" else None,
+        radius=_radius(call)[:, 0] if link == "scaled" else None,
+        kept=kept,
         reset=call.reset,
         valid=call.valid,
-        threshold=_threshold(spec),
     )
+    q = inputs.q if call.valid is None else inputs.q * call.valid[:, :, None, None]
     if spec.retention.name == "towards_initial":
-        q = inputs.q if call.valid is None else inputs.q * call.valid[:, :, None, None]
         y = y + torch.einsum("bthk,hvk->bthv", q, initial)
+    if link == "simplex":
+        y = y + q.sum(-1, keepdim=True)
     return y, MirasState((dual,), (anchor,), _kept(call, phase), None, None, phase)
 
 
@@ -128,7 +135,7 @@ def _matrix_bias(call: Call) -> str | None:
     spec = call.spec
     fits = spec.memory.name == "matrix" and spec.rule.name == "gd" and spec.stale
     kept = spec.retention.name in ("none", "l2", "l2_coupled", "towards_initial")
-    kept |= _link(spec) == "scaled" or (_link(spec) == "identity" and spec.retention.name == "elastic_net")
+    kept |= _link(spec) in ("scaled", "simplex") or (_link(spec) == "identity" and spec.retention.name == "elastic_net")
     return _bias(spec) if fits and kept else None
 
 

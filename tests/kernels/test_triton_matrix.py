@@ -12,7 +12,7 @@ from torch import Tensor
 from recollect.ops.miras import MirasSpec, Parameters, Retention, scan
 from recollect.ops.miras.biases import AttentionalBias, dot_product, huber, l1, l2, l_infinity
 from recollect.ops.miras.memories import matrix, mlp
-from recollect.ops.miras.retentions import elastic_net, l2_coupled, logit, lq, none, towards_initial
+from recollect.ops.miras.retentions import elastic_net, kl, l2_coupled, logit, lq, none, towards_initial
 from recollect.ops.miras.retentions import l2 as decay
 from recollect.ops.miras.rules import gd, momentum
 from tests.kernels.gpu_code import assert_compiles
@@ -130,6 +130,7 @@ RETENTIONS = {
     "towards_initial": towards_initial(),
     "elastic_net": elastic_net(0.003),
     "lq": lq(4.0),
+    "kl": kl(),
 }
 
 
@@ -162,6 +163,17 @@ def test_a_scaled_memory_equals_the_plain_chunks(bias: str) -> None:
     assert_equal(actual, expected)
     plain = run(named, 20, BIASES[bias], "chunked")[0][:, 20:].detach()
     assert float((expected[0][:, 20:].detach() - plain).abs().max()) > 0.1 * float(plain.abs().max())
+
+
+@pytest.mark.parametrize(
+    ("bias", "length", "chunk", "cuts", "wide"),
+    [("l2", 40, 20, (3,), 16), ("huber of the norm", 26, 64, (9,), 1), ("lp3", 90, 80, (2, 60), 1)],
+)
+def test_a_simplex_memory_equals_the_plain_chunks(bias: str, length: int, chunk: int, cuts: tuple[int, ...], wide: int) -> None:
+    """Prevents weights that are not those of the chunk's start, and a frame that has lost the decay since then."""
+    named, options = draw(length, n_heads=2, value=20, widths=(wide, wide, 1)), {"retention": kl()}
+    actual = results(named, chunk, BIASES[bias], "triton", cuts=cuts, **options)
+    assert_equal(actual, results(named, chunk, BIASES[bias], "chunked", **options))
 
 
 @pytest.mark.parametrize("length", [24, 90])
@@ -265,17 +277,22 @@ def check(kernel, real, **choice):
     text = compiled(kernel, {**pointers, **tables}, {"num_stages": 1}, **constants)
     assert "mma" in text, "no tensor cores"
 
-gates = ("ETA_WIDE", "ALPHA_WIDE", "DELTA_WIDE", "HAS_DELTA", "LEARN", "HAS_START", "SCALE")
-plain, every = dict(dict.fromkeys(gates, False), THRESHOLD=0.0), dict(dict.fromkeys(gates, True), THRESHOLD=0.1)
+gates = ("ETA_WIDE", "ALPHA_WIDE", "DELTA_WIDE", "HAS_DELTA", "LEARN", "HAS_START")
+plain = dict(dict.fromkeys(gates, False), THRESHOLD=0.0, LINK=0)
+every = dict(dict.fromkeys(gates, True), THRESHOLD=0.1, LINK=1)
 for kernel in (prepare, finish_back, walk, walk_back):
     check(kernel, "fp32", PRECISION="tf32x3", BIAS=0, **plain)
     check(kernel, "fp32", PRECISION="tf32x3", BIAS=4, **every)
+    if SIMPLEX:
+        check(kernel, "fp32", PRECISION="tf32x3", BIAS=2, **{**every, "ALPHA_WIDE": False, "LINK": 2})
 for kernel in (walk, walk_back):
     check(kernel, "fp64", PRECISION="ieee", BIAS=2, **{**every, "DELTA_WIDE": False})
 """
 
 
-@pytest.mark.parametrize("capability", [pytest.param(80, marks=pytest.mark.slow), 90])
-def test_kernels_compile_for_a_gpu(capability: int) -> None:
+@pytest.mark.parametrize(
+    ("capability", "simplex"), [(90, False), *(pytest.param(n, True, marks=pytest.mark.slow) for n in (80, 90))]
+)
+def test_kernels_compile_for_a_gpu(capability: int, simplex: bool) -> None:
     """Prevents code that only the interpreter understands, and products that miss the tensor cores."""
-    assert_compiles(CODE, capability)
+    assert_compiles(CODE.replace("SIMPLEX", repr(simplex)), capability)

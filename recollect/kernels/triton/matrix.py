@@ -20,7 +20,7 @@ import torch
 import triton
 from torch import Tensor
 
-from recollect.kernels.memory import BIASES, Settings
+from recollect.kernels.memory import BIASES, LINKS, Settings
 from recollect.kernels.triton.matrix_tokens import finish_back, prepare
 from recollect.kernels.triton.matrix_walk import walk, walk_back
 from recollect.kernels.triton.pieces import SEGMENT, TOKENS, cut
@@ -40,7 +40,7 @@ class _Plan:
         log_alpha: Tensor,
         delta: Tensor | None,
         start: Tensor | None,
-        radius: Tensor | None,
+        link: int,
         entries: Tensor,
     ) -> None:
         batch, length, n_heads, key = q.shape
@@ -49,6 +49,7 @@ class _Plan:
         self.every: dict[str, Any] = {
             "KEY": key,
             "KW": _width(key),
+            "LINK": link,
             "PRECISION": accumulator(q.dtype)[1],
             "num_stages": 1,  # what a loop reads the one before may have written: nothing is to be loaded ahead
         }
@@ -59,16 +60,19 @@ class _Plan:
             "HAS_DELTA": delta is not None,
             "HAS_START": start is not None,
             "DELTA_WIDE": self.wide,
-            "SCALE": radius is not None,
         }
 
     def walks(self, bias: int, sharpness: float, threshold: float) -> tuple[tuple[int, int], dict[str, Any]]:
         """The grid of a walk, and its options: rows meet where a bias or the link takes a norm over them."""
         width = _width(self.value)
-        rows = width if bias == BIASES["huber_norm"] or self.given["SCALE"] else min(ROWS, width)
+        rows = width if bias == BIASES["huber_norm"] or self.every["LINK"] == LINKS["scaled"] else min(ROWS, width)
         kinds = {"VALUE": self.value, "BV": rows, "BIAS": bias, "SHARPNESS": sharpness, "THRESHOLD": threshold}
         grid = (self.pieces[0], triton.cdiv(self.value, rows))
         return grid, {**self.every, **self.given, **kinds, "num_warps": WARPS if rows <= ROWS else 2 * WARPS}
+
+    def pieces_of(self, q: Tensor) -> tuple[int, int, int]:
+        """Heads, pieces and channels, where every piece has a line."""
+        return q.shape[2], self.pieces[1], q.shape[3]
 
     def prepared(
         self, table: tuple[Tensor, ...], q: Tensor, k: Tensor, eta: Tensor, log_alpha: Tensor
@@ -100,40 +104,46 @@ def _forward(
     anchor: Tensor,
     start: Tensor | None,
     radius: Tensor | None,
+    open_kept: Tensor | None,
     order: Tensor,
     entries: Tensor,
     ends: Tensor,
     n_slots: int,
     padded: bool,
+    link: int,
     bias: int,
     sharpness: float,
     threshold: float,
 ) -> list[Tensor]:
     tokens = [(q if x is None else x).contiguous() for x in (q, k, v, eta, log_alpha, delta)]
     query, keys, values, steps, decays, thresholds = tokens
-    plan, table = _Plan(q, v, eta, log_alpha, delta, start, radius, entries), (order, entries, ends)
+    plan, table = _Plan(q, v, eta, log_alpha, delta, start, link, entries), (order, entries, ends)
     y = torch.zeros_like(values) if padded else torch.empty_like(values)
     last, last_anchor = (state.new_empty(state.shape) for _ in range(2))
     saved = state.new_empty(*state.shape[:2], n_slots, *state.shape[2:])
     written = values.new_empty(values.shape if n_slots else 0)
     factors = q.new_empty(*state.shape[:2], entries.shape[1] if radius is not None else 0, 2)
+    simplex = state.shape[0] if open_kept is not None else 0
+    kept_before = q.new_empty(simplex, *plan.pieces_of(q))
     grid, options = plan.walks(bias, sharpness, threshold)
     walk[grid](
         *(*table, keys, values, thresholds, *plan.prepared(table, query, keys, steps, decays)),
-        *(x.contiguous() for x in (state, anchor, state if start is None else start, state if radius is None else radius)),
-        *(last, last_anchor, saved, written, factors, y, *plan.sizes, n_slots),
+        *(state.contiguous() if x is None else x.contiguous() for x in (state, anchor, start, radius, open_kept)),
+        *(last, last_anchor, saved, written, factors, kept_before, y, *plan.sizes, n_slots),
         **options,
         LEARN=n_slots > 0,
     )
-    return [y, last, last_anchor, saved, written, factors]
+    return [y, last, last_anchor, saved, written, factors, kept_before]
 
 
 @_forward.register_fake
-def _(q, k, v, eta, log_alpha, delta, state, anchor, start, radius, order, entries, ends, n_slots, *others):
+def _(q, k, v, eta, log_alpha, delta, state, anchor, start, radius, open_kept, order, entries, ends, n_slots, *others):
     last, last_anchor = (state.new_empty(state.shape) for _ in range(2))
     saved = state.new_empty(*state.shape[:2], n_slots, *state.shape[2:])
     factors = q.new_empty(*state.shape[:2], entries.shape[1] if radius is not None else 0, 2)
-    return [v.new_empty(v.shape), last, last_anchor, saved, v.new_empty(v.shape if n_slots else 0), factors]
+    written, simplex = v.new_empty(v.shape if n_slots else 0), state.shape[0] if open_kept is not None else 0
+    kept_before = q.new_empty(simplex, state.shape[1], entries.shape[1], q.shape[-1])
+    return [v.new_empty(v.shape), last, last_anchor, saved, written, factors, kept_before]
 
 
 @torch.library.custom_op("recollect::matrix_scan_backward", mutates_args=())
@@ -145,6 +155,7 @@ def _backward(
     saved: Tensor,
     written: Tensor,
     factors: Tensor,
+    kept_before: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -154,17 +165,19 @@ def _backward(
     anchor: Tensor,
     start: Tensor | None,
     radius: Tensor | None,
+    open_kept: Tensor | None,
     order: Tensor,
     entries: Tensor,
     ends: Tensor,
     padded: bool,
+    link: int,
     bias: int,
     sharpness: float,
     threshold: float,
 ) -> list[Tensor]:
     tokens = [(q if x is None else x).contiguous() for x in (q, k, v, eta, log_alpha, delta)]
     query, keys, values, steps, decays, thresholds = tokens
-    plan, table = _Plan(q, v, eta, log_alpha, delta, start, radius, entries), (order, entries, ends)
+    plan, table = _Plan(q, v, eta, log_alpha, delta, start, link, entries), (order, entries, ends)
     batch, length, n_heads, key = q.shape
     grid, options = plan.walks(bias, sharpness, threshold)
     n_blocks = grid[1]
@@ -174,7 +187,7 @@ def _backward(
         d_delta = empty(thresholds.expand(n_blocks, *thresholds.shape).contiguous())
     states = anchor.new_empty(*anchor.shape[:2], SEGMENT + 1, *anchor.shape[2:])
     d_start = anchor.new_zeros(anchor.shape if start is not None else 0)
-    d_radius = q.new_empty(anchor.shape[:2])
+    d_radius, d_kept = q.new_empty(anchor.shape[:2]), q.new_empty(n_blocks, batch, n_heads, key)
     full = (ends[:, 1] != 0).view(-1, 1, 1, 1)
     d_state = (grad_last + grad_anchor.masked_fill(~full, 0)).contiguous()
     if threshold > 0:
@@ -184,9 +197,10 @@ def _backward(
     left.append(q.new_empty(n_blocks, batch, n_heads, plan.pieces[1], key))
     prepared = plan.prepared(table, query, keys, steps, decays)
     walk_back[grid](
-        *(*table, keys, values, thresholds, anchor.contiguous(), (anchor if start is None else start).contiguous()),
-        *((anchor if radius is None else radius).contiguous(), saved, written, factors, *prepared, grad_y.contiguous(), states),
-        *(d_v, d_delta, d_start, d_radius, d_state, d_anchor, *left, *plan.sizes, saved.shape[2]),
+        *(*table, keys, values, thresholds),
+        *(anchor.contiguous() if x is None else x.contiguous() for x in (anchor, start, radius)),
+        *(saved, written, factors, kept_before, *prepared, grad_y.contiguous(), states),
+        *(d_v, d_delta, d_start, d_radius, d_kept, d_state, d_anchor, *left, *plan.sizes, saved.shape[2]),
         **options,
     )
     summed = [x.sum(0) for x in left]
@@ -197,27 +211,27 @@ def _backward(
     if delta is not None:
         found.append(d_delta if plan.wide else d_delta.sum(0))
     found += [d_state, d_anchor]
-    optional = ((start, d_start), (radius, d_radius))
+    optional = ((start, d_start), (radius, d_radius), (open_kept, d_kept))
     return [*found, *(x.sum(0) for given, x in optional if given is not None)]
 
 
 @_backward.register_fake
-def _(grad_y, grad_last, grad_anchor, last, saved, written, factors, *given):
-    *inputs, anchor, start, radius, _, _, _, _, _, _, _ = given
-    return [x.new_empty(x.shape) for x in (*inputs, anchor, anchor, start, radius) if x is not None]
+def _(grad_y, grad_last, grad_anchor, last, saved, written, factors, kept_before, *given):
+    *inputs, anchor, start, radius, open_kept, _, _, _, _, _, _, _, _ = given
+    return [x.new_empty(x.shape) for x in (*inputs, anchor, anchor, start, radius, open_kept) if x is not None]
 
 
 def _keep(ctx, inputs, output):
-    *tensors, _, ctx.padded, ctx.bias, ctx.sharpness, ctx.threshold = inputs
+    *tensors, _, ctx.padded, ctx.link, ctx.bias, ctx.sharpness, ctx.threshold = inputs
     del tensors[6]  # the state: it is what was saved first
     ctx.save_for_backward(output[1], *output[3:], *tensors)
 
 
 def _differentiate(ctx, grads):
     saved = ctx.saved_tensors
-    found = iter(_backward(*grads[:3], *saved, ctx.padded, ctx.bias, ctx.sharpness, ctx.threshold))
-    given = [*saved[4:11], *saved[10:13]]
-    return *(None if x is None else next(found) for x in given), *(None,) * 8
+    found = iter(_backward(*grads[:3], *saved, ctx.padded, ctx.link, ctx.bias, ctx.sharpness, ctx.threshold))
+    given = [*saved[5:12], *saved[11:15]]
+    return *(None if x is None else next(found) for x in given), *(None,) * 9
 
 
 _forward.register_autograd(_differentiate, setup_context=_keep)
@@ -237,9 +251,9 @@ def matrix_scan(
     delta: Tensor | None = None,
     start: Tensor | None = None,
     radius: Tensor | None = None,
+    kept: Tensor | None = None,
     reset: Tensor | None = None,
     valid: Tensor | None = None,
-    threshold: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Outputs and states of a matrix memory.
 
@@ -249,22 +263,25 @@ def matrix_scan(
         state: the matrix before the first token, [B, H, V, K].
         anchor: the one at the start of the open chunk, likewise (read only where phase > 0).
         phase: int64 [B], tokens already in the open chunk.
-        settings: chunk size and bias.
+        settings: chunk size, bias, link, and threshold >= 0, by how much a full chunk ends with entries nearer to zero (those below
+            it at zero).
         delta: threshold of the bias "huber" or "huber_norm", [B, T, H, 1 or V].
         start: the matrix at the start of a document, [H, V, K]; needed with `reset`.
         radius: of link "scaled", [H], positive: in a chunk the weights are the matrix times min(1, (radius / |matrix|_4)^2), the norm
             with 1e-8 added and taken at the chunk's start. None: link "identity".
+        kept: of link "simplex", [B, H, 1]: the log of the decay in the open chunk before the call. In a chunk the weights are
+            K softmax(rows) - 1 of the matrix at its start, and reads frame what it has gained since; log_alpha: one number per token.
         reset, valid: bool [B, T]: first token of a document; False where the token is padding.
-        threshold: >= 0, by how much every full chunk ends with entries nearer to zero (those below it at zero).
     Returns:
         y [B, T, H, V], 0 at padding; the matrix after the last token; that at the start of its chunk; the new phase.
     """
     pieces = cut(phase, q.shape[1], settings.chunk_size, reset, valid)
-    inputs = (q, k, v, eta, log_alpha, delta, state, anchor, start, radius)
+    open_kept = None if kept is None else kept.expand(*kept.shape[:2], q.shape[-1])
+    inputs = (q, k, v, eta, log_alpha, delta, state, anchor, start, radius, open_kept)
     learning = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     y, last, last_anchor, *_ = _forward(
         *inputs,
         *(pieces.order, pieces.entries, pieces.ends, max(pieces.n_slots, 1) if learning else 0, valid is not None),
-        *(BIASES[settings.bias], settings.sharpness, threshold),
+        *(LINKS[settings.link], BIASES[settings.bias], settings.sharpness, settings.threshold),
     )
     return y, last, last_anchor, pieces.phase

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from recollect.kernels.triton.perceptron_parts import (
+    SIMPLEX,
     attended,
     attended_back,
     channels,
@@ -22,6 +23,7 @@ from recollect.kernels.triton.perceptron_parts import (
     square,
     tokens_of,
 )
+from recollect.kernels.triton.perceptron_simplex import evened
 
 
 @triton.jit
@@ -54,6 +56,7 @@ def prepare(
     n_rows,
     KEY: tl.constexpr,
     KW: tl.constexpr,
+    LINK: tl.constexpr,
     ETA_WIDE: tl.constexpr,
     ALPHA_WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -72,6 +75,8 @@ def prepare(
         put(decayed + tile, at, real, query * _to(logs), KEY, KW, True)
         put(in_end + tile, at, real, f * _on(after), KEY, KW, True)
         put_line(total + (program * n_rows + n) * KEY, tl.exp(tl.sum(logs, axis=0))[None, :], KEY, KW)
+        if LINK == SIMPLEX:
+            f = evened(f, KEY, KW)
         weights = scores(query, f, tl.exp(logs), tl.exp(after), KW, PRECISION)
         put_square(s + program * n_tokens * 16, at, real, weights)
 
@@ -99,6 +104,7 @@ def finish_back(
     n_rows,
     KEY: tl.constexpr,
     KW: tl.constexpr,
+    LINK: tl.constexpr,
     ETA_WIDE: tl.constexpr,
     ALPHA_WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -116,9 +122,11 @@ def finish_back(
         logs_after = channels(log_alpha, next_row, behind, KEY, KW, ALPHA_WIDE)
         alpha, after = tl.exp(logs), tl.exp(logs_after)
         w, f = square(d_s + program * n_tokens * 16, at, real), step * keys
-        to_f = attended_back(w, query, alpha, after, KW, PRECISION)
+        to_f, seen = attended_back(w, query, alpha, after, KW, PRECISION), f
+        if LINK == SIMPLEX:
+            to_f, seen = evened(to_f, KEY, KW), evened(f, KEY, KW)
         to_f -= channels(end_in + tile, at, real, KEY, KW, True) * _on(logs_after)
-        to_query = attended(w, f, alpha, after, KW, PRECISION)
+        to_query = attended(w, seen, alpha, after, KW, PRECISION)
         to_query += channels(of_query + tile, at, real, KEY, KW, True) * _to(logs)
         put(d_q, row, real, to_query, KEY, KW, True)
         put(d_k, row, real, to_f * step + channels(of_key + tile, at, real, KEY, KW, True), KEY, KW, True)

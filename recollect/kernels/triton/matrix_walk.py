@@ -14,6 +14,8 @@ import triton.language as tl
 
 from recollect.kernels.triton.perceptron_parts import (
     LEAST,
+    SCALED,
+    SIMPLEX,
     channels,
     factor_of,
     line,
@@ -27,6 +29,7 @@ from recollect.kernels.triton.perceptron_parts import (
     square,
     tokens_of,
 )
+from recollect.kernels.triton.perceptron_simplex import evened
 
 SEGMENT = tl.constexpr(4)
 
@@ -81,6 +84,21 @@ def scaled_back(x, d_weights, norm, radius, factor, to_factor):
 
 
 @triton.jit
+def softmaxed(w, KEY: tl.constexpr, KW: tl.constexpr):
+    """Link SIMPLEX: K softmax(row) - 1 of every row, the 1 being left to the values and outputs."""
+    inside = (tl.arange(0, KW) < KEY)[None, :]
+    powers = tl.exp(tl.where(inside, w, float("-inf")) - tl.max(tl.where(inside, w, float("-inf")), axis=1)[:, None])
+    return tl.where(inside, powers * (KEY / tl.sum(powers, axis=1))[:, None] - 1, 0.0)
+
+
+@triton.jit
+def softmaxed_back(weights, d_weights, KEY: tl.constexpr, KW: tl.constexpr):
+    """From the gradient of these weights to that of the matrix."""
+    full = tl.where((tl.arange(0, KW) < KEY)[None, :], weights + 1, 0.0)
+    return full * (d_weights - (tl.sum(full * d_weights, axis=1) / KEY)[:, None])
+
+
+@triton.jit
 def walk(
     order,
     entries,
@@ -96,11 +114,13 @@ def walk(
     anchor,
     start,
     radius,
+    open_kept,
     last,
     last_anchor,
     saved,
     written,
     factors,
+    kept_before,
     y,
     n_tokens,
     n_heads,
@@ -116,13 +136,15 @@ def walk(
     HAS_DELTA: tl.constexpr,
     HAS_START: tl.constexpr,
     THRESHOLD: tl.constexpr,
-    SCALE: tl.constexpr,
+    LINK: tl.constexpr,
     LEARN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """decayed .. total: as `prepare` of `matrix_tokens` leaves them. state, anchor, last, last_anchor [B, H, V, K], start [H, V, K],
     radius [H]; saved [B, H, S, V, K]; written [B, T, H, V]: what the chunk's first weights give for keys. THRESHOLD: every full chunk
-    ends with entries nearer to zero by it. With SCALE, factors [B, H, P, 2]: that of the chunk's weights, and the norm it is of."""
+    ends with entries nearer to zero by it. With link SCALED, factors [B, H, P, 2]: that of the chunk's weights, and the norm it is of.
+    With SIMPLEX, open_kept [B, H, K], the log of the decay in the open chunk before the call, and kept_before [B, H, P, K], the decay
+    in the chunk before the piece; reads go through a frame of the chunk's weights (`perceptron_simplex`)."""
     program = tl.program_id(0).to(tl.int64)
     batch, head = program // n_heads, program % n_heads
     rows, area = tl.program_id(1) * BV + tl.arange(0, BV), KEY * VALUE
@@ -130,7 +152,9 @@ def walk(
     w = rows_of(state + program * area, rows, VALUE, KEY, KW)
     point = rows_of(anchor + program * area, rows, VALUE, KEY, KW)
     by = tl.full((), 1.0, w.dtype)
-    norm = by
+    norm, weights = by, point
+    if LINK == SIMPLEX:
+        kept = tl.exp(line(open_kept + program * KEY, KEY, KW))
     for n in range(tl.load(ends + batch * 2)):
         entry = entries + (batch * n_rows + n) * 6
         flags, slot = tl.load(entry + 2), tl.load(entry + 3).to(tl.int64)
@@ -142,13 +166,22 @@ def walk(
         point = tl.where(flags % 2 == 1, w, point)
         if LEARN and slot >= 0:
             put_rows(saved + (program * n_slots + slot) * area, rows, w, VALUE, KEY, KW)
-        if SCALE:
+        frame = w
+        if LINK == SCALED:
             if (flags % 2 == 1) | (n == 0):
                 norm = norm_of(point)
                 by = factor_of(norm, tl.load(radius + head))
             tl.store(factors + (program * n_rows + n) * 2, by)
             tl.store(factors + (program * n_rows + n) * 2 + 1, norm)
-        u = product(channels(k, row, real, KEY, KW, True), tl.trans(point), PRECISION) * by
+        if LINK == SIMPLEX:
+            if (flags % 2 == 1) | (n == 0):
+                weights = softmaxed(point, KEY, KW)
+            kept = tl.where(flags % 2 == 1, 1.0, kept)
+            put_line(kept_before + (program * n_rows + n) * KEY, kept, KEY, KW)
+            frame = tl.where(flags % 2 == 1, weights, evened(w - kept * point, KEY, KW) + kept * weights)
+        else:
+            weights = point
+        u = product(channels(k, row, real, KEY, KW, True), tl.trans(weights), PRECISION) * by
         r = u - some(v, row, real, rows, VALUE, True)
         if HAS_DELTA:
             bound = some(delta, row, real, rows, VALUE, DELTA_WIDE)
@@ -158,11 +191,13 @@ def walk(
         if LEARN:
             put_some(written, row, real, rows, u, VALUE)
         query = channels(decayed + tile, at, real, KEY, KW, True)
-        out = product(query, tl.trans(w), PRECISION)
+        out = product(query, tl.trans(frame), PRECISION)
         out -= product(square(s + program * n_tokens * 16, at, real), g, PRECISION)
         put_some(y, row, real, rows, out * by, VALUE)
         keep, f = line(total + (program * n_rows + n) * KEY, KEY, KW), channels(in_end + tile, at, real, KEY, KW, True)
         w = keep * w - product(tl.trans(g), f, PRECISION)
+        if LINK == SIMPLEX:
+            kept = kept * keep
     full = tl.load(ends + batch * 2 + 1) != 0
     if THRESHOLD > 0 and full:
         w = shrunk(w, THRESHOLD)
@@ -185,6 +220,7 @@ def walk_back(
     saved,
     written,
     factors,
+    kept_before,
     decayed,
     in_end,
     s,
@@ -195,6 +231,7 @@ def walk_back(
     d_delta,
     d_start,
     d_radius,
+    d_kept,
     d_state,
     d_anchor,
     of_query,
@@ -216,14 +253,14 @@ def walk_back(
     HAS_DELTA: tl.constexpr,
     HAS_START: tl.constexpr,
     THRESHOLD: tl.constexpr,
-    SCALE: tl.constexpr,
+    LINK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """decayed .. total, saved, written: as the forward pass has them. states [B, H, 5, V, K]: room for the matrix at the start of each
     piece of a segment and of the chunk open there. d_state, d_anchor [B, H, V, K] hold the gradients of the last matrices and become
-    those of the first; d_start [B, H, V, K] starts at zeros; d_radius [B, H]. Of each block: of_query, of_key, end_in [N, B, H, T, K],
-    d_s [N, B, H, T, 16] and along [N, B, H, P, K], the gradient of the log of the decay over the piece; d_delta [N, B, T, H], or [B, T,
-    H, V]."""
+    those of the first; d_start [B, H, V, K] starts at zeros; d_radius [B, H]. Of each block: d_kept [N, B, H, K], of open_kept;
+    of_query, of_key, end_in [N, B, H, T, K], d_s [N, B, H, T, 16] and along [N, B, H, P, K], the gradient of the log of the decay over
+    the piece; d_delta [N, B, T, H], or [B, T, H, V]."""
     program, piece_of = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     batch, head = program // n_heads, program % n_heads
     rows, area = tl.program_id(1) * BV + tl.arange(0, BV), KEY * VALUE
@@ -234,12 +271,14 @@ def walk_back(
     start += head * area
     d_start += program * area
     total += program * n_rows * KEY
+    kept_before += program * n_rows * KEY
     entries += batch * n_rows * 6
     if not DELTA_WIDE:
         d_delta += piece_of * (tl.num_programs(0) // n_heads) * n_tokens * n_heads
     d = rows_of(d_state + program * area, rows, VALUE, KEY, KW)
     d_point = rows_of(d_anchor + program * area, rows, VALUE, KEY, KW)
-    d_weights = tl.zeros_like(d)  # with SCALE, of the chunk's first weights
+    d_weights = tl.zeros_like(d)  # with a link, of the chunk's first weights
+    later = tl.zeros((1, KW), d.dtype)  # with SIMPLEX, of the log of the decay in the chunk, by the pieces behind
     by, to_by, to_radius = tl.full((), 1.0, d.dtype), tl.full((), 0.0, d.dtype), tl.full((), 0.0, d.dtype)
     factors += program * n_rows * 2
     high = tl.load(ends + batch * 2)
@@ -287,7 +326,12 @@ def walk_back(
             g, d_out = phi(r, bound, VALUE, BIAS, SHARPNESS), some(grad_y, row, real, rows, VALUE, True)
             w, keep = rows_of(states + (n - low) * area, rows, VALUE, KEY, KW), line(total + n * KEY, KEY, KW)
             query, inner = channels(decayed + tile, at, real, KEY, KW, True), square(s + program * n_tokens * 16, at, real)
-            if SCALE:
+            point = rows_of(states + tl.where(chunk_at >= low, chunk_at - low, SEGMENT) * area, rows, VALUE, KEY, KW)
+            weights, frame = point, w
+            if LINK == SIMPLEX:
+                weights, kept = softmaxed(point, KEY, KW), line(kept_before + n * KEY, KEY, KW)
+                frame = tl.where(flags % 2 == 1, weights, evened(w - kept * point, KEY, KW) + kept * weights)
+            if LINK == SCALED:
                 by = tl.load(factors + n * 2)
                 out = product(query, tl.trans(w), PRECISION) - product(inner, g, PRECISION)
                 to_by += tl.sum(d_out * out)
@@ -298,10 +342,18 @@ def walk_back(
             put_square(d_s + own * n_tokens * 16, at, real, -product(d_out, tl.trans(g), PRECISION))
             end = product(g, d, PRECISION)
             put(end_in + mine, at, real, end, KEY, KW, True)
-            put(of_query + mine, at, real, product(d_out, w, PRECISION), KEY, KW, True)
+            put(of_query + mine, at, real, product(d_out, frame, PRECISION), KEY, KW, True)
             gained = tl.sum(d * w, axis=0)[None, :] * keep - tl.sum(end * f, axis=0)[None, :]
-            put_line(along + (own * n_rows + n) * KEY, gained, KEY, KW)
-            d = d * keep + product(tl.trans(d_out), query, PRECISION)
+            put_line(along + (own * n_rows + n) * KEY, gained + later, KEY, KW)
+            d_frame = product(tl.trans(d_out), query, PRECISION)
+            if LINK == SIMPLEX:
+                inside, even = flags % 2 == 0, evened(d_frame, KEY, KW)
+                d = d * keep + tl.where(inside, even, 0.0)
+                d_point -= tl.where(inside, kept * even, 0.0)
+                d_weights += tl.where(inside, kept, 1.0) * d_frame
+                later += tl.where(inside, tl.sum(d_frame * weights - even * point, axis=0)[None, :] * kept, 0.0)
+            else:
+                d = d * keep + d_frame
 
             d_r, d_bound = phi_back(d_g, r, bound, VALUE, BIAS, SHARPNESS)
             put_some(d_v, row, real, rows, -d_r, VALUE)
@@ -311,10 +363,9 @@ def walk_back(
                     put_some(d_delta, row, real, rows, d_bound, VALUE)
                 else:
                     tl.store(d_delta + row, tl.sum(d_bound, axis=1), mask=real)
-            point = rows_of(states + tl.where(chunk_at >= low, chunk_at - low, SEGMENT) * area, rows, VALUE, KEY, KW)
-            put(of_key + mine, at, real, product(d_r, point, PRECISION) * by, KEY, KW, True)
+            put(of_key + mine, at, real, product(d_r, weights, PRECISION) * by, KEY, KW, True)
             of_point = product(tl.trans(d_r), channels(k, row, real, KEY, KW, True), PRECISION)
-            if SCALE:
+            if LINK == SCALED:
                 d_weights += of_point
                 if (flags % 2 == 1) | (n == 0):
                     norm, rho = tl.load(factors + n * 2 + 1), tl.load(radius + head)
@@ -322,6 +373,12 @@ def walk_back(
                     d_point += of_point
                     to_radius += of_radius
                     d_weights, to_by = tl.zeros_like(d), tl.full((), 0.0, d.dtype)
+            elif LINK == SIMPLEX:
+                d_weights += of_point
+                if (flags % 2 == 1) | (n == 0):
+                    d_point += softmaxed_back(weights, d_weights, KEY, KW)
+                    d_weights = tl.zeros_like(d)
+                later = tl.where(flags % 2 == 1, 0.0, later)
             else:
                 d_point += of_point
             if flags % 2 == 1:  # a chunk starts: its first matrix is this one
@@ -334,7 +391,9 @@ def walk_back(
                 d = tl.zeros_like(d)
         tl.debug_barrier()
         high = low
-    if SCALE:
+    if LINK == SCALED:
         tl.store(d_radius + program, to_radius)
+    if LINK == SIMPLEX:
+        put_line(d_kept + own * KEY, later, KEY, KW)
     put_rows(d_state + program * area, rows, d, VALUE, KEY, KW)
     put_rows(d_anchor + program * area, rows, d_point, VALUE, KEY, KW)
