@@ -2,10 +2,11 @@
  * stands on is ever in memory. Products: products.h; what mixes tokens and heads: stencil.c, of which a call brings the functions for
  * its shapes. Oracle: recollect/ops/multi_token.py, `materialized`.
  *
- * A task is a group of heads that mix, of one batch element, and a segment of the queries. Forward goes down: every strip leaves the last
- * rows of raw logits and of weights to the next, which its convolutions read. Backward goes up: it computes raw logits and weights again, as
- * many rows ahead as the convolutions reach, and every strip leaves the first rows of its gradients to the one above. A segment starts with
- * strips of its neighbour that are computed and not counted.
+ * A task is a group of heads that mix, of one batch element. Forward goes down: every strip leaves the last rows of raw logits and of
+ * weights to the next, which its convolutions read. Backward goes up: it computes raw logits and weights again, as many rows ahead as the
+ * convolutions reach, and every strip leaves the first rows of its gradients to the one above. A call of some of the queries starts with
+ * strips of its neighbours that are computed and not counted. Threads have tasks of their own, or where these are few work as a team on
+ * one task after the other, every step of a strip shared by heads or rows; no sum depends on who does what.
  */
 #include "products.h"
 
@@ -16,10 +17,11 @@ typedef struct {
     ptrdiff_t halo, left, taps, group; /* rows above that are read, keys to the left, CQ * CK, CH */
     const real *kernel, *flipped;      /* [heads][taps] */
     const real *matrix, *transposed;   /* [heads / CH][CH][CH] */
-    real *kernel_grad, *matrix_grad;   /* [segments][batch][as above], zeros at first */
+    real *kernel_grad, *matrix_grad;   /* [batch][as above], zeros at first */
     void (*forward)(const Strip *, const real *, ptrdiff_t, const real *, const real *, real *, ptrdiff_t, real *, ptrdiff_t, int, real *,
                     ptrdiff_t);
-    void (*mix_backward)(const Strip *, real *, ptrdiff_t, const real *, ptrdiff_t, const real *, real *);
+    void (*mix_gradient)(const Strip *, const real *, ptrdiff_t, const real *, ptrdiff_t, int, real *);
+    void (*mix_backward)(const Strip *, real *, ptrdiff_t, const real *);
     void (*correlate)(const Strip *, const real *, const real *, ptrdiff_t, real *);
     void (*convolution_backward)(const Strip *, const real *, const real *, real *, const real *);
 } Side;
@@ -27,23 +29,22 @@ typedef struct {
 /* One call. Row r of queries stands at position keys - queries + r. Rows of q, k, v, out are [batch * heads][length][width]. */
 typedef struct {
     ptrdiff_t batch, heads, group, queries, keys, width, value_width;
-    ptrdiff_t segments;             /* of the queries; segment i is bounds[i] .. bounds[i + 1] */
-    const int64_t *bounds;
+    ptrdiff_t low, high;            /* the queries of this call */
     ptrdiff_t strip;                /* rows of a strip */
     ptrdiff_t ld, pad, start_stride;
     const int64_t *start;           /* [batch][start_stride], NULL: all zero */
     const real *q, *k, *v, *packed; /* packed: keys (forward), keys and values (backward), as pack() lays them */
-    const real *mask;               /* [batch * heads][rows from bounds[0] on][keys], NULL: no dropout */
+    const real *mask;               /* [batch * heads][rows from low on][keys], NULL: no dropout */
     ptrdiff_t mask_rows;
     const real *carried_raw, *carried_weights; /* [batch * heads][halo][ld], NULL: zeros */
     real *lse;                      /* [batch * heads][queries] */
     real *out, *last_raw, *last_weights; /* last_*: [batch * heads][halo][keys], NULL: not wanted */
     const real *grad_out, *grad_raw, *grad_weights; /* grad_raw, grad_weights: of the last rows, [batch * heads][n_*][keys] */
     ptrdiff_t n_raw, n_weights;
-    real *grad_q, *grad_k, *grad_v; /* grad_k, grad_v: [segments][batch * heads][keys][width], zeros at first */
+    real *grad_q, *grad_k, *grad_v; /* grad_k, grad_v: zeros at first */
     real *scratch;
-    ptrdiff_t scratch_size;         /* of a thread */
-    int threads;
+    ptrdiff_t scratch_size;         /* of a task */
+    int threads, team;              /* threads of a task: one, or all of them */
     Side pre, post;
 } Call;
 
@@ -55,10 +56,13 @@ typedef struct {
 
 typedef struct {
     const Call *c;
-    ptrdiff_t batch, head, segment; /* head: batch * heads + the first of the group */
+    ptrdiff_t batch, head; /* head: batch * heads + the first of the group */
     Map raw, soft, mid_pre, out, mid_post, d_post, d_pre, d_raw;
     real *sums_pre, *sums_post, *matrix_pre, *matrix_post; /* [group][taps][LANES], [group / CH][CH][CH][LANES] */
 } Task;
+
+/* A loop whose steps the threads of a task share. */
+#define SHARED _Pragma("omp parallel for schedule(static) num_threads(c->team) if (c->team > 1)")
 
 int lanes(void) { return LANES; }
 
@@ -101,15 +105,14 @@ static real *lay_out(const Call *c, Task *t, real *free, int backward) {
     return free;
 }
 
-/* Reals that a thread needs. */
+/* Reals that a task needs. */
 ptrdiff_t scratch_size(const Call *c, int backward) {
     Task t;
     return lay_out(c, &t, NULL, backward) - (real *)NULL + LANES;
 }
 
 static Task task_at(const Call *c, ptrdiff_t number, real *scratch, int backward) {
-    const ptrdiff_t groups = c->heads / c->group, group = number % (c->batch * groups);
-    Task t = {.c = c, .batch = group / groups, .head = group * c->group, .segment = c->segments - 1 - number / (c->batch * groups)};
+    Task t = {.c = c, .batch = number / (c->heads / c->group), .head = number * c->group};
     lay_out(c, &t, scratch, backward);
     return t;
 }
@@ -123,11 +126,18 @@ static Strip strip_at(const Task *t, const Side *side, ptrdiff_t top, ptrdiff_t 
                    c->start ? c->start + t->batch * c->start_stride + top : NULL};
 }
 
+/* Rows top .. top + n of a strip. */
+static Strip part_of(const Strip *s, ptrdiff_t top, ptrdiff_t n) {
+    Strip part = *s;
+    part.rows = n, part.first += top, part.start = s->start ? s->start + top : NULL;
+    return part;
+}
+
 /* Move n rows of every head within a map. */
 static void move(const Task *t, Map m, ptrdiff_t to, ptrdiff_t from, ptrdiff_t n) {
     const Call *c = t->c;
     if (to == from || m.rows == 0) return;
-    for (ptrdiff_t h = 0; h < c->group; h++)
+    SHARED for (ptrdiff_t h = 0; h < c->group; h++)
         memmove(row_of(t, m, h, to) - c->pad, row_of(t, m, h, from) - c->pad, (size_t)(n * c->ld) * sizeof(real));
 }
 
@@ -155,38 +165,46 @@ static void raw_rows(const Task *t, ptrdiff_t row, ptrdiff_t top, ptrdiff_t bott
     }
     if (top >= bottom) return;
     const Strip s = strip_at(t, NULL, top, bottom - top);
-    for (ptrdiff_t h = 0; h < c->group; h++)
+    SHARED for (ptrdiff_t h = 0; h < c->group; h++)
         logits(&s, c->q + ((t->head + h) * c->queries + top) * c->width, c->width, c->width,
                c->packed + (t->head + h) * padded(c->keys) * c->width, row_of(t, t->raw, h, row));
+}
+
+/* Forward of one side: a strip's rows of `out` (and `mid`, if there is one) from the rows of `in`. lse [heads][lse_hs], or NULL. */
+static void side_forward(const Task *t, const Side *side, const Strip *s, Map in, ptrdiff_t in_row, Map out, ptrdiff_t out_row, Map mid,
+                         int mode, real *lse, ptrdiff_t lse_hs) {
+    const Call *c = t->c;
+    const ptrdiff_t tiles = (s->rows + ROWS - 1) / ROWS;
+    SHARED for (ptrdiff_t n = 0; n < c->group / side->group * tiles; n++) {
+        const ptrdiff_t h = n / tiles * side->group, head = (t->head + h) % c->heads, top = n % tiles * ROWS;
+        const Strip part = part_of(s, top, s->rows - top < ROWS ? s->rows - top : ROWS);
+        side->forward(&part, row_of(t, in, h, in_row + top), stride_of(t, in), side->kernel ? side->kernel + head * side->taps : NULL,
+                      side->matrix ? side->matrix + head * side->group : NULL, row_of(t, out, h, out_row + top), stride_of(t, out),
+                      mid.rows ? row_of(t, mid, h, out_row + top) : NULL, stride_of(t, mid), mode, lse ? lse + h * lse_hs + top : NULL,
+                      lse_hs);
+    }
 }
 
 /* Softmax weights of the queries top .. bottom into the map from `row` on, from raw logits whose first row is `in`, c->pre.halo above. */
 static void soft_rows(const Task *t, ptrdiff_t row, ptrdiff_t in, ptrdiff_t top, ptrdiff_t bottom, int mode, int own) {
     const Call *c = t->c;
-    const Side *side = &c->pre;
     if (top < 0) {
         const ptrdiff_t n = (bottom < 0 ? bottom : 0) - top;
         fill_carried(t, t->soft, row, top, n, c->carried_weights, c->post.halo);
         row += n, in += n, top += n;
     }
     if (top >= bottom) return;
-    const Strip s = strip_at(t, side, top, bottom - top);
-    real none[32 * 64]; /* for rows that belong to another task */
-    for (ptrdiff_t h = 0; h < c->group; h += side->group) {
-        const ptrdiff_t head = (t->head + h) % c->heads;
-        real *lse = own ? c->lse + (t->head + h) * c->queries + top : none;
-        side->forward(&s, row_of(t, t->raw, h, in), stride_of(t, t->raw), side->kernel ? side->kernel + head * side->taps : NULL,
-                      side->matrix ? side->matrix + head * side->group : NULL, row_of(t, t->soft, h, row), stride_of(t, t->soft),
-                      t->mid_pre.rows ? row_of(t, t->mid_pre, h, row) : NULL, stride_of(t, t->mid_pre), mode, lse, own ? c->queries : 64);
-    }
+    const Strip s = strip_at(t, &c->pre, top, bottom - top);
+    side_forward(t, &c->pre, &s, t->raw, in, t->soft, row, t->mid_pre, mode, own ? c->lse + t->head * c->queries + top : NULL, c->queries);
 }
 
 /* Multiply rows of a map with the dropout mask. */
 static void apply_mask(const Task *t, Map m, ptrdiff_t top, ptrdiff_t n) {
     const Call *c = t->c;
-    for (ptrdiff_t h = 0; c->mask && h < c->group; h++)
+    if (!c->mask) return;
+    SHARED for (ptrdiff_t h = 0; h < c->group; h++)
         for (ptrdiff_t r = 0; r < n; r++) {
-            const real *mask = c->mask + ((t->head + h) * c->mask_rows + top - c->bounds[0] + r) * c->keys;
+            const real *mask = c->mask + ((t->head + h) * c->mask_rows + top - c->low + r) * c->keys;
             real *row = row_of(t, m, h, r);
             for (ptrdiff_t j = 0; j < c->keys; j++) row[j] *= mask[j];
         }
@@ -198,12 +216,7 @@ static Map final_rows(const Task *t, ptrdiff_t top, ptrdiff_t n) {
     const Side *side = &c->post;
     if (!side->kernel && !side->matrix && !c->mask) return t->soft;
     const Strip s = strip_at(t, side, top, n);
-    for (ptrdiff_t h = 0; h < c->group; h += side->group) {
-        const ptrdiff_t head = (t->head + h) % c->heads;
-        side->forward(&s, row_of(t, t->soft, h, 0), stride_of(t, t->soft), side->kernel ? side->kernel + head * side->taps : NULL,
-                      side->matrix ? side->matrix + head * side->group : NULL, row_of(t, t->out, h, 0), stride_of(t, t->out),
-                      t->mid_post.rows ? row_of(t, t->mid_post, h, 0) : NULL, stride_of(t, t->mid_post), LINEAR, NULL, 0);
-    }
+    side_forward(t, side, &s, t->soft, 0, t->out, 0, t->mid_post, LINEAR, NULL, 0);
     apply_mask(t, t->out, top, n);
     return t->out;
 }
@@ -219,7 +232,7 @@ static void keep_last(const Task *t, Map m, ptrdiff_t end, ptrdiff_t halo, real 
 static void forward_task(const Task *t) {
     const Call *c = t->c;
     const ptrdiff_t pre = c->pre.halo, post = c->post.halo;
-    const ptrdiff_t low = c->bounds[t->segment], high = c->bounds[t->segment + 1];
+    const ptrdiff_t low = c->low, high = c->high;
     ptrdiff_t bottom, top = low > pre + post ? low - pre - post : 0;
     fill_carried(t, t->raw, 0, -pre, pre, top ? NULL : c->carried_raw, pre);
     fill_carried(t, t->soft, 0, -post, post, top ? NULL : c->carried_weights, post);
@@ -232,7 +245,7 @@ static void forward_task(const Task *t) {
         if (top >= low) {
             const Map weights = final_rows(t, top, n);
             const Strip s = strip_at(t, NULL, top, n);
-            for (ptrdiff_t h = 0; h < c->group; h++)
+            SHARED for (ptrdiff_t h = 0; h < c->group; h++)
                 read_rows(&s, row_of(t, weights, h, 0), c->v + (t->head + h) * c->keys * c->value_width, c->value_width, c->value_width,
                           c->out + ((t->head + h) * c->queries + top) * c->value_width, c->value_width);
         }
@@ -262,7 +275,7 @@ static int add_last(const Task *t, Map m, ptrdiff_t top, ptrdiff_t n, const real
 /* The gradient of a softmax's input, in place of that of its output. */
 static void softmax_backward(const Task *t, Map grad, Map soft, ptrdiff_t in_soft, ptrdiff_t n) {
     const Call *c = t->c;
-    for (ptrdiff_t h = 0; h < c->group; h++)
+    SHARED for (ptrdiff_t h = 0; h < c->group; h++)
         for (ptrdiff_t r = 0; r < n; r++) {
             real *d = row_of(t, grad, h, r), total = 0;
             const real *p = row_of(t, soft, h, in_soft + r);
@@ -273,24 +286,37 @@ static void softmax_backward(const Task *t, Map grad, Map soft, ptrdiff_t in_sof
 
 /* Head mixing backward, in place on the first n rows of `grad`; the matrix's gradient is summed where the rows are the task's own. */
 static void mix_back(const Task *t, const Side *side, Map grad, Map mid, ptrdiff_t in_mid, ptrdiff_t top, ptrdiff_t n, real *sums) {
+    const Call *c = t->c;
     if (!side->matrix) return;
     const Strip s = strip_at(t, side, top, n);
-    for (ptrdiff_t h = 0; h < t->c->group; h += side->group)
-        side->mix_backward(&s, row_of(t, grad, h, 0), stride_of(t, grad), row_of(t, mid, h, in_mid), stride_of(t, mid),
-                           side->transposed + (t->head + h) % t->c->heads * side->group, sums ? sums + h * side->group * LANES : NULL);
+    const ptrdiff_t parts = (side->group + MIXED - 1) / MIXED, tiles = (n + ROWS - 1) / ROWS;
+    if (sums) {
+        SHARED for (ptrdiff_t i = 0; i < c->group / side->group * parts; i++) {
+            const ptrdiff_t h = i / parts * side->group;
+            side->mix_gradient(&s, row_of(t, grad, h, 0), stride_of(t, grad), row_of(t, mid, h, in_mid), stride_of(t, mid),
+                               (int)(i % parts * MIXED), sums + h * side->group * LANES);
+        }
+    }
+    SHARED for (ptrdiff_t i = 0; i < c->group / side->group * tiles; i++) {
+        const ptrdiff_t h = i / tiles * side->group, row = i % tiles * ROWS;
+        const Strip part = part_of(&s, row, n - row < ROWS ? n - row : ROWS);
+        side->mix_backward(&part, row_of(t, grad, h, row), stride_of(t, grad), side->transposed + (t->head + h) % c->heads * side->group);
+    }
 }
 
 static void correlate_rows(const Task *t, const Side *side, Map in, ptrdiff_t in_row, Map grad, ptrdiff_t low, ptrdiff_t top, ptrdiff_t n,
                            real *sums) {
+    const Call *c = t->c;
     const Strip s = strip_at(t, side, top, n);
-    for (ptrdiff_t h = 0; h < t->c->group; h++)
-        side->correlate(&s, row_of(t, in, h, in_row), row_of(t, grad, h, 0) - low * t->c->ld, low, sums + h * side->taps * LANES);
+    SHARED for (ptrdiff_t h = 0; h < c->group; h++)
+        side->correlate(&s, row_of(t, in, h, in_row), row_of(t, grad, h, 0) - low * c->ld, low, sums + h * side->taps * LANES);
 }
 
 static void convolve_back(const Task *t, const Side *side, Map grad, Map grad_in, Map soft, ptrdiff_t in_soft, ptrdiff_t top, ptrdiff_t n) {
+    const Call *c = t->c;
     const Strip s = strip_at(t, side, top, n);
-    for (ptrdiff_t h = 0; h < t->c->group; h++)
-        side->convolution_backward(&s, row_of(t, grad, h, 0), side->flipped ? side->flipped + (t->head + h) % t->c->heads * side->taps : NULL,
+    SHARED for (ptrdiff_t h = 0; h < c->group; h++)
+        side->convolution_backward(&s, row_of(t, grad, h, 0), side->flipped ? side->flipped + (t->head + h) % c->heads * side->taps : NULL,
                                    row_of(t, grad_in, h, 0), soft.rows ? row_of(t, soft, h, in_soft) : NULL);
 }
 
@@ -311,12 +337,12 @@ static void backward_strip(const Task *t, ptrdiff_t top, ptrdiff_t bottom, int o
 
     move(t, t->d_pre, n, 0, pre->halo);
     if (post->kernel) move(t, t->d_post, n, 0, post->halo);
-    for (ptrdiff_t h = 0; h < c->group; h++) {
+    SHARED for (ptrdiff_t h = 0; h < c->group; h++) {
         const real *rows = c->grad_out + ((t->head + h) * c->queries + top) * size;
         const real *packed = c->packed + c->batch * c->heads * padded(c->keys) * c->width + (t->head + h) * padded(c->keys) * size;
         if (own)
             accumulate(&s, row_of(t, weights, h, 0), rows, size, size,
-                       c->grad_v + ((t->segment * c->batch * c->heads + t->head + h) * c->keys) * size, size);
+                       c->grad_v + (t->head + h) * c->keys * size, size);
         logits(&s, rows, size, size, packed, row_of(t, t->d_post, h, 0));
     }
     apply_mask(t, t->d_post, top, n);
@@ -335,12 +361,12 @@ static void backward_strip(const Task *t, ptrdiff_t top, ptrdiff_t bottom, int o
         convolve_back(t, pre, t->d_pre, t->d_raw, none, 0, top, n);
         add_last(t, t->d_raw, top, n, c->grad_raw, c->n_raw);
     }
-    for (ptrdiff_t h = 0; h < c->group; h++) {
+    SHARED for (ptrdiff_t h = 0; h < c->group; h++) {
         const ptrdiff_t head = t->head + h, width = c->width;
         const real *grad = row_of(t, t->d_raw, h, 0);
         read_rows(&s, grad, c->k + head * c->keys * width, width, width, c->grad_q + (head * c->queries + top) * width, width);
         accumulate(&s, grad, c->q + (head * c->queries + top) * width, width, width,
-                   c->grad_k + (t->segment * c->batch * c->heads + head) * c->keys * width, width);
+                   c->grad_k + head * c->keys * width, width);
     }
 }
 
@@ -351,33 +377,29 @@ static void add_up(const real *sums, ptrdiff_t n, real *to) {
 static void backward_task(const Task *t) {
     const Call *c = t->c;
     const Side *pre = &c->pre, *post = &c->post;
-    const ptrdiff_t up = pre->halo + post->halo, number = t->segment * c->batch * c->heads + t->head;
-    const ptrdiff_t low = c->bounds[t->segment], high = c->bounds[t->segment + 1];
-    ptrdiff_t top;
+    const ptrdiff_t up = pre->halo + post->halo, low = c->low, high = c->high;
+    ptrdiff_t top, bottom = high + up < c->queries ? high + up : c->queries;
     memset(t->sums_pre, 0, (size_t)(c->group * pre->taps * LANES) * sizeof(real));
     memset(t->sums_post, 0, (size_t)(c->group * post->taps * LANES) * sizeof(real));
     if (pre->matrix) memset(t->matrix_pre, 0, (size_t)(c->group * pre->group * LANES) * sizeof(real));
     if (post->matrix) memset(t->matrix_post, 0, (size_t)(c->group * post->group * LANES) * sizeof(real));
-    if (low < high) {
-        ptrdiff_t bottom = high + up < c->queries ? high + up : c->queries;
-        raw_rows(t, 0, bottom - up, bottom);
-        soft_rows(t, 0, 0, bottom - post->halo, bottom, SOFTMAX_KNOWN, 1);
-        fill_carried(t, t->d_pre, 0, -pre->halo, pre->halo, NULL, pre->halo);
-        if (post->kernel) fill_carried(t, t->d_post, 0, -post->halo, post->halo, NULL, post->halo);
-        for (; bottom > low; bottom = top) {
-            const ptrdiff_t end = bottom > high ? high : low;
-            top = bottom - c->strip > end ? bottom - c->strip : end;
-            backward_strip(t, top, bottom, bottom <= high);
-        }
-        if (low == 0 && pre->kernel && c->carried_raw)
-            correlate_rows(t, pre, t->raw, post->halo, t->d_pre, pre->halo, -pre->halo, pre->halo, t->sums_pre);
-        if (low == 0 && post->kernel && c->carried_weights)
-            correlate_rows(t, post, t->soft, 0, t->d_post, post->halo, -post->halo, post->halo, t->sums_post);
+    raw_rows(t, 0, bottom - up, bottom);
+    soft_rows(t, 0, 0, bottom - post->halo, bottom, SOFTMAX_KNOWN, 1);
+    fill_carried(t, t->d_pre, 0, -pre->halo, pre->halo, NULL, pre->halo);
+    if (post->kernel) fill_carried(t, t->d_post, 0, -post->halo, post->halo, NULL, post->halo);
+    for (; bottom > low; bottom = top) {
+        const ptrdiff_t end = bottom > high ? high : low;
+        top = bottom - c->strip > end ? bottom - c->strip : end;
+        backward_strip(t, top, bottom, bottom <= high);
     }
-    add_up(t->sums_pre, c->group * pre->taps, pre->kernel_grad + number * pre->taps);
-    add_up(t->sums_post, c->group * post->taps, post->kernel_grad + number * post->taps);
-    if (pre->matrix) add_up(t->matrix_pre, c->group * pre->group, pre->matrix_grad + number * pre->group);
-    if (post->matrix) add_up(t->matrix_post, c->group * post->group, post->matrix_grad + number * post->group);
+    if (low == 0 && pre->kernel && c->carried_raw)
+        correlate_rows(t, pre, t->raw, post->halo, t->d_pre, pre->halo, -pre->halo, pre->halo, t->sums_pre);
+    if (low == 0 && post->kernel && c->carried_weights)
+        correlate_rows(t, post, t->soft, 0, t->d_post, post->halo, -post->halo, post->halo, t->sums_post);
+    add_up(t->sums_pre, c->group * pre->taps, pre->kernel_grad + t->head * pre->taps);
+    add_up(t->sums_post, c->group * post->taps, post->kernel_grad + t->head * post->taps);
+    if (pre->matrix) add_up(t->matrix_pre, c->group * pre->group, pre->matrix_grad + t->head * pre->group);
+    if (post->matrix) add_up(t->matrix_post, c->group * post->group, post->matrix_grad + t->head * post->group);
 }
 
 /* Keys or values [n][length][width] as packed panels. */
@@ -393,14 +415,20 @@ void pack_all(const real *in, ptrdiff_t n, ptrdiff_t length, ptrdiff_t width, re
 #define THREAD 0
 #endif
 
+static void do_task(const Call *c, ptrdiff_t number, real *scratch, int backward) {
+    const Task t = task_at(c, number, scratch, backward);
+    if (backward)
+        backward_task(&t);
+    else
+        forward_task(&t);
+}
+
 void run(const Call *c, int backward) {
-    const ptrdiff_t tasks = c->batch * c->heads / c->group * c->segments;
-#pragma omp parallel for schedule(dynamic) num_threads(c->threads) if (c->threads > 1)
-    for (ptrdiff_t number = 0; number < tasks; number++) {
-        const Task t = task_at(c, number, c->scratch + THREAD * c->scratch_size, backward);
-        if (backward)
-            backward_task(&t);
-        else
-            forward_task(&t);
+    const ptrdiff_t tasks = c->batch * c->heads / c->group;
+    if (c->team > 1) {
+        for (ptrdiff_t number = 0; number < tasks; number++) do_task(c, number, c->scratch, backward);
+        return;
     }
+#pragma omp parallel for schedule(dynamic) num_threads(c->threads) if (c->threads > 1)
+    for (ptrdiff_t number = 0; number < tasks; number++) do_task(c, number, c->scratch + THREAD * c->scratch_size, backward);
 }

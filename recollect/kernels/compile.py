@@ -36,7 +36,12 @@ def stencil(c_q: int, c_k: int, c_h: int, double: bool) -> ctypes.CDLL | None:
     Args:
         c_q, c_k: kernel size (0, 0: no convolution on this side); c_h: heads mixed (1: none); double: fp64 instead of fp32.
     """
-    names = ("forward", "convolution_backward", *(("mix_backward",) if c_h > 1 else ()), *(("correlate",) if c_q else ()))
+    names = (
+        "forward",
+        "convolution_backward",
+        *(("mix_gradient", "mix_backward") if c_h > 1 else ()),
+        *(("correlate",) if c_q else ()),
+    )
     return _build("stencil.c", (f"-DCQ={c_q}", f"-DCK={c_k}", f"-DCH={c_h}"), double, names)
 
 

@@ -18,9 +18,6 @@ from recollect.ops.multi_token import Mixing, Settings, dropout_mask, key_paddin
 # Of the strips of maps that a task stands on: about the second-level cache. A strip is whole tiles of 3, 4 or 6 rows.
 STRIP_BYTES, STRIP_ROWS, LONGEST_STRIP = 2**20, 24, 48
 MASK_BYTES = 2**25  # of the dropout mask of a call's rows
-# Few heads are cut into segments of rows, so that there is work for several threads; not by their number, which must not change the
-# result. Every segment has its own gradients of keys and values.
-TASKS, SEGMENTS, SEGMENT_ROWS = 16, 4, 256
 
 
 class SideStruct(ctypes.Structure):
@@ -29,7 +26,7 @@ class SideStruct(ctypes.Structure):
     _fields_ = (
         *((name, SIZE) for name in ("halo", "left", "taps", "group")),
         *((name, POINTER) for name in ("kernel", "flipped", "matrix", "transposed", "kernel_grad", "matrix_grad")),
-        *((name, POINTER) for name in ("forward", "mix_backward", "correlate", "convolution_backward")),
+        *((name, POINTER) for name in ("forward", "mix_gradient", "mix_backward", "correlate", "convolution_backward")),
     )
 
 
@@ -38,8 +35,7 @@ class Call(ctypes.Structure):
 
     _fields_ = (
         *((name, SIZE) for name in ("batch", "heads", "group", "queries", "keys", "width", "value_width")),
-        *(("segments", SIZE), ("bounds", POINTER)),
-        *((name, SIZE) for name in ("strip", "ld", "pad", "start_stride")),
+        *((name, SIZE) for name in ("low", "high", "strip", "ld", "pad", "start_stride")),
         *((name, POINTER) for name in ("start", "q", "k", "v", "packed", "mask")),
         ("mask_rows", SIZE),
         *((name, POINTER) for name in ("carried_raw", "carried_weights", "lse", "out", "last_raw", "last_weights")),
@@ -48,6 +44,7 @@ class Call(ctypes.Structure):
         *((name, POINTER) for name in ("grad_q", "grad_k", "grad_v", "scratch")),
         ("scratch_size", SIZE),
         ("threads", ctypes.c_int),
+        ("team", ctypes.c_int),
         ("pre", SideStruct),
         ("post", SideStruct),
     )
@@ -84,7 +81,7 @@ class Side(NamedTuple):
             transposed = self.matrix.mT.contiguous()
             kept.append(transposed)
             given.matrix, given.transposed = self.matrix.data_ptr(), transposed.data_ptr()
-            names.append("mix_backward")
+            names += ["mix_gradient", "mix_backward"]
         for name in names:
             setattr(given, name, ctypes.cast(self.code[name], POINTER))
         return given
@@ -126,11 +123,13 @@ class Plan:
         self.call = self._describe()
 
     def _describe(self) -> Call:
-        group = math.lcm(self.pre.group, self.post.group)
+        group, threads = math.lcm(self.pre.group, self.post.group), torch.get_num_threads()
         pad = -(-max(*self.pre.reach, *self.post.reach) // 16) * 16
         ld = -(-self.n_keys // 16) * 16 + 2 * pad
         strip = STRIP_BYTES // (8 * group * ld * self.q.element_size()) // STRIP_ROWS * STRIP_ROWS
-        self.bounds = self.cut(1 if self.settings.dropout_p else min(SEGMENTS, TASKS * group // self.n_maps))
+        team = 1 if self.n_maps // group >= threads else threads
+        if team > 1:  # all heads of a batch element at once, so that there are enough for the threads
+            group = self.n_heads
         call = Call(
             batch=self.batch,
             heads=self.n_heads,
@@ -139,12 +138,12 @@ class Plan:
             keys=self.n_keys,
             width=self.q.shape[-1],
             value_width=self.v.shape[-1],
-            segments=len(self.bounds) - 1,
-            bounds=self.bounds.data_ptr(),
+            high=self.n_queries,
             strip=min(max(strip, STRIP_ROWS), LONGEST_STRIP),
             ld=ld,
             pad=pad,
-            threads=torch.get_num_threads(),
+            threads=threads,
+            team=team,
             pre=self.pre.struct(self.kept),
             post=self.post.struct(self.kept),
             **{name: x.data_ptr() for name, x in (("q", self.q), ("k", self.k), ("v", self.v))},
@@ -152,13 +151,6 @@ class Plan:
         if self.start is not None:
             call.start, call.start_stride = self.start.data_ptr(), self.start.shape[1]
         return call
-
-    def cut(self, n: int) -> Tensor:
-        """Bounds int64 of up to n segments of the queries with equally many visible keys, none of them short."""
-        n = max(1, min(n, self.n_queries // SEGMENT_ROWS))
-        earlier = self.n_keys - self.n_queries
-        share = torch.arange(n + 1, dtype=torch.float64) / n * (self.n_keys**2 - earlier**2)
-        return ((share + earlier**2).sqrt() - earlier).round().long()
 
     def heads(self, x: Tensor) -> Tensor:
         """[B, L, Hx, K] -> [BH, L, K'], key-value heads repeated to H, K' = K padded with zeros to whole vectors."""
@@ -209,7 +201,7 @@ class Plan:
     def run(self, *, backward: bool) -> None:
         """Do the call, range by range of the queries where dropout is on: a mask has an entry for every pair of tokens."""
         call, size = self.call, self.code.scratch_size(ctypes.byref(self.call), int(backward))
-        scratch = self.q.new_empty(call.threads * size)
+        scratch = self.q.new_empty(size * (call.threads if call.team == 1 else 1))
         call.scratch, call.scratch_size = scratch.data_ptr(), size
         if not self.settings.dropout_p:
             self.code.run(ctypes.byref(call), int(backward))
@@ -218,7 +210,7 @@ class Plan:
         for low in range(0, self.n_queries, rows):
             high = min(low + rows, self.n_queries)
             mask = self.mask(low, min(high + self.halo, self.n_queries))
-            self.bounds[:] = torch.tensor([low, high])
+            call.low, call.high = low, high
             call.mask, call.mask_rows = mask.data_ptr(), mask.shape[1]
             self.code.run(ctypes.byref(call), int(backward))
 

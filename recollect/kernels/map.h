@@ -7,6 +7,8 @@
 #pragma once
 #include "common.h"
 
+enum { MIXED = 4 }; /* heads of a head matrix' gradient that are summed at a time, and pairs of as many */
+
 typedef struct {
     ptrdiff_t rows, first;  /* rows of the strip, position of the first */
     ptrdiff_t ld, pad;      /* row stride; zeros kept left and right of the columns */

@@ -192,46 +192,45 @@ void forward(const Strip *s, const real *in, ptrdiff_t in_hs, const real *kernel
 }
 
 #if CH > 1
+/* What MIXED output heads from `o` on give to the matrix's gradient: sums [CH][CH][LANES] += grad[o] * mid[p]; mid: the mixing's input. */
+void mix_gradient(const Strip *s, const real *grad, ptrdiff_t grad_hs, const real *mid, ptrdiff_t mid_hs, int o, real *sums) {
+    const ptrdiff_t from = span_from(s, 0), to = span_to(s, from, 0, s->rows);
+    for (int p = 0; p < CH; p += MIXED) {
+        vec acc[MIXED][MIXED];
+#pragma GCC unroll 4
+        for (int i = 0; i < MIXED; i++)
+#pragma GCC unroll 4
+            for (int k = 0; k < MIXED; k++) acc[i][k] = splat(0);
+        for (ptrdiff_t r = 0; r < s->rows; r++)
+            for (ptrdiff_t j = from; j < to; j += LANES) {
+                vec a[MIXED], b[MIXED];
+#pragma GCC unroll 4
+                for (int i = 0; i < MIXED; i++) {
+                    a[i] = o + i < CH ? LOAD(grad + (o + i) * grad_hs + r * s->ld + j) : splat(0);
+                    b[i] = p + i < CH ? LOAD(mid + (p + i) * mid_hs + r * s->ld + j) : splat(0);
+                }
+#pragma GCC unroll 4
+                for (int i = 0; i < MIXED; i++)
+#pragma GCC unroll 4
+                    for (int k = 0; k < MIXED; k++) acc[i][k] += a[i] * b[k];
+            }
+        for (int i = 0; i < MIXED; i++)
+            for (int k = 0; k < MIXED; k++)
+                if (o + i < CH && p + k < CH) {
+                    real *total = sums + ((o + i) * CH + p + k) * LANES;
+                    STORE(total, LOAD(total) + acc[i][k]);
+                }
+    }
+}
+
 /* Backward of the head mixing of CH heads, in place: grad := matrix^T grad. grad is zero outside the visible keys and stays so.
  *   transposed  [CH][CH], row = input head
- *   mid         input of the mixing; sums [CH][CH][LANES] += grad[o] * mid[p], or NULL
  */
-void mix_backward(const Strip *s, real *grad, ptrdiff_t grad_hs, const real *mid, ptrdiff_t mid_hs, const real *transposed, real *sums) {
+void mix_backward(const Strip *s, real *grad, ptrdiff_t grad_hs, const real *transposed) {
     const ptrdiff_t from = span_from(s, 0), to = span_to(s, from, 0, s->rows);
-    enum { WIDE = 8 * LANES };
-    for (ptrdiff_t c = from; c < to; c += WIDE) {
-        const ptrdiff_t end = to - c < WIDE ? to : c + WIDE;
-        for (int o = 0; sums && o < CH; o += 4)
-            for (int p = 0; p < CH; p += 4) {
-                vec acc[4][4];
-#pragma GCC unroll 4
-                for (int i = 0; i < 4; i++)
-#pragma GCC unroll 4
-                    for (int k = 0; k < 4; k++) acc[i][k] = splat(0);
-                for (ptrdiff_t r = 0; r < s->rows; r++)
-                    for (ptrdiff_t j = c; j < end; j += LANES) {
-                        vec a[4], b[4];
-#pragma GCC unroll 4
-                        for (int i = 0; i < 4; i++) {
-                            a[i] = o + i < CH ? LOAD(grad + (o + i) * grad_hs + r * s->ld + j) : splat(0);
-                            b[i] = p + i < CH ? LOAD(mid + (p + i) * mid_hs + r * s->ld + j) : splat(0);
-                        }
-#pragma GCC unroll 4
-                        for (int i = 0; i < 4; i++)
-#pragma GCC unroll 4
-                            for (int k = 0; k < 4; k++) acc[i][k] += a[i] * b[k];
-                    }
-                for (int i = 0; i < 4; i++)
-                    for (int k = 0; k < 4; k++)
-                        if (o + i < CH && p + k < CH) {
-                            real *total = sums + ((o + i) * CH + p + k) * LANES;
-                            STORE(total, LOAD(total) + acc[i][k]);
-                        }
-            }
-        for (ptrdiff_t r = 0; r < s->rows; r++)
-            for (ptrdiff_t j = c; j < end; j += LANES)
-                mix_vector(grad + r * s->ld + j, grad_hs, transposed, grad + r * s->ld + j, grad_hs);
-    }
+    for (ptrdiff_t r = 0; r < s->rows; r++)
+        for (ptrdiff_t j = from; j < to; j += LANES)
+            mix_vector(grad + r * s->ld + j, grad_hs, transposed, grad + r * s->ld + j, grad_hs);
 }
 #endif
 
