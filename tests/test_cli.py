@@ -123,9 +123,8 @@ def test_ctrl_c_and_the_same_command_again_end_with_the_same_results(tmp_path: P
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     journals = [tmp_path / "broken" / "runs" / f"{label}-seed0" / "progress.jsonl" for label in ("attention", "mta")]
-    while broken.poll() is None and not any(
-        path.exists() for path in journals
-    ):  # on a busy machine one may end before the other starts
+    # As soon as one has begun: on a busy machine it may end before the other begins.
+    while broken.poll() is None and not any(path.exists() for path in journals):
         time.sleep(0.01)
     broken.send_signal(signal.SIGINT)
     _, err = broken.communicate(timeout=90)
