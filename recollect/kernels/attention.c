@@ -10,8 +10,6 @@
  */
 #include "products.h"
 
-enum { LINEAR = 0, SOFTMAX = 1, SOFTMAX_KNOWN = 2 };
-
 /* One side of the softmax: what it has learned, and its functions (stencil.c). NULL where a part is missing. */
 typedef struct {
     ptrdiff_t halo, left, taps, group; /* rows above that are read, keys to the left, CQ * CK, CH */

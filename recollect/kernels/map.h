@@ -7,7 +7,8 @@
 #pragma once
 #include "common.h"
 
-enum { MIXED = 4 }; /* heads of a head matrix' gradient that are summed at a time, and pairs of as many */
+enum { LINEAR, SOFTMAX, SOFTMAX_KNOWN }; /* what a side ends with: nothing, a softmax, one whose log-sum-exp is known */
+enum { MIXED = 4 };                      /* rows and columns of a head matrix' gradient that are summed at a time */
 
 typedef struct {
     ptrdiff_t rows, first;  /* rows of the strip, position of the first */

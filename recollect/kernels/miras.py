@@ -95,15 +95,15 @@ def _scanned_matrix(call: Call) -> tuple[Tensor, MirasState]:
     assert bias is not None
     assert state.anchor is not None
     v, initial, log_alpha, link = inputs.v, call.parameters.fast[0], inputs.log_alpha, _link(spec) or "identity"
-    kept = None
-    if (
-        spec.retention.name == "towards_initial"
-    ):  # what is read and written is the change: the first matrix is a part of the values
-        v = v - torch.einsum("bthk,hvk->bthv", inputs.k, initial)
-    if link == "simplex":  # of the weights K softmax - 1 + 1, the last 1 is a part of values and outputs
+    kept, beside = None, None
+    # What the kernel does not know is a part of values and outputs: towards_initial's first matrix (it has the change), and of the
+    # weights K softmax - 1 + 1 of kl the last 1.
+    if spec.retention.name == "towards_initial":
+        v, beside = v - torch.einsum("bthk,hvk->bthv", inputs.k, initial), torch.einsum("bthk,hvk->bthv", inputs.q, initial)
+    if link == "simplex":
         assert state.kept is not None
         log_alpha, kept = reduced(log_alpha, "input", row_constant=True, log=True), state.kept[0]
-        v = v - inputs.k.sum(-1, keepdim=True)
+        v, beside = v - inputs.k.sum(-1, keepdim=True), inputs.q.sum(-1, keepdim=True)
     y, dual, anchor, phase = matrix_scan(
         inputs.q,
         inputs.k,
@@ -121,11 +121,8 @@ def _scanned_matrix(call: Call) -> tuple[Tensor, MirasState]:
         reset=call.reset,
         valid=call.valid,
     )
-    q = inputs.q if call.valid is None else inputs.q * call.valid[:, :, None, None]
-    if spec.retention.name == "towards_initial":
-        y = y + torch.einsum("bthk,hvk->bthv", q, initial)
-    if link == "simplex":
-        y = y + q.sum(-1, keepdim=True)
+    if beside is not None:
+        y = y + (beside if call.valid is None else beside * call.valid[:, :, None, None])
     return y, MirasState((dual,), (anchor,), _kept(call, phase), None, None, phase)
 
 

@@ -103,8 +103,6 @@ INLINE void mix_vector(const real *in, ptrdiff_t in_hs, const real *matrix, real
 }
 #endif
 
-enum { LINEAR = 0, SOFTMAX = 1, SOFTMAX_KNOWN = 2 };
-
 /* Finish a row whose columns from .. to are computed, of which low .. high are visible. */
 INLINE void finish_row(real *row, const Strip *s, ptrdiff_t low, ptrdiff_t high, ptrdiff_t from, ptrdiff_t to, int mode, real *lse) {
     if (mode != LINEAR) {
