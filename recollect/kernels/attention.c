@@ -2,11 +2,11 @@
  * stands on is ever in memory. Products: products.h; what mixes tokens and heads: stencil.c, of which a call brings the functions for
  * its shapes. Oracle: recollect/ops/multi_token.py, `materialized`.
  *
- * A task is a group of heads that mix, of one batch element. Forward goes down: every strip leaves the last rows of raw logits and of
- * weights to the next, which its convolutions read. Backward goes up: it computes raw logits and weights again, as many rows ahead as the
- * convolutions reach, and every strip leaves the first rows of its gradients to the one above. A call of some of the queries starts with
- * strips of its neighbours that are computed and not counted. Threads have tasks of their own, or where these are few work as a team on
- * one task after the other, every step of a strip shared by heads or rows; no sum depends on who does what.
+ * A task is a group of heads that mix, of one batch element, and a segment of the queries. Forward goes down: every strip leaves the
+ * last rows of raw logits and of weights to the next, which its convolutions read. Backward goes up: it computes raw logits and weights
+ * again, as many rows ahead as the convolutions reach, and every strip leaves the first rows of its gradients to the one above. A segment
+ * starts with strips of its neighbour that are computed and not counted. Threads have tasks of their own, or where these are few work as
+ * a team on one task after the other, every step of a strip shared by heads or rows; no sum depends on who does what.
  */
 #include "products.h"
 
@@ -15,7 +15,7 @@ typedef struct {
     ptrdiff_t halo, left, taps, group; /* rows above that are read, keys to the left, CQ * CK, CH */
     const real *kernel, *flipped;      /* [heads][taps] */
     const real *matrix, *transposed;   /* [heads / CH][CH][CH] */
-    real *kernel_grad, *matrix_grad;   /* [batch][as above], zeros at first */
+    real *kernel_grad, *matrix_grad;   /* [segments][batch][as above], zeros at first */
     void (*forward)(const Strip *, const real *, ptrdiff_t, const real *, const real *, real *, ptrdiff_t, real *, ptrdiff_t, int, real *,
                     ptrdiff_t);
     void (*mix_gradient)(const Strip *, const real *, ptrdiff_t, const real *, ptrdiff_t, int, real *);
@@ -27,19 +27,20 @@ typedef struct {
 /* One call. Row r of queries stands at position keys - queries + r. Rows of q, k, v, out are [batch * heads][length][width]. */
 typedef struct {
     ptrdiff_t batch, heads, group, queries, keys, width, value_width;
-    ptrdiff_t low, high;            /* the queries of this call */
+    ptrdiff_t segments;             /* of the queries; segment i is bounds[i] .. bounds[i + 1] */
+    const int64_t *bounds;
     ptrdiff_t strip;                /* rows of a strip */
     ptrdiff_t ld, pad, start_stride;
     const int64_t *start;           /* [batch][start_stride], NULL: all zero */
     const real *q, *k, *v, *packed; /* packed: keys (forward), keys and values (backward), as pack() lays them */
-    const real *mask;               /* [batch * heads][rows from low on][keys], NULL: no dropout */
+    const real *mask;               /* [batch * heads][rows from bounds[0] on][keys], NULL: no dropout */
     ptrdiff_t mask_rows;
     const real *carried_raw, *carried_weights; /* [batch * heads][halo][ld], NULL: zeros */
     real *lse;                      /* [batch * heads][queries] */
     real *out, *last_raw, *last_weights; /* last_*: [batch * heads][halo][keys], NULL: not wanted */
     const real *grad_out, *grad_raw, *grad_weights; /* grad_raw, grad_weights: of the last rows, [batch * heads][n_*][keys] */
     ptrdiff_t n_raw, n_weights;
-    real *grad_q, *grad_k, *grad_v; /* grad_k, grad_v: zeros at first */
+    real *grad_q, *grad_k, *grad_v; /* grad_k, grad_v: [segments][batch * heads][keys][width], zeros at first */
     real *scratch;
     ptrdiff_t scratch_size;         /* of a task */
     int threads, team;              /* threads of a task: one, or all of them */
@@ -54,7 +55,7 @@ typedef struct {
 
 typedef struct {
     const Call *c;
-    ptrdiff_t batch, head; /* head: batch * heads + the first of the group */
+    ptrdiff_t batch, head, segment; /* head: batch * heads + the first of the group */
     Map raw, soft, mid_pre, out, mid_post, d_post, d_pre, d_raw;
     real *sums_pre, *sums_post, *matrix_pre, *matrix_post; /* [group][taps][LANES], [group / CH][CH][CH][LANES] */
 } Task;
@@ -110,7 +111,8 @@ ptrdiff_t scratch_size(const Call *c, int backward) {
 }
 
 static Task task_at(const Call *c, ptrdiff_t number, real *scratch, int backward) {
-    Task t = {.c = c, .batch = number / (c->heads / c->group), .head = number * c->group};
+    const ptrdiff_t groups = c->heads / c->group, group = number % (c->batch * groups);
+    Task t = {.c = c, .batch = group / groups, .head = group * c->group, .segment = c->segments - 1 - number / (c->batch * groups)};
     lay_out(c, &t, scratch, backward);
     return t;
 }
@@ -202,7 +204,7 @@ static void apply_mask(const Task *t, Map m, ptrdiff_t top, ptrdiff_t n) {
     if (!c->mask) return;
     SHARED for (ptrdiff_t h = 0; h < c->group; h++)
         for (ptrdiff_t r = 0; r < n; r++) {
-            const real *mask = c->mask + ((t->head + h) * c->mask_rows + top - c->low + r) * c->keys;
+            const real *mask = c->mask + ((t->head + h) * c->mask_rows + top - c->bounds[0] + r) * c->keys;
             real *row = row_of(t, m, h, r);
             for (ptrdiff_t j = 0; j < c->keys; j++) row[j] *= mask[j];
         }
@@ -230,7 +232,7 @@ static void keep_last(const Task *t, Map m, ptrdiff_t end, ptrdiff_t halo, real 
 static void forward_task(const Task *t) {
     const Call *c = t->c;
     const ptrdiff_t pre = c->pre.halo, post = c->post.halo;
-    const ptrdiff_t low = c->low, high = c->high;
+    const ptrdiff_t low = c->bounds[t->segment], high = c->bounds[t->segment + 1];
     ptrdiff_t bottom, top = low > pre + post ? low - pre - post : 0;
     fill_carried(t, t->raw, 0, -pre, pre, top ? NULL : c->carried_raw, pre);
     fill_carried(t, t->soft, 0, -post, post, top ? NULL : c->carried_weights, post);
@@ -323,6 +325,7 @@ static void backward_strip(const Task *t, ptrdiff_t top, ptrdiff_t bottom, int o
     const Call *c = t->c;
     const Side *pre = &c->pre, *post = &c->post;
     const ptrdiff_t n = bottom - top, up = pre->halo + post->halo, size = c->value_width;
+    const ptrdiff_t before = t->segment * c->batch * c->heads; /* of the heads of other segments */
     const Strip s = strip_at(t, NULL, top, n);
     const Map none = {NULL, 0};
 
@@ -340,7 +343,7 @@ static void backward_strip(const Task *t, ptrdiff_t top, ptrdiff_t bottom, int o
         const real *packed = c->packed + c->batch * c->heads * padded(c->keys) * c->width + (t->head + h) * padded(c->keys) * size;
         if (own)
             accumulate(&s, row_of(t, weights, h, 0), rows, size, size,
-                       c->grad_v + (t->head + h) * c->keys * size, size);
+                       c->grad_v + (before + t->head + h) * c->keys * size, size);
         logits(&s, rows, size, size, packed, row_of(t, t->d_post, h, 0));
     }
     apply_mask(t, t->d_post, top, n);
@@ -364,7 +367,7 @@ static void backward_strip(const Task *t, ptrdiff_t top, ptrdiff_t bottom, int o
         const real *grad = row_of(t, t->d_raw, h, 0);
         read_rows(&s, grad, c->k + head * c->keys * width, width, width, c->grad_q + (head * c->queries + top) * width, width);
         accumulate(&s, grad, c->q + (head * c->queries + top) * width, width, width,
-                   c->grad_k + head * c->keys * width, width);
+                   c->grad_k + (before + head) * c->keys * width, width);
     }
 }
 
@@ -375,7 +378,8 @@ static void add_up(const real *sums, ptrdiff_t n, real *to) {
 static void backward_task(const Task *t) {
     const Call *c = t->c;
     const Side *pre = &c->pre, *post = &c->post;
-    const ptrdiff_t up = pre->halo + post->halo, low = c->low, high = c->high;
+    const ptrdiff_t up = pre->halo + post->halo, low = c->bounds[t->segment], high = c->bounds[t->segment + 1];
+    const ptrdiff_t number = t->segment * c->batch * c->heads + t->head;
     ptrdiff_t top, bottom = high + up < c->queries ? high + up : c->queries;
     memset(t->sums_pre, 0, (size_t)(c->group * pre->taps * LANES) * sizeof(real));
     memset(t->sums_post, 0, (size_t)(c->group * post->taps * LANES) * sizeof(real));
@@ -394,10 +398,10 @@ static void backward_task(const Task *t) {
         correlate_rows(t, pre, t->raw, post->halo, t->d_pre, pre->halo, -pre->halo, pre->halo, t->sums_pre);
     if (low == 0 && post->kernel && c->carried_weights)
         correlate_rows(t, post, t->soft, 0, t->d_post, post->halo, -post->halo, post->halo, t->sums_post);
-    add_up(t->sums_pre, c->group * pre->taps, pre->kernel_grad + t->head * pre->taps);
-    add_up(t->sums_post, c->group * post->taps, post->kernel_grad + t->head * post->taps);
-    if (pre->matrix) add_up(t->matrix_pre, c->group * pre->group, pre->matrix_grad + t->head * pre->group);
-    if (post->matrix) add_up(t->matrix_post, c->group * post->group, post->matrix_grad + t->head * post->group);
+    add_up(t->sums_pre, c->group * pre->taps, pre->kernel_grad + number * pre->taps);
+    add_up(t->sums_post, c->group * post->taps, post->kernel_grad + number * post->taps);
+    if (pre->matrix) add_up(t->matrix_pre, c->group * pre->group, pre->matrix_grad + number * pre->group);
+    if (post->matrix) add_up(t->matrix_post, c->group * post->group, post->matrix_grad + number * post->group);
 }
 
 /* Keys or values [n][length][width] as packed panels. */
@@ -422,7 +426,7 @@ static void do_task(const Call *c, ptrdiff_t number, real *scratch, int backward
 }
 
 void run(const Call *c, int backward) {
-    const ptrdiff_t tasks = c->batch * c->heads / c->group;
+    const ptrdiff_t tasks = c->batch * c->heads / c->group * c->segments;
     if (c->team > 1) {
         for (ptrdiff_t number = 0; number < tasks; number++) do_task(c, number, c->scratch, backward);
         return;

@@ -18,6 +18,9 @@ from recollect.ops.multi_token import Mixing, Settings, dropout_mask, key_paddin
 # Of the strips of maps that a task stands on: about the second-level cache. A strip is whole tiles of 3, 4 or 6 rows.
 STRIP_BYTES, STRIP_ROWS, LONGEST_STRIP = 2**20, 24, 48
 MASK_BYTES = 2**25  # of the dropout mask of a call's rows
+# Few heads are cut into segments of rows, so that there is work for several threads; not by their number, which must not change the
+# result. Every segment has its own gradients of keys and values.
+TASKS, SEGMENTS, SEGMENT_ROWS = 16, 4, 256
 
 
 class SideStruct(ctypes.Structure):
@@ -35,7 +38,8 @@ class Call(ctypes.Structure):
 
     _fields_ = (
         *((name, SIZE) for name in ("batch", "heads", "group", "queries", "keys", "width", "value_width")),
-        *((name, SIZE) for name in ("low", "high", "strip", "ld", "pad", "start_stride")),
+        *(("segments", SIZE), ("bounds", POINTER)),
+        *((name, SIZE) for name in ("strip", "ld", "pad", "start_stride")),
         *((name, POINTER) for name in ("start", "q", "k", "v", "packed", "mask")),
         ("mask_rows", SIZE),
         *((name, POINTER) for name in ("carried_raw", "carried_weights", "lse", "out", "last_raw", "last_weights")),
@@ -127,7 +131,10 @@ class Plan:
         pad = -(-max(*self.pre.reach, *self.post.reach) // 16) * 16
         ld = -(-self.n_keys // 16) * 16 + 2 * pad
         strip = STRIP_BYTES // (8 * group * ld * self.q.element_size()) // STRIP_ROWS * STRIP_ROWS
-        team = 1 if self.n_maps // group >= threads else threads
+        tasks = self.n_maps // group
+        self.bounds = self.cut(1 if self.settings.dropout_p else min(SEGMENTS, TASKS // tasks))
+        segments = len(self.bounds) - 1
+        team = 1 if tasks * segments >= threads else threads
         if team > 1:  # all heads of a batch element at once, so that there are enough for the threads
             group = self.n_heads
         call = Call(
@@ -138,7 +145,8 @@ class Plan:
             keys=self.n_keys,
             width=self.q.shape[-1],
             value_width=self.v.shape[-1],
-            high=self.n_queries,
+            segments=segments,
+            bounds=self.bounds.data_ptr(),
             strip=min(max(strip, STRIP_ROWS), LONGEST_STRIP),
             ld=ld,
             pad=pad,
@@ -151,6 +159,13 @@ class Plan:
         if self.start is not None:
             call.start, call.start_stride = self.start.data_ptr(), self.start.shape[1]
         return call
+
+    def cut(self, n: int) -> Tensor:
+        """Bounds int64 of up to n segments of the queries with equally many visible keys, none of them short."""
+        n = max(1, min(n, self.n_queries // SEGMENT_ROWS))
+        earlier = self.n_keys - self.n_queries
+        share = torch.arange(n + 1, dtype=torch.float64) / n * (self.n_keys**2 - earlier**2)
+        return ((share + earlier**2).sqrt() - earlier).round().long()
 
     def heads(self, x: Tensor) -> Tensor:
         """[B, L, Hx, K] -> [BH, L, K'], key-value heads repeated to H, K' = K padded with zeros to whole vectors."""
@@ -210,7 +225,7 @@ class Plan:
         for low in range(0, self.n_queries, rows):
             high = min(low + rows, self.n_queries)
             mask = self.mask(low, min(high + self.halo, self.n_queries))
-            call.low, call.high = low, high
+            self.bounds[:] = torch.tensor([low, high])
             call.mask, call.mask_rows = mask.data_ptr(), mask.shape[1]
             self.code.run(ctypes.byref(call), int(backward))
 

@@ -64,8 +64,8 @@ class _Native(torch.autograd.Function):
         plan.call.n_raw, plan.call.n_weights = (0 if x is None else x.shape[1] for x in returned.values())
         found = {
             "grad_q": torch.empty_like(plan.q),
-            "grad_k": torch.zeros_like(plan.k),
-            "grad_v": torch.zeros_like(plan.v),
+            "grad_k": plan.k.new_zeros(plan.call.segments, *plan.k.shape),
+            "grad_v": plan.v.new_zeros(plan.call.segments, *plan.v.shape),
         }
         sums = [*side_gradients(plan, plan.pre, plan.call.pre), *side_gradients(plan, plan.post, plan.call.post)]
         inputs = {"packed": plan.pack(plan.k, plan.v), "lse": lse, "grad_out": plan.heads(grad_out)}
@@ -73,8 +73,8 @@ class _Native(torch.autograd.Function):
         point(plan, **inputs, **above, **returned, **found)
         plan.run(backward=True)
         found["grad_q"].mul_(plan.settings.scale)
-        parts = [back(plan, x, like) for x, like in zip(found.values(), (q, k, v), strict=True)]
-        return None, None, *parts, *(None if x is None else x.sum(0) for x in sums), None, None
+        parts = [back(plan, x.sum(0) if x.dim() > 3 else x, like) for x, like in zip(found.values(), (q, k, v), strict=True)]
+        return None, None, *parts, *(None if x is None else x.sum((0, 1)) for x in sums), None, None
 
 
 def point(plan: Plan, **tensors: Tensor | None) -> None:
@@ -95,10 +95,10 @@ def carried(plan: Plan, rows: Rows) -> dict[str, Tensor | None]:
 
 
 def side_gradients(plan: Plan, side: Side, given: SideStruct) -> list[Tensor | None]:
-    """Zeros for the gradients of a side's kernel and matrix, [B, *shape], and their addresses in the call."""
+    """Zeros for the gradients of a side's kernel and matrix, [segments, B, *shape], and their addresses in the call."""
     found: list[Tensor | None] = []
     for name, x in (("kernel_grad", side.kernel), ("matrix_grad", side.matrix)):
-        found.append(None if x is None else x.new_zeros(plan.batch, *x.shape))
+        found.append(None if x is None else x.new_zeros(plan.call.segments, plan.batch, *x.shape))
         if found[-1] is not None:
             setattr(given, name, found[-1].data_ptr())
     return found
