@@ -155,14 +155,18 @@ static void fill_carried(const Task *t, Map m, ptrdiff_t row, ptrdiff_t first, p
         }
 }
 
+/* Those of the queries top .. bottom that come before the first, into a map from `row` on; returns how many they are. */
+static ptrdiff_t fill_earlier(const Task *t, Map m, ptrdiff_t row, ptrdiff_t top, ptrdiff_t bottom, const real *carried, ptrdiff_t halo) {
+    const ptrdiff_t n = top < 0 ? (bottom < 0 ? bottom : 0) - top : 0;
+    fill_carried(t, m, row, top, n, carried, halo);
+    return n;
+}
+
 /* Raw logits of the queries top .. bottom into the map from `row` on; rows before the first query are carried ones. */
 static void raw_rows(const Task *t, ptrdiff_t row, ptrdiff_t top, ptrdiff_t bottom) {
     const Call *c = t->c;
-    if (top < 0) {
-        const ptrdiff_t n = (bottom < 0 ? bottom : 0) - top;
-        fill_carried(t, t->raw, row, top, n, c->carried_raw, c->pre.halo);
-        row += n, top += n;
-    }
+    const ptrdiff_t n = fill_earlier(t, t->raw, row, top, bottom, c->carried_raw, c->pre.halo);
+    row += n, top += n;
     if (top >= bottom) return;
     const Strip s = strip_at(t, NULL, top, bottom - top);
     SHARED for (ptrdiff_t h = 0; h < c->group; h++)
@@ -188,25 +192,23 @@ static void side_forward(const Task *t, const Side *side, const Strip *s, Map in
 /* Softmax weights of the queries top .. bottom into the map from `row` on, from raw logits whose first row is `in`, c->pre.halo above. */
 static void soft_rows(const Task *t, ptrdiff_t row, ptrdiff_t in, ptrdiff_t top, ptrdiff_t bottom, int mode, int own) {
     const Call *c = t->c;
-    if (top < 0) {
-        const ptrdiff_t n = (bottom < 0 ? bottom : 0) - top;
-        fill_carried(t, t->soft, row, top, n, c->carried_weights, c->post.halo);
-        row += n, in += n, top += n;
-    }
+    const ptrdiff_t n = fill_earlier(t, t->soft, row, top, bottom, c->carried_weights, c->post.halo);
+    row += n, in += n, top += n;
     if (top >= bottom) return;
     const Strip s = strip_at(t, &c->pre, top, bottom - top);
     side_forward(t, &c->pre, &s, t->raw, in, t->soft, row, t->mid_pre, mode, own ? c->lse + t->head * c->queries + top : NULL, c->queries);
 }
 
-/* Multiply rows of a map with the dropout mask. */
+/* Multiply a strip's rows of a map with the dropout mask. */
 static void apply_mask(const Task *t, Map m, ptrdiff_t top, ptrdiff_t n) {
     const Call *c = t->c;
     if (!c->mask) return;
+    const Strip s = strip_at(t, NULL, top, n);
     SHARED for (ptrdiff_t h = 0; h < c->group; h++)
         for (ptrdiff_t r = 0; r < n; r++) {
             const real *mask = c->mask + ((t->head + h) * c->mask_rows + top - c->bounds[0] + r) * c->keys;
             real *row = row_of(t, m, h, r);
-            for (ptrdiff_t j = 0; j < c->keys; j++) row[j] *= mask[j];
+            for (ptrdiff_t j = start_of(&s, r); j <= s.first + r; j++) row[j] *= mask[j];
         }
 }
 
@@ -258,29 +260,29 @@ static void forward_task(const Task *t) {
     }
 }
 
-/* Add the gradient of the last rows that the call returned to the rows of a map that are among them. */
-static int add_last(const Task *t, Map m, ptrdiff_t top, ptrdiff_t n, const real *grad, ptrdiff_t n_last) {
+/* Add the gradient of the last rows that the call returned to the rows of a map that are among them, where they are no constant zeros. */
+static void add_last(const Task *t, Map m, ptrdiff_t top, ptrdiff_t n, const real *grad, ptrdiff_t n_last) {
     const Call *c = t->c;
+    const Strip s = strip_at(t, NULL, top, n);
     const ptrdiff_t first = c->queries - n_last;
-    if (!grad || top + n <= first) return 0;
-    for (ptrdiff_t h = 0; h < c->group; h++)
+    for (ptrdiff_t h = 0; grad && h < c->group; h++)
         for (ptrdiff_t r = first > top ? first - top : 0; r < n; r++) {
             const real *from = grad + ((t->head + h) * n_last + top + r - first) * c->keys;
             real *row = row_of(t, m, h, r);
-            for (ptrdiff_t j = 0; j < c->keys; j++) row[j] += from[j];
+            for (ptrdiff_t j = start_of(&s, r); j <= s.first + r; j++) row[j] += from[j];
         }
-    return 1;
 }
 
 /* The gradient of a softmax's input, in place of that of its output. */
-static void softmax_backward(const Task *t, Map grad, Map soft, ptrdiff_t in_soft, ptrdiff_t n) {
+static void softmax_backward(const Task *t, Map grad, Map soft, ptrdiff_t in_soft, ptrdiff_t top, ptrdiff_t n) {
     const Call *c = t->c;
+    const Strip s = strip_at(t, NULL, top, n);
     SHARED for (ptrdiff_t h = 0; h < c->group; h++)
         for (ptrdiff_t r = 0; r < n; r++) {
             real *d = row_of(t, grad, h, r), total = 0;
             const real *p = row_of(t, soft, h, in_soft + r);
-            for (ptrdiff_t j = 0; j < c->keys; j++) total += p[j] * d[j];
-            for (ptrdiff_t j = 0; j < c->keys; j++) d[j] = p[j] * (d[j] - total);
+            for (ptrdiff_t j = start_of(&s, r); j <= s.first + r; j++) total += p[j] * d[j];
+            for (ptrdiff_t j = start_of(&s, r); j <= s.first + r; j++) d[j] = p[j] * (d[j] - total);
         }
 }
 
@@ -353,7 +355,7 @@ static void backward_strip(const Task *t, ptrdiff_t top, ptrdiff_t bottom, int o
     convolve_back(t, post, t->d_post, t->d_pre, returned ? none : t->soft, post->halo, top, n);
     if (returned) {
         add_last(t, t->d_pre, top, n, c->grad_weights, c->n_weights);
-        softmax_backward(t, t->d_pre, t->soft, post->halo, n);
+        softmax_backward(t, t->d_pre, t->soft, post->halo, top, n);
     }
     mix_back(t, pre, t->d_pre, t->mid_pre, post->halo, top, n, own ? t->matrix_pre : NULL);
     if (!own) return;

@@ -59,7 +59,6 @@ def _scanned(
     assert built_in is not None
     bias, link, rule = built_in
     assert state.anchor is not None
-    sharpness = float(spec.bias.options[0]) if bias == "l1" else 1.0
     log_momentum = call.inputs.log_momentum
     if spec.rule.momentum and log_momentum is None:
         log_momentum = torch.zeros_like(inputs.eta[..., 0])
@@ -73,7 +72,7 @@ def _scanned(
         Perceptron(*state.anchor),
         (call.parameters.slow[0], call.parameters.slow[1]),
         state.phase,
-        Settings(spec.chunk_size, bias, sharpness, link, rule, _threshold(spec)),
+        _settings(spec, bias, link, rule),
         delta=inputs.bias[0] if inputs.bias else None,
         log_momentum=log_momentum,
         momentum=None if state.momentum is None else Perceptron(*state.momentum),
@@ -113,7 +112,7 @@ def _scanned_matrix(call: Call) -> tuple[Tensor, MirasState]:
         state.dual[0],
         state.anchor[0],
         state.phase,
-        Settings(spec.chunk_size, bias, float(spec.bias.options[0]) if bias == "l1" else 1.0, link, threshold=_threshold(spec)),
+        _settings(spec, bias, link),
         delta=inputs.bias[0] if inputs.bias else None,
         start=None if call.reset is None else spec.retention.start(initial),
         radius=_radius(call)[:, 0] if link == "scaled" else None,
@@ -131,8 +130,7 @@ def _matrix_bias(call: Call) -> str | None:
     is not built in. A bias that does not read (dot_product) has a closed form, and l2 with chunks of one token has another."""
     spec = call.spec
     fits = spec.memory.name == "matrix" and spec.rule.name == "gd" and spec.stale
-    kept = spec.retention.name in ("none", "l2", "l2_coupled", "towards_initial")
-    kept |= _link(spec) in ("scaled", "simplex") or (_link(spec) == "identity" and spec.retention.name == "elastic_net")
+    kept = _link(spec) is not None or spec.retention.name == "towards_initial"
     return _bias(spec) if fits and kept else None
 
 
@@ -148,6 +146,12 @@ def _built_in(call: Call) -> tuple[str, str, str] | None:
     if spec.rule.momentum and (not scalar or spec.retention.couple is not None):
         return None
     return bias, link, spec.rule.name
+
+
+def _settings(spec: MirasSpec, bias: str, link: str, rule: str = "gd") -> Settings:
+    """What is the same at every token, by the kernels' names."""
+    sharpness = float(spec.bias.options[0]) if bias == "l1" else 1.0
+    return Settings(spec.chunk_size, bias, sharpness, link, rule, _threshold(spec))
 
 
 def _threshold(spec: MirasSpec) -> float:

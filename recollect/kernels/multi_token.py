@@ -15,7 +15,6 @@ from torch.autograd.function import once_differentiable
 
 from recollect.kernels.compile import attention
 from recollect.kernels.layout import Plan, Side, SideStruct, compiled
-from recollect.ops.attention import visible
 from recollect.ops.multi_token import Mixing, Rows, Settings, blocked
 
 
@@ -59,11 +58,10 @@ class _Native(torch.autograd.Function):
     def backward(ctx, grad_out, grad_raw, grad_weights):
         q, k, v, kq_pre, head_pre, kq_post, head_post, raw, weights, lse = ctx.saved_tensors
         plan = Plan(q, k, v, Mixing(kq_pre, head_pre, kq_post, head_post), ctx.settings, ctx.start)
-        grad_raw = None if grad_raw is None else seen_rows(plan, grad_raw)
         returned = {"grad_raw": last_rows(plan, grad_raw), "grad_weights": last_rows(plan, grad_weights)}
         plan.call.n_raw, plan.call.n_weights = (0 if x is None else x.shape[1] for x in returned.values())
         found = {
-            "grad_q": torch.empty_like(plan.q),
+            "grad_q": torch.empty_like(plan.q)[None],
             "grad_k": plan.k.new_zeros(plan.call.segments, *plan.k.shape),
             "grad_v": plan.v.new_zeros(plan.call.segments, *plan.v.shape),
         }
@@ -73,7 +71,7 @@ class _Native(torch.autograd.Function):
         point(plan, **inputs, **above, **returned, **found)
         plan.run(backward=True)
         found["grad_q"].mul_(plan.settings.scale)
-        parts = [back(plan, x.sum(0) if x.dim() > 3 else x, like) for x, like in zip(found.values(), (q, k, v), strict=True)]
+        parts = [back(plan, x, like) for x, like in zip(found.values(), (q, k, v), strict=True)]
         return None, None, *parts, *(None if x is None else x.sum((0, 1)) for x in sums), None, None
 
 
@@ -105,18 +103,11 @@ def side_gradients(plan: Plan, side: Side, given: SideStruct) -> list[Tensor | N
 
 
 def back(plan: Plan, x: Tensor, like: Tensor) -> Tensor:
-    """A gradient [BH, L, K'] in the layout and dtype of its input [B, L, Hx, K], summed over the heads that shared it."""
-    grouped = x.view(plan.batch, like.shape[2], -1, like.shape[1], x.shape[-1])[..., : like.shape[3]]
+    """A gradient [segments, BH, L, K'] in the layout and dtype of its input [B, L, Hx, K], whose heads may have been shared."""
+    whole = x[0] if len(x) == 1 else x.sum(0)
+    grouped = whole.view(plan.batch, like.shape[2], -1, like.shape[1], x.shape[-1])[..., : like.shape[3]]
     total = grouped[:, :, 0] if grouped.shape[2] == 1 else grouped.sum(2)
     return total.transpose(1, 2).to(like.dtype)
-
-
-def seen_rows(plan: Plan, grad_raw: Tensor) -> Tensor:
-    """The gradient [B, H, halo, S] of the returned raw rows without what they do not see: those entries are constant zeros."""
-    n_rows, n_keys = min(grad_raw.shape[2], plan.n_queries), grad_raw.shape[3]
-    start = None if plan.start is None else plan.start[:, plan.n_queries - n_rows : plan.n_queries]
-    seen = visible(n_rows, n_keys, start=start, device=grad_raw.device)
-    return grad_raw[:, :, grad_raw.shape[2] - n_rows :].masked_fill(~seen, 0)
 
 
 def last_rows(plan: Plan, grad: Tensor | None) -> Tensor | None:

@@ -13,27 +13,31 @@ static void pack(const real *in, ptrdiff_t length, ptrdiff_t stride, ptrdiff_t w
             for (ptrdiff_t d = 0; d < width; d++) out[d * PANEL + j] = first + j < length ? in[(first + j) * stride + d] : 0;
 }
 
-/* nr rows of queries times nv vectors of a panel's keys. */
-INLINE void logits_tile(const real *q, ptrdiff_t stride, const real *panel, ptrdiff_t width, real *out, ptrdiff_t ld, const int nr,
-                        const int nv) {
+/* out[r] = sum over low <= n < high of weights[r * row + n * step] * x[n * stride], nr rows, nv vectors wide; added to out if `add`: the
+ * new sums first, then the total, which is less rounding than one long sum. */
+INLINE void tile(const real *weights, ptrdiff_t row, ptrdiff_t step, const real *x, ptrdiff_t stride, ptrdiff_t low, ptrdiff_t high, real *out,
+                 ptrdiff_t out_stride, const int nr, const int nv, const int add) {
     vec acc[ROWS][VECS];
 #pragma GCC unroll 8
     for (int r = 0; r < nr; r++)
 #pragma GCC unroll 8
         for (int v = 0; v < nv; v++) acc[r][v] = splat(0);
-    for (ptrdiff_t d = 0; d < width; d++) {
-        vec x[VECS];
+    for (ptrdiff_t n = low; n < high; n++) {
+        vec value[VECS];
 #pragma GCC unroll 8
-        for (int v = 0; v < nv; v++) x[v] = LOAD(panel + d * PANEL + v * LANES);
+        for (int v = 0; v < nv; v++) value[v] = LOAD(x + n * stride + v * LANES);
 #pragma GCC unroll 8
         for (int r = 0; r < nr; r++)
 #pragma GCC unroll 8
-            for (int v = 0; v < nv; v++) acc[r][v] += x[v] * q[r * stride + d];
+            for (int v = 0; v < nv; v++) acc[r][v] += value[v] * weights[r * row + n * step];
     }
 #pragma GCC unroll 8
     for (int r = 0; r < nr; r++)
 #pragma GCC unroll 8
-        for (int v = 0; v < nv; v++) STORE(out + r * ld + v * LANES, acc[r][v]);
+        for (int v = 0; v < nv; v++) {
+            real *to = out + r * out_stride + v * LANES;
+            STORE(to, add ? LOAD(to) + acc[r][v] : acc[r][v]);
+        }
 }
 
 /* map[r][j] = q[r] . k[j] on the visible keys, zero elsewhere. */
@@ -45,9 +49,9 @@ static void logits(const Strip *s, const real *q, ptrdiff_t stride, ptrdiff_t wi
             real *out = map + top * s->ld + key;
             if (keys > PANEL - LANES) {
                 switch (nr) { /* a tile for every number of rows: the last strip is seldom whole */
-#define TILE(n)                                                                     \
-    case n:                                                                         \
-        logits_tile(rows, stride, panel, width, out, s->ld, n < ROWS ? n : ROWS, VECS); \
+#define TILE(n)                                                                                   \
+    case n:                                                                                       \
+        tile(rows, stride, 1, panel, PANEL, 0, width, out, s->ld, n < ROWS ? n : ROWS, VECS, 0); \
         break;
                     TILE(1) TILE(2) TILE(3) TILE(4) TILE(5) TILE(6)
 #undef TILE
@@ -55,9 +59,10 @@ static void logits(const Strip *s, const real *q, ptrdiff_t stride, ptrdiff_t wi
             } else
                 for (ptrdiff_t v = 0; v < keys; v += LANES) {
                     if (nr == ROWS)
-                        logits_tile(rows, stride, panel + v, width, out + v, s->ld, ROWS, 1);
+                        tile(rows, stride, 1, panel + v, PANEL, 0, width, out + v, s->ld, ROWS, 1, 0);
                     else
-                        for (ptrdiff_t r = 0; r < nr; r++) logits_tile(rows + r * stride, stride, panel + v, width, out + r * s->ld + v, s->ld, 1, 1);
+                        for (ptrdiff_t r = 0; r < nr; r++)
+                            tile(rows + r * stride, stride, 1, panel + v, PANEL, 0, width, out + r * s->ld + v, s->ld, 1, 1, 0);
                 }
         }
     for (ptrdiff_t r = 0; r < s->rows; r++) clear_outside(map + r * s->ld, s, start_of(s, r), s->first + r + 1);
@@ -80,29 +85,6 @@ static void logits(const Strip *s, const real *q, ptrdiff_t stride, ptrdiff_t wi
         offset += wide_ * LANES;                                          \
     }
 
-/* out[r] += sum over from <= j < to of map[r][j] * x[j], nv vectors wide. */
-INLINE void read_tile(const real *map, ptrdiff_t ld, const real *x, ptrdiff_t stride, ptrdiff_t from, ptrdiff_t to, real *out,
-                      ptrdiff_t out_stride, const int nr, const int nv) {
-    vec acc[ROWS][VECS];
-#pragma GCC unroll 8
-    for (int r = 0; r < nr; r++)
-#pragma GCC unroll 8
-        for (int v = 0; v < nv; v++) acc[r][v] = LOAD(out + r * out_stride + v * LANES);
-    for (ptrdiff_t j = from; j < to; j++) {
-        vec value[VECS];
-#pragma GCC unroll 8
-        for (int v = 0; v < nv; v++) value[v] = LOAD(x + j * stride + v * LANES);
-#pragma GCC unroll 8
-        for (int r = 0; r < nr; r++)
-#pragma GCC unroll 8
-            for (int v = 0; v < nv; v++) acc[r][v] += value[v] * map[r * ld + j];
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < nr; r++)
-#pragma GCC unroll 8
-        for (int v = 0; v < nv; v++) STORE(out + r * out_stride + v * LANES, acc[r][v]);
-}
-
 /* out[r] = sum over the visible keys of map[r][j] * x[j]: values read, or the queries' gradient. */
 static void read_rows(const Strip *s, const real *map, const real *x, ptrdiff_t stride, ptrdiff_t width, real *out, ptrdiff_t out_stride) {
     for (ptrdiff_t r = 0; r < s->rows; r++) memset(out + r * out_stride, 0, (size_t)width * sizeof(real));
@@ -112,35 +94,9 @@ static void read_rows(const Strip *s, const real *map, const real *x, ptrdiff_t 
             const ptrdiff_t to = seen < key + KEYS ? seen : key + KEYS;
             const real *rows = map + top * s->ld;
             real *y = out + top * out_stride;
-#define READ(nr_, nv_) read_tile(rows + row_ * s->ld, s->ld, x + offset, stride, key, to, y + row_ * out_stride + offset, out_stride, nr_, nv_)
+#define READ(nr_, nv_) tile(rows + row_ * s->ld, s->ld, 1, x + offset, stride, key, to, y + row_ * out_stride + offset, out_stride, nr_, nv_, 1)
             EACH_TILE(READ, nr, width)
 #undef READ
-        }
-}
-
-/* y[k] += sum over low <= r < high of map[r][k] * x[r], nr keys k, nv vectors wide. */
-INLINE void accumulate_tile(const real *map, ptrdiff_t ld, const real *x, ptrdiff_t stride, ptrdiff_t low, ptrdiff_t high, real *y,
-                            ptrdiff_t y_stride, const int nr, const int nv) {
-    vec acc[ROWS][VECS];
-#pragma GCC unroll 8
-    for (int k = 0; k < nr; k++)
-#pragma GCC unroll 8
-        for (int v = 0; v < nv; v++) acc[k][v] = splat(0);
-    for (ptrdiff_t r = low; r < high; r++) {
-        vec value[VECS];
-#pragma GCC unroll 8
-        for (int v = 0; v < nv; v++) value[v] = LOAD(x + r * stride + v * LANES);
-#pragma GCC unroll 8
-        for (int k = 0; k < nr; k++)
-#pragma GCC unroll 8
-            for (int v = 0; v < nv; v++) acc[k][v] += value[v] * map[r * ld + k];
-    }
-#pragma GCC unroll 8
-    for (int k = 0; k < nr; k++)
-#pragma GCC unroll 8
-        for (int v = 0; v < nv; v++) { /* the strip's sums first, then the total: less rounding than one long sum */
-            real *to = y + k * y_stride + v * LANES;
-            STORE(to, LOAD(to) + acc[k][v]);
         }
 }
 
@@ -150,7 +106,7 @@ static void accumulate(const Strip *s, const real *map, const real *x, ptrdiff_t
     for (ptrdiff_t key = start_of(s, 0); key < columns; key += ROWS) {
         const ptrdiff_t nr = columns - key < ROWS ? columns - key : ROWS, low = key > s->first ? key - s->first : 0;
         real *into = y + key * y_stride;
-#define ADD(nr_, nv_) accumulate_tile(map + key + row_, s->ld, x + offset, stride, low, s->rows, into + row_ * y_stride + offset, y_stride, nr_, nv_)
+#define ADD(nr_, nv_) tile(map + key + row_, 1, s->ld, x + offset, stride, low, s->rows, into + row_ * y_stride + offset, y_stride, nr_, nv_, 1)
         EACH_TILE(ADD, nr, width)
 #undef ADD
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -63,3 +63,30 @@ def assert_equal(actual: list[Tensor], expected: list[Tensor], tolerance: float 
     for n, (a, b) in enumerate(zip(actual, expected, strict=True)):
         error = float(((a - b).abs().max() / b.abs().max().clamp(min=1e-3)).detach())
         assert error <= tolerance, f"{n}: {error:.1e}"
+
+
+def assert_as_exact(draws: Iterable[dict[str, Tensor]], results: Callable[[dict[str, Tensor], str], list[Tensor]]) -> None:
+    """In fp32 the mean error over the draws, against the chunks in fp64, is at most twice the chunks' own, for each result."""
+    errors: dict[int, list[float]] = {}
+    for named in draws:
+        exact, *single = (
+            results({name: x.detach().to(dtype).requires_grad_() for name, x in named.items()}, form)
+            for form, dtype in (("chunked", torch.float64), ("triton", torch.float32), ("chunked", torch.float32))
+        )
+        for n, (value, *pair) in enumerate(zip(exact, *single, strict=True)):
+            sums = errors.setdefault(n, [0.0, 0.0])
+            for m, x in enumerate(pair):
+                sums[m] += float((x.double() - value).detach().norm() / value.detach().norm().clamp(min=1e-30))
+    for n, (ours, theirs) in errors.items():
+        assert ours <= 2 * theirs, f"{n}: {ours:.1e}, the chunks {theirs:.1e}"
+
+
+def assert_one_graph(outputs: Callable[[dict[str, Tensor]], list[Tensor]], named: dict[str, Tensor]) -> None:
+    """torch.compile takes them as one graph, and gradients come out with equal bits."""
+
+    def total(**named: Tensor) -> Tensor:
+        return sum((x.sin().sum() for x in outputs(named)), torch.zeros(()))
+
+    compiled, inputs = torch.compile(total, fullgraph=True, backend="aot_eager"), list(named.values())
+    for a, b in zip(torch.autograd.grad(compiled(**named), inputs), torch.autograd.grad(total(**named), inputs), strict=True):
+        assert torch.equal(a, b)

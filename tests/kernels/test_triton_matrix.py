@@ -20,7 +20,7 @@ from tests.kernels.gpu_code import assert_compiles
 pytest.importorskip("triton", reason="triton is not installed (pip install 'recollect[kernels]')")
 from recollect.kernels.triton import can_run
 from tests.kernels.interpreter import quick
-from tests.kernels.scans import BIASES, assert_equal, flags, scan_in_parts, with_gradients
+from tests.kernels.scans import BIASES, assert_as_exact, assert_equal, assert_one_graph, flags, scan_in_parts, with_gradients
 
 pytestmark = pytest.mark.skipif(not can_run(torch.zeros(1)), reason="a GPU: TRITON_INTERPRET is not set")
 
@@ -202,33 +202,14 @@ def test_without_gradients_it_gives_the_same() -> None:
 @pytest.mark.parametrize("bias", list(BIASES))
 def test_error_in_single_precision_is_at_most_twice_the_plain_chunks(bias: str) -> None:
     """Prevents sums or gates in less than fp32: mean error of three draws, each result and gradient."""
-    errors: dict[int, list[float]] = {}
-    for length in (18, 20, 22):
-        named = draw(length, widths=(16, 16, 16))
-        exact, *single = (
-            results({name: x.detach().to(dtype).requires_grad_() for name, x in named.items()}, 16, BIASES[bias], form)
-            for form, dtype in (("chunked", torch.float64), ("triton", torch.float32), ("chunked", torch.float32))
-        )
-        for n, (value, *pair) in enumerate(zip(exact, *single, strict=True)):
-            sums = errors.setdefault(n, [0.0, 0.0])
-            for m, x in enumerate(pair):
-                sums[m] += float((x.double() - value).detach().norm() / value.detach().norm().clamp(min=1e-30))
-    for n, (ours, theirs) in errors.items():
-        assert ours <= 2 * theirs, f"{n}: {ours:.1e}, the chunks {theirs:.1e}"
+    draws = (draw(length, widths=(16, 16, 16)) for length in (18, 20, 22))
+    assert_as_exact(draws, lambda named, form: results(named, 16, BIASES[bias], form))
 
 
 def test_it_can_be_compiled_as_one_graph() -> None:
     """Prevents an op that breaks torch.compile's graph, or whose fake has other shapes than it."""
     named = draw(9, value=8)
-
-    def total(**named: Tensor) -> Tensor:
-        parts = run(named, 8, huber(), "triton", reset=torch.arange(9)[None] == 4)
-        return sum((x.sin().sum() for x in parts), torch.zeros(()))
-
-    compiled = torch.compile(total, fullgraph=True, backend="aot_eager")
-    inputs = list(named.values())
-    for a, b in zip(torch.autograd.grad(compiled(**named), inputs), torch.autograd.grad(total(**named), inputs), strict=True):
-        assert torch.equal(a, b)
+    assert_one_graph(lambda x: run(x, 8, huber(), "triton", reset=torch.arange(9)[None] == 4), named)
 
 
 def test_it_is_never_the_default_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

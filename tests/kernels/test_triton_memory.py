@@ -20,7 +20,16 @@ from tests.kernels.gpu_code import assert_compiles
 pytest.importorskip("triton", reason="triton is not installed (pip install 'recollect[kernels]')")
 from recollect.kernels.triton import can_run, pieces
 from tests.kernels.interpreter import quick
-from tests.kernels.scans import BIASES, EXACT, assert_equal, flags, scan_in_parts, with_gradients
+from tests.kernels.scans import (
+    BIASES,
+    EXACT,
+    assert_as_exact,
+    assert_equal,
+    assert_one_graph,
+    flags,
+    scan_in_parts,
+    with_gradients,
+)
 
 pytestmark = pytest.mark.skipif(not can_run(torch.zeros(1)), reason="a GPU: TRITON_INTERPRET is not set")
 
@@ -132,21 +141,8 @@ MODELS = {
 @pytest.mark.parametrize("model", list(MODELS))
 def test_error_in_single_precision_is_at_most_twice_the_plain_chunks(model: str) -> None:
     """Prevents sums or gates in less than fp32: mean error of three draws, each result and gradient."""
-    errors: dict[int, list[float]] = {}
-    for length in (18, 20, 22):
-        named = draw(length, width=1 if model == "titans" else SIZE)
-        exact, *single = (
-            results(
-                {name: x.detach().to(dtype).requires_grad_() for name, x in named.items()}, 16, backend=form, **MODELS[model]
-            )
-            for form, dtype in (("chunked", torch.float64), ("triton", torch.float32), ("chunked", torch.float32))
-        )
-        for n, (value, *pair) in enumerate(zip(exact, *single, strict=True)):
-            sums = errors.setdefault(n, [0.0, 0.0])
-            for m, x in enumerate(pair):
-                sums[m] += float((x.double() - value).detach().norm() / value.detach().norm().clamp(min=1e-30))
-    for n, (ours, theirs) in errors.items():
-        assert ours <= 2 * theirs, f"{n}: {ours:.1e}, the chunks {theirs:.1e}"
+    draws = (draw(length, width=1 if model == "titans" else SIZE) for length in (18, 20, 22))
+    assert_as_exact(draws, lambda named, form: results(named, 16, backend=form, **MODELS[model]))
 
 
 @pytest.mark.parametrize(("chunk", "length"), [(1, 40), (5, 40), (16, 100), (24, 100), (64, 300), (100, 300), (250, 600)])
@@ -205,15 +201,7 @@ def test_it_can_be_compiled_as_one_graph(model: str) -> None:
     del named["delta" if model != "yaad" else "log_momentum"]
     if model == "memora":
         del named["log_momentum"]
-
-    def total(**named: Tensor) -> Tensor:
-        parts = run(named, 8, backend="triton", reset=torch.arange(9)[None] == 4, **MODELS[model])
-        return sum((x.sin().sum() for x in parts), torch.zeros(()))
-
-    compiled = torch.compile(total, fullgraph=True, backend="aot_eager")
-    inputs = list(named.values())
-    for a, b in zip(torch.autograd.grad(compiled(**named), inputs), torch.autograd.grad(total(**named), inputs), strict=True):
-        assert torch.equal(a, b)
+    assert_one_graph(lambda x: run(x, 8, backend="triton", reset=torch.arange(9)[None] == 4, **MODELS[model]), named)
 
 
 def test_it_is_never_the_default_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

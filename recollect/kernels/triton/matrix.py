@@ -70,10 +70,6 @@ class _Plan:
         grid = (self.pieces[0], triton.cdiv(self.value, rows))
         return grid, {**self.every, **self.given, **kinds, "num_warps": WARPS if rows <= ROWS else 2 * WARPS}
 
-    def pieces_of(self, q: Tensor) -> tuple[int, int, int]:
-        """Heads, pieces and channels, where every piece has a line."""
-        return q.shape[2], self.pieces[1], q.shape[3]
-
     def prepared(
         self, table: tuple[Tensor, ...], q: Tensor, k: Tensor, eta: Tensor, log_alpha: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -124,7 +120,7 @@ def _forward(
     written = values.new_empty(values.shape if n_slots else 0)
     factors = q.new_empty(*state.shape[:2], entries.shape[1] if radius is not None else 0, 2)
     simplex = state.shape[0] if open_kept is not None else 0
-    kept_before = q.new_empty(simplex, *plan.pieces_of(q))
+    kept_before = q.new_empty(simplex, *plan.sizes[1:], q.shape[-1])
     grid, options = plan.walks(bias, sharpness, threshold)
     walk[grid](
         *(*table, keys, values, thresholds, *plan.prepared(table, query, keys, steps, decays)),
