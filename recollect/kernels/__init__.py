@@ -1,5 +1,7 @@
 """Faster equals of `recollect.ops`, each naming its oracle and its error bound. Importing this package offers them to the ops."""
 
+import torch
+
 from recollect.kernels import fla, miras, multi_token, triton
 from recollect.kernels.compile import attention, compiler
 from recollect.ops import tiles
@@ -26,10 +28,11 @@ def describe() -> str:
     found = compiler()
     if found is None:
         return "plain PyTorch blocks (no C compiler on the PATH: cc, gcc or clang would make it several times faster)"
-    code = attention(False)
+    code = attention(torch.float32)
     if code is None:
         return f"plain PyTorch blocks ({found} could not build the kernels)"
-    return f"compiled kernels ({found}, {32 * code.lanes()}-bit vectors)"
+    low = ", products of bfloat16" if attention(torch.bfloat16) else ""
+    return f"compiled kernels ({found}, {32 * code.lanes()}-bit vectors{low})"
 
 
 def describe_gpu() -> str:

@@ -24,7 +24,7 @@ typedef struct {
     void (*convolution_backward)(const Strip *, const real *, const real *, real *, const real *);
 } Side;
 
-/* One call. Row r of queries stands at position keys - queries + r. Rows of q, k, v, out are [batch * heads][length][width]. */
+/* One call. Row r of queries stands at position keys - queries + r. Rows of q, grad_out, out are [batch * heads][length][width]. */
 typedef struct {
     ptrdiff_t batch, heads, group, queries, keys, width, value_width;
     ptrdiff_t segments;             /* of the queries; segment i is bounds[i] .. bounds[i + 1] */
@@ -32,13 +32,15 @@ typedef struct {
     ptrdiff_t strip;                /* rows of a strip */
     ptrdiff_t ld, pad, start_stride;
     const int64_t *start;           /* [batch][start_stride], NULL: all zero */
-    const real *q, *k, *v, *packed; /* packed: keys (forward), keys and values (backward), as pack() lays them */
+    const item *q, *packed;         /* packed: keys (forward), keys and values (backward), as pack() lays them */
+    const item *woven_q, *woven_k, *woven_v, *woven_grad; /* queries, keys, values and grad_out, as products.h weaves rows */
     const real *mask;               /* [batch * heads][rows from bounds[0] on][keys], NULL: no dropout */
     ptrdiff_t mask_rows;
     const real *carried_raw, *carried_weights; /* [batch * heads][halo][ld], NULL: zeros */
     real *lse;                      /* [batch * heads][queries] */
     real *out, *last_raw, *last_weights; /* last_*: [batch * heads][halo][keys], NULL: not wanted */
-    const real *grad_out, *grad_raw, *grad_weights; /* grad_raw, grad_weights: of the last rows, [batch * heads][n_*][keys] */
+    const item *grad_out;
+    const real *grad_raw, *grad_weights; /* grad_raw, grad_weights: of the last rows, [batch * heads][n_*][keys] */
     ptrdiff_t n_raw, n_weights;
     real *grad_q, *grad_k, *grad_v; /* grad_k, grad_v: [segments][batch * heads][keys][width], zeros at first */
     real *scratch;
@@ -66,6 +68,11 @@ typedef struct {
 int lanes(void) { return LANES; }
 
 int panel_width(void) { return PANEL; }
+
+/* Woven rows of a head, from the item on that holds this row. */
+static const item *woven(const item *all, ptrdiff_t head, ptrdiff_t length, ptrdiff_t row, ptrdiff_t width) {
+    return all + (head * items_of(length) + row / PER_ITEM) * width;
+}
 
 static ptrdiff_t padded(ptrdiff_t length) { return (length + PANEL - 1) / PANEL * PANEL; }
 
@@ -170,8 +177,8 @@ static void raw_rows(const Task *t, ptrdiff_t row, ptrdiff_t top, ptrdiff_t bott
     if (top >= bottom) return;
     const Strip s = strip_at(t, NULL, top, bottom - top);
     SHARED for (ptrdiff_t h = 0; h < c->group; h++)
-        logits(&s, c->q + ((t->head + h) * c->queries + top) * c->width, c->width, c->width,
-               c->packed + (t->head + h) * padded(c->keys) * c->width, row_of(t, t->raw, h, row));
+        logits(&s, c->q + ((t->head + h) * c->queries + top) * items_of(c->width), c->width,
+               c->packed + (t->head + h) * padded(c->keys) * items_of(c->width), row_of(t, t->raw, h, row));
 }
 
 /* Forward of one side: a strip's rows of `out` (and `mid`, if there is one) from the rows of `in`. lse [heads][lse_hs], or NULL. */
@@ -248,8 +255,8 @@ static void forward_task(const Task *t) {
             const Map weights = final_rows(t, top, n);
             const Strip s = strip_at(t, NULL, top, n);
             SHARED for (ptrdiff_t h = 0; h < c->group; h++)
-                read_rows(&s, row_of(t, weights, h, 0), c->v + (t->head + h) * c->keys * c->value_width, c->value_width, c->value_width,
-                          c->out + ((t->head + h) * c->queries + top) * c->value_width, c->value_width);
+                read_rows(&s, row_of(t, weights, h, 0), woven(c->woven_v, t->head + h, c->keys, 0, c->value_width), c->value_width,
+                          c->out + ((t->head + h) * c->queries + top) * c->value_width);
         }
         if (bottom == c->queries) {
             keep_last(t, t->raw, pre + n, pre, c->last_raw);
@@ -341,12 +348,12 @@ static void backward_strip(const Task *t, ptrdiff_t top, ptrdiff_t bottom, int o
     move(t, t->d_pre, n, 0, pre->halo);
     if (post->kernel) move(t, t->d_post, n, 0, post->halo);
     SHARED for (ptrdiff_t h = 0; h < c->group; h++) {
-        const real *rows = c->grad_out + ((t->head + h) * c->queries + top) * size;
-        const real *packed = c->packed + c->batch * c->heads * padded(c->keys) * c->width + (t->head + h) * padded(c->keys) * size;
+        const ptrdiff_t head = t->head + h, before_values = c->batch * c->heads * items_of(c->width);
         if (own)
-            accumulate(&s, row_of(t, weights, h, 0), rows, size, size,
-                       c->grad_v + (before + t->head + h) * c->keys * size, size);
-        logits(&s, rows, size, size, packed, row_of(t, t->d_post, h, 0));
+            accumulate(&s, row_of(t, weights, h, 0), woven(c->woven_grad, head, c->queries, top, size), top % PER_ITEM, size,
+                       c->grad_v + (before + head) * c->keys * size);
+        logits(&s, c->grad_out + (head * c->queries + top) * items_of(size), size,
+               c->packed + (before_values + head * items_of(size)) * padded(c->keys), row_of(t, t->d_post, h, 0));
     }
     apply_mask(t, t->d_post, top, n);
     mix_back(t, post, t->d_post, t->mid_post, 0, top, n, own ? t->matrix_post : NULL);
@@ -367,9 +374,9 @@ static void backward_strip(const Task *t, ptrdiff_t top, ptrdiff_t bottom, int o
     SHARED for (ptrdiff_t h = 0; h < c->group; h++) {
         const ptrdiff_t head = t->head + h, width = c->width;
         const real *grad = row_of(t, t->d_raw, h, 0);
-        read_rows(&s, grad, c->k + head * c->keys * width, width, width, c->grad_q + (head * c->queries + top) * width, width);
-        accumulate(&s, grad, c->q + (head * c->queries + top) * width, width, width,
-                   c->grad_k + (before + head) * c->keys * width, width);
+        read_rows(&s, grad, woven(c->woven_k, head, c->keys, 0, width), width, c->grad_q + (head * c->queries + top) * width);
+        accumulate(&s, grad, woven(c->woven_q, head, c->queries, top, width), top % PER_ITEM, width,
+                   c->grad_k + (before + head) * c->keys * width);
     }
 }
 
@@ -407,9 +414,10 @@ static void backward_task(const Task *t) {
 }
 
 /* Keys or values [n][length][width] as packed panels. */
-void pack_all(const real *in, ptrdiff_t n, ptrdiff_t length, ptrdiff_t width, real *out, int threads) {
+void pack_all(const item *in, ptrdiff_t n, ptrdiff_t length, ptrdiff_t width, item *out, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (ptrdiff_t i = 0; i < n; i++) pack(in + i * length * width, length, width, width, out + i * padded(length) * width);
+    for (ptrdiff_t i = 0; i < n; i++)
+        pack(in + i * length * items_of(width), length, width, out + i * padded(length) * items_of(width));
 }
 
 #ifdef _OPENMP

@@ -18,6 +18,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import torch
+
 FOLDER = Path(__file__).parent
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fPIC", "-shared", "-fno-math-errno", "-ffp-contract=fast")
 POINTER, SIZE = ctypes.c_void_p, ctypes.c_ssize_t
@@ -45,10 +47,15 @@ def stencil(c_q: int, c_k: int, c_h: int, double: bool) -> ctypes.CDLL | None:
     return _build("stencil.c", (f"-DCQ={c_q}", f"-DCK={c_k}", f"-DCH={c_h}"), double, names)
 
 
-@functools.lru_cache(maxsize=2)
-def attention(double: bool) -> ctypes.CDLL | None:
-    """The walk over a map's strips; None where it cannot be built or loaded."""
-    loaded = _build("attention.c", (), double, ("panel_width", "lanes", "pack_all", "scratch_size", "run"))
+@functools.lru_cache(maxsize=3)
+def attention(dtype: torch.dtype) -> ctypes.CDLL | None:
+    """The walk over a map's strips; None where it cannot be built or loaded.
+
+    Args:
+        dtype: float32, float64, or bfloat16: its products in bfloat16, all else in float32; not every processor has them.
+    """
+    low = ("-DBF16",) if dtype == torch.bfloat16 else ()
+    loaded = _build("attention.c", low, dtype == torch.float64, ("panel_width", "lanes", "pack_all", "scratch_size", "run"))
     if loaded is None:
         return None
     loaded.pack_all.argtypes = [POINTER, SIZE, SIZE, SIZE, POINTER, ctypes.c_int]

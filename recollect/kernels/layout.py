@@ -40,7 +40,7 @@ class Call(ctypes.Structure):
         *((name, SIZE) for name in ("batch", "heads", "group", "queries", "keys", "width", "value_width")),
         *(("segments", SIZE), ("bounds", POINTER)),
         *((name, SIZE) for name in ("strip", "ld", "pad", "start_stride")),
-        *((name, POINTER) for name in ("start", "q", "k", "v", "packed", "mask")),
+        *((name, POINTER) for name in ("start", "q", "packed", "woven_q", "woven_k", "woven_v", "woven_grad", "mask")),
         ("mask_rows", SIZE),
         *((name, POINTER) for name in ("carried_raw", "carried_weights", "lse", "out", "last_raw", "last_weights")),
         *((name, POINTER) for name in ("grad_out", "grad_raw", "grad_weights")),
@@ -112,16 +112,18 @@ class Plan:
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, mixing: Mixing, settings: Settings, start: Tensor | None) -> None:
         self.batch, self.n_queries, self.n_heads, _ = q.shape
         self.n_keys = k.shape[1]
-        self.dtype = torch.promote_types(q.dtype, torch.float32)  # of every buffer, whatever the dtypes of k and v
+        self.dtype = torch.promote_types(q.dtype, torch.float32)  # of maps and results, whatever the dtypes of k and v
         self.pre = side(mixing.kq_pre, mixing.head_pre, settings.pad_key, self.dtype)
         self.post = side(mixing.kq_post, mixing.head_post, settings.pad_key, self.dtype)
         self.settings = settings
         self.n_maps = self.batch * self.n_heads
         self.halo = self.pre.halo + self.post.halo
-        code = attention(self.dtype == torch.float64)
+        low = attention(torch.bfloat16) if q.dtype == torch.bfloat16 else None
+        self.product = self.dtype if low is None else torch.bfloat16  # of what products multiply
+        code = low or attention(self.dtype)
         assert code is not None
         self.code, self.lanes = code, code.lanes()
-        self.q, self.k, self.v = self.heads(q).mul_(settings.scale), self.heads(k), self.heads(v)
+        self.q, self.k, self.v = self.heads(q.to(self.dtype) * settings.scale), self.heads(k), self.heads(v)
         self.start = None if start is None else self.starts(start)
         self.kept: list[Tensor] = []
         self.call = self._describe()
@@ -130,7 +132,7 @@ class Plan:
         group, threads = math.lcm(self.pre.group, self.post.group), torch.get_num_threads()
         pad = -(-max(*self.pre.reach, *self.post.reach) // 16) * 16
         ld = -(-self.n_keys // 16) * 16 + 2 * pad
-        strip = STRIP_BYTES // (8 * group * ld * self.q.element_size()) // STRIP_ROWS * STRIP_ROWS
+        strip = STRIP_BYTES // (8 * group * ld * self.dtype.itemsize) // STRIP_ROWS * STRIP_ROWS
         tasks = self.n_maps // group
         self.bounds = self.cut(1 if self.settings.dropout_p else min(SEGMENTS, TASKS // tasks))
         segments = len(self.bounds) - 1
@@ -154,11 +156,15 @@ class Plan:
             team=team,
             pre=self.pre.struct(self.kept),
             post=self.post.struct(self.kept),
-            **{name: x.data_ptr() for name, x in (("q", self.q), ("k", self.k), ("v", self.v))},
+            q=self.q.data_ptr(),
         )
         if self.start is not None:
             call.start, call.start_stride = self.start.data_ptr(), self.start.shape[1]
         return call
+
+    def new(self, *shape: int) -> Tensor:
+        """Room for maps or results."""
+        return self.q.new_empty(*shape, dtype=self.dtype)
 
     def cut(self, n: int) -> Tensor:
         """Bounds int64 of up to n segments of the queries with equally many visible keys, none of them short."""
@@ -168,13 +174,21 @@ class Plan:
         return ((share + earlier**2).sqrt() - earlier).round().long()
 
     def heads(self, x: Tensor) -> Tensor:
-        """[B, L, Hx, K] -> [BH, L, K'], key-value heads repeated to H, K' = K padded with zeros to whole vectors."""
+        """[B, L, Hx, K] -> [BH, L, K'] for products, key-value heads repeated to H, K' = K padded with zeros to whole vectors."""
         batch, length, n_heads, size = x.shape
         width = -(-size // self.lanes) * self.lanes
-        out = x.new_empty(batch, n_heads, self.n_heads // n_heads, length, width, dtype=self.dtype, device="cpu")
+        out = x.new_empty(batch, n_heads, self.n_heads // n_heads, length, width, dtype=self.product, device="cpu")
         out[..., size:] = 0
         out[..., :size] = x.transpose(1, 2)[:, :, None]
         return out.view(self.n_maps, length, -1)
+
+    def woven(self, x: Tensor) -> Tensor:
+        """Rows [BH, L, K'] as products sum over them: bfloat16 with neighbours beside each other, [BH, ceil(L / 2), K', 2]."""
+        if self.product != torch.bfloat16:
+            return x
+        pairs = x.new_zeros(len(x), -(-x.shape[1] // 2) * 2, x.shape[2])
+        pairs[:, : x.shape[1]] = x
+        return pairs.view(len(x), -1, 2, x.shape[2]).mT.contiguous()
 
     def starts(self, start: Tensor) -> Tensor:
         """int64 [B, T + 32], checked because the kernels write where it says; the rows past the end are for looking ahead.
@@ -208,7 +222,7 @@ class Plan:
         """Carried rows [B, H, n, S'] as the last of `halo` rows [BH, halo, W] above the first query, zeros around them."""
         if rows is None or not halo or not rows.shape[2] or self.n_keys == self.n_queries:
             return None
-        out = self.q.new_zeros(self.n_maps, halo, self.call.ld)
+        out = self.q.new_zeros(self.n_maps, halo, self.call.ld, dtype=self.dtype)
         kept = rows.flatten(0, 1)[:, -halo:, : self.n_keys]
         out[:, halo - kept.shape[1] :, self.call.pad : self.call.pad + kept.shape[2]] = kept
         return out
@@ -216,12 +230,12 @@ class Plan:
     def run(self, *, backward: bool) -> None:
         """Do the call, range by range of the queries where dropout is on: a mask has an entry for every pair of tokens."""
         call, size = self.call, self.code.scratch_size(ctypes.byref(self.call), int(backward))
-        scratch = self.q.new_empty(size * (call.threads if call.team == 1 else 1))
+        scratch = self.new(size * (call.threads if call.team == 1 else 1))
         call.scratch, call.scratch_size = scratch.data_ptr(), size
         if not self.settings.dropout_p:
             self.code.run(ctypes.byref(call), int(backward))
             return
-        rows = max(2 * self.halo + 1, MASK_BYTES // (self.n_maps * self.n_keys * self.q.element_size()))
+        rows = max(2 * self.halo + 1, MASK_BYTES // (self.n_maps * self.n_keys * self.dtype.itemsize))
         for low in range(0, self.n_queries, rows):
             high = min(low + rows, self.n_queries)
             mask = self.mask(low, min(high + self.halo, self.n_queries))
@@ -231,5 +245,5 @@ class Plan:
 
     def mask(self, low: int, high: int) -> Tensor:
         """The dropout mask [BH, high - low, S] of these queries."""
-        like = self.q.new_empty(self.batch, self.n_heads, high - low, self.n_keys)
+        like = self.new(self.batch, self.n_heads, high - low, self.n_keys)
         return dropout_mask(like, self.settings, self.n_keys - self.n_queries + low).flatten(0, 1)

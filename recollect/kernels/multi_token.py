@@ -28,9 +28,9 @@ def can_run(q: Tensor, mixing: Mixing) -> bool:
         return False
     if any(not 2 <= m.shape[1] <= 32 for m in matrices):
         return False
-    double = q.dtype == torch.float64
+    dtype = torch.promote_types(q.dtype, torch.float32)
     sides = ((mixing.kq_pre, mixing.head_pre), (mixing.kq_post, mixing.head_post))
-    return attention(double) is not None and all(compiled(*parts, double) is not None for parts in sides)
+    return attention(dtype) is not None and all(compiled(*parts, dtype == torch.float64) is not None for parts in sides)
 
 
 class _Native(torch.autograd.Function):
@@ -39,14 +39,14 @@ class _Native(torch.autograd.Function):
     @staticmethod
     def forward(ctx, settings, start, q, k, v, kq_pre, head_pre, kq_post, head_post, raw, weights):
         plan = Plan(q, k, v, Mixing(kq_pre, head_pre, kq_post, head_post), settings, start)
-        lse = plan.q.new_empty(plan.n_maps, plan.n_queries)
-        heads = plan.q.new_empty(plan.n_maps, plan.n_queries, plan.v.shape[-1])
-        packed, above = plan.pack(plan.k), carried(plan, Rows(raw, weights))
+        lse = plan.new(plan.n_maps, plan.n_queries)
+        heads = plan.new(plan.n_maps, plan.n_queries, plan.v.shape[-1])
+        inputs = {"packed": plan.pack(plan.k), "woven_v": plan.woven(plan.v)}
         last = [
-            None if given is None else plan.q.new_empty(plan.batch, plan.n_heads, side.halo, plan.n_keys)
+            None if given is None else plan.new(plan.batch, plan.n_heads, side.halo, plan.n_keys)
             for given, side in ((raw, plan.pre), (weights, plan.post))
         ]
-        point(plan, packed=packed, lse=lse, out=heads, last_raw=last[0], last_weights=last[1], **above)
+        point(plan, lse=lse, out=heads, last_raw=last[0], last_weights=last[1], **inputs, **carried(plan, Rows(raw, weights)))
         plan.run(backward=False)
         ctx.save_for_backward(q, k, v, kq_pre, head_pre, kq_post, head_post, raw, weights, lse)
         ctx.settings, ctx.start = settings, start
@@ -61,12 +61,14 @@ class _Native(torch.autograd.Function):
         returned = {"grad_raw": last_rows(plan, grad_raw), "grad_weights": last_rows(plan, grad_weights)}
         plan.call.n_raw, plan.call.n_weights = (0 if x is None else x.shape[1] for x in returned.values())
         found = {
-            "grad_q": torch.empty_like(plan.q)[None],
-            "grad_k": plan.k.new_zeros(plan.call.segments, *plan.k.shape),
-            "grad_v": plan.v.new_zeros(plan.call.segments, *plan.v.shape),
+            "grad_q": plan.new(1, *plan.q.shape),
+            "grad_k": plan.new(plan.call.segments, *plan.k.shape).zero_(),
+            "grad_v": plan.new(plan.call.segments, *plan.v.shape).zero_(),
         }
         sums = [*side_gradients(plan, plan.pre, plan.call.pre), *side_gradients(plan, plan.post, plan.call.post)]
-        inputs = {"packed": plan.pack(plan.k, plan.v), "lse": lse, "grad_out": plan.heads(grad_out)}
+        rows = plan.heads(grad_out)
+        woven = {f"woven_{name}": plan.woven(x) for name, x in (("q", plan.q), ("k", plan.k), ("grad", rows))}
+        inputs = {"packed": plan.pack(plan.k, plan.v), "lse": lse, "grad_out": rows, **woven}
         above = carried(plan, Rows(raw, weights))
         point(plan, **inputs, **above, **returned, **found)
         plan.run(backward=True)

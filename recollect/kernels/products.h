@@ -1,21 +1,46 @@
 /* The matrix products around the stencil, of one head and a strip of its rows, on the causal part only: logits, reads of values, and
- * their backward. Rows of queries, keys and values are `stride` apart, `width` wide, a multiple of the vector.
+ * their backward.
+ *
+ * A product goes in steps, and what a lane multiplies in one is an item: a number, or with BF16 two of bfloat16, whose products are
+ * summed in fp32. Rows of queries are items of neighbouring columns; where rows are summed over they are woven: items of neighbouring
+ * rows. Weights are always fp32 in their map and become items for a tile at a time. `width` counts numbers, a multiple of the vector.
  */
 #pragma once
 #include "map.h"
 
-enum { PANEL = VECS * LANES, KEYS = 64 }; /* keys of a packed panel; keys whose values stay in the first-level cache */
+#ifdef BF16
+#ifndef __AVX512BF16__
+#error "this processor multiplies no bfloat16"
+#endif
+#include <immintrin.h>
+typedef uint32_t item;
+#define LOAD_ITEMS(p) _mm512_loadu_si512(p)
+#define ADD_PRODUCT(sum, x, w) (vec) _mm512_dpbf16_ps((__m512)(sum), (__m512bh)(x), (__m512bh)_mm512_set1_epi32((int)(w)))
+enum { PER_ITEM = 2 };
+typedef __m512i items;
+#else
+typedef real item;
+#define LOAD_ITEMS(p) LOAD(p)
+#define ADD_PRODUCT(sum, x, w) (sum) + (x) * (w)
+enum { PER_ITEM = 1 };
+typedef vec items;
+#endif
 
-/* Keys [length][stride] to panels [panels][width][PANEL], zeros past the end. */
-static void pack(const real *in, ptrdiff_t length, ptrdiff_t stride, ptrdiff_t width, real *out) {
-    for (ptrdiff_t first = 0; first < length; first += PANEL, out += width * PANEL)
+enum { PANEL = VECS * LANES, KEYS = 60 }; /* keys of a packed panel; keys whose values stay in the first-level cache, whole tiles */
+
+INLINE ptrdiff_t items_of(ptrdiff_t numbers) { return (numbers + PER_ITEM - 1) / PER_ITEM; }
+
+/* Keys [length][items_of(width)] to panels [panels][items_of(width)][PANEL], zeros past the end. */
+static void pack(const item *in, ptrdiff_t length, ptrdiff_t width, item *out) {
+    const ptrdiff_t n = items_of(width);
+    for (ptrdiff_t first = 0; first < length; first += PANEL, out += n * PANEL)
         for (ptrdiff_t j = 0; j < PANEL; j++)
-            for (ptrdiff_t d = 0; d < width; d++) out[d * PANEL + j] = first + j < length ? in[(first + j) * stride + d] : 0;
+            for (ptrdiff_t d = 0; d < n; d++) out[d * PANEL + j] = first + j < length ? in[(first + j) * n + d] : 0;
 }
 
 /* out[r] = sum over low <= n < high of weights[r * row + n * step] * x[n * stride], nr rows, nv vectors wide; added to out if `add`: the
  * new sums first, then the total, which is less rounding than one long sum. */
-INLINE void tile(const real *weights, ptrdiff_t row, ptrdiff_t step, const real *x, ptrdiff_t stride, ptrdiff_t low, ptrdiff_t high, real *out,
+INLINE void tile(const item *weights, ptrdiff_t row, ptrdiff_t step, const item *x, ptrdiff_t stride, ptrdiff_t low, ptrdiff_t high, real *out,
                  ptrdiff_t out_stride, const int nr, const int nv, const int add) {
     vec acc[ROWS][VECS];
 #pragma GCC unroll 8
@@ -23,13 +48,13 @@ INLINE void tile(const real *weights, ptrdiff_t row, ptrdiff_t step, const real 
 #pragma GCC unroll 8
         for (int v = 0; v < nv; v++) acc[r][v] = splat(0);
     for (ptrdiff_t n = low; n < high; n++) {
-        vec value[VECS];
+        items value[VECS];
 #pragma GCC unroll 8
-        for (int v = 0; v < nv; v++) value[v] = LOAD(x + n * stride + v * LANES);
+        for (int v = 0; v < nv; v++) value[v] = LOAD_ITEMS(x + n * stride + v * LANES);
 #pragma GCC unroll 8
         for (int r = 0; r < nr; r++)
 #pragma GCC unroll 8
-            for (int v = 0; v < nv; v++) acc[r][v] += value[v] * weights[r * row + n * step];
+            for (int v = 0; v < nv; v++) acc[r][v] = ADD_PRODUCT(acc[r][v], value[v], weights[r * row + n * step]);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < nr; r++)
@@ -41,17 +66,18 @@ INLINE void tile(const real *weights, ptrdiff_t row, ptrdiff_t step, const real 
 }
 
 /* map[r][j] = q[r] . k[j] on the visible keys, zero elsewhere. */
-static void logits(const Strip *s, const real *q, ptrdiff_t stride, ptrdiff_t width, const real *panels, real *map) {
+static void logits(const Strip *s, const item *q, ptrdiff_t width, const item *panels, real *map) {
+    const ptrdiff_t n = items_of(width);
     for (ptrdiff_t key = start_of(s, 0) / PANEL * PANEL; key < s->first + s->rows; key += PANEL)
         for (ptrdiff_t top = 0; top < s->rows; top += ROWS) {
             const ptrdiff_t nr = s->rows - top < ROWS ? s->rows - top : ROWS, keys = s->first + top + nr - key;
-            const real *rows = q + top * stride, *panel = panels + key * width;
+            const item *rows = q + top * n, *panel = panels + key * n;
             real *out = map + top * s->ld + key;
             if (keys > PANEL - LANES) {
                 switch (nr) { /* a tile for every number of rows: the last strip is seldom whole */
-#define TILE(n)                                                                                   \
-    case n:                                                                                       \
-        tile(rows, stride, 1, panel, PANEL, 0, width, out, s->ld, n < ROWS ? n : ROWS, VECS, 0); \
+#define TILE(rows_)                                                                       \
+    case rows_:                                                                           \
+        tile(rows, n, 1, panel, PANEL, 0, n, out, s->ld, rows_ < ROWS ? rows_ : ROWS, VECS, 0); \
         break;
                     TILE(1) TILE(2) TILE(3) TILE(4) TILE(5) TILE(6)
 #undef TILE
@@ -59,14 +85,60 @@ static void logits(const Strip *s, const real *q, ptrdiff_t stride, ptrdiff_t wi
             } else
                 for (ptrdiff_t v = 0; v < keys; v += LANES) {
                     if (nr == ROWS)
-                        tile(rows, stride, 1, panel + v, PANEL, 0, width, out + v, s->ld, ROWS, 1, 0);
+                        tile(rows, n, 1, panel + v, PANEL, 0, n, out + v, s->ld, ROWS, 1, 0);
                     else
                         for (ptrdiff_t r = 0; r < nr; r++)
-                            tile(rows + r * stride, stride, 1, panel + v, PANEL, 0, width, out + r * s->ld + v, s->ld, 1, 1, 0);
+                            tile(rows + r * n, n, 1, panel + v, PANEL, 0, n, out + r * s->ld + v, s->ld, 1, 1, 0);
                 }
         }
     for (ptrdiff_t r = 0; r < s->rows; r++) clear_outside(map + r * s->ld, s, start_of(s, r), s->first + r + 1);
 }
+
+/* Weights of nr rows and up to KEYS columns of a map as items, `*row` apart from row to row and `*step` from step to step: of neighbouring
+ * columns (along), or of neighbouring rows (down), the first of which comes `odd` rows before the map's. BF16 fills `room`. */
+#ifdef BF16
+enum { ROOM = KEYS + LANES };
+
+static const item *along(const real *map, ptrdiff_t ld, ptrdiff_t nr, ptrdiff_t columns, item *room, ptrdiff_t *row) {
+    *row = ROOM / PER_ITEM;
+    for (ptrdiff_t r = 0; r < nr; r++)
+        for (ptrdiff_t j = 0; j < columns; j += 2 * LANES) {
+            const __m512 low = (__m512)LOAD(map + r * ld + j);
+            const __m512 high = j + LANES < columns ? (__m512)LOAD(map + r * ld + j + LANES) : _mm512_setzero_ps();
+            _mm512_storeu_si512(room + r * *row + j / PER_ITEM, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+        }
+    return room;
+}
+
+static const item *down(const real *map, ptrdiff_t ld, ptrdiff_t nr, ptrdiff_t odd, ptrdiff_t columns, item *room, ptrdiff_t *step) {
+    static const real zeros[ROOM];
+    *step = ROOM;
+    for (ptrdiff_t r = -odd; r < nr; r += PER_ITEM) {
+        const real *even = r < 0 ? zeros : map + r * ld, *next = r + 1 < nr ? map + (r + 1) * ld : zeros;
+        item *to = room + (r + odd) / PER_ITEM * ROOM;
+        for (ptrdiff_t j = 0; j < columns; j += LANES) {
+            const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)LOAD(even + j)));
+            const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)LOAD(next + j)));
+            _mm512_storeu_si512(to + j, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+        }
+    }
+    return room;
+}
+#else
+enum { ROOM = 1 };
+
+INLINE const item *along(const real *map, ptrdiff_t ld, ptrdiff_t nr, ptrdiff_t columns, item *room, ptrdiff_t *row) {
+    (void)nr, (void)columns, (void)room;
+    *row = ld;
+    return map;
+}
+
+INLINE const item *down(const real *map, ptrdiff_t ld, ptrdiff_t nr, ptrdiff_t odd, ptrdiff_t columns, item *room, ptrdiff_t *step) {
+    (void)nr, (void)odd, (void)columns, (void)room;
+    *step = ld;
+    return map;
+}
+#endif
 
 /* Calls TILE(rows, vectors) for tiles of nr rows, `width` wide, from `offset` on; odd rows come one by one as row_. */
 #define EACH_TILE(TILE, nr, width)                                        \
@@ -85,29 +157,40 @@ static void logits(const Strip *s, const real *q, ptrdiff_t stride, ptrdiff_t wi
         offset += wide_ * LANES;                                          \
     }
 
-/* out[r] = sum over the visible keys of map[r][j] * x[j]: values read, or the queries' gradient. */
-static void read_rows(const Strip *s, const real *map, const real *x, ptrdiff_t stride, ptrdiff_t width, real *out, ptrdiff_t out_stride) {
-    for (ptrdiff_t r = 0; r < s->rows; r++) memset(out + r * out_stride, 0, (size_t)width * sizeof(real));
-    for (ptrdiff_t key = start_of(s, 0); key < s->first + s->rows; key += KEYS)
+/* out[r] = sum over the visible keys of map[r][j] * x[j]: values read, or the queries' gradient. x: woven [items_of(keys)][width]. */
+static void read_rows(const Strip *s, const real *map, const item *x, ptrdiff_t width, real *out) {
+    item room[ROWS * ROOM / PER_ITEM];
+    memset(out, 0, (size_t)(s->rows * width) * sizeof(real));
+    for (ptrdiff_t key = start_of(s, 0) / PER_ITEM * PER_ITEM; key < s->first + s->rows; key += KEYS)
         for (ptrdiff_t top = 0; top < s->rows; top += ROWS) {
-            const ptrdiff_t nr = s->rows - top < ROWS ? s->rows - top : ROWS, seen = s->first + top + nr;
-            const ptrdiff_t to = seen < key + KEYS ? seen : key + KEYS;
-            const real *rows = map + top * s->ld;
-            real *y = out + top * out_stride;
-#define READ(nr_, nv_) tile(rows + row_ * s->ld, s->ld, 1, x + offset, stride, key, to, y + row_ * out_stride + offset, out_stride, nr_, nv_, 1)
+            const ptrdiff_t nr = s->rows - top < ROWS ? s->rows - top : ROWS, seen = s->first + top + nr - key;
+            const ptrdiff_t columns = seen < KEYS ? seen : KEYS, n = items_of(columns);
+            if (columns <= 0) continue;
+            ptrdiff_t row;
+            const item *weights = along(map + top * s->ld + key, s->ld, nr, columns, room, &row), *from = x + key / PER_ITEM * width;
+            real *y = out + top * width;
+#define READ(nr_, nv_) tile(weights + row_ * row, row, 1, from + offset, width, 0, n, y + row_ * width + offset, width, nr_, nv_, 1)
             EACH_TILE(READ, nr, width)
 #undef READ
         }
 }
 
-/* y[j] += sum over the rows that see j of map[r][j] * x[r]: gradient of values or keys. */
-static void accumulate(const Strip *s, const real *map, const real *x, ptrdiff_t stride, ptrdiff_t width, real *y, ptrdiff_t y_stride) {
-    const ptrdiff_t columns = s->first + s->rows;
-    for (ptrdiff_t key = start_of(s, 0); key < columns; key += ROWS) {
-        const ptrdiff_t nr = columns - key < ROWS ? columns - key : ROWS, low = key > s->first ? key - s->first : 0;
-        real *into = y + key * y_stride;
-#define ADD(nr_, nv_) tile(map + key + row_, 1, s->ld, x + offset, stride, low, s->rows, into + row_ * y_stride + offset, y_stride, nr_, nv_, 1)
-        EACH_TILE(ADD, nr, width)
+/* y[j] += sum over the rows that see j of map[r][j] * x[r]: gradient of values or keys. x: woven rows, of whose first item `odd` come
+ * before the strip. */
+static void accumulate(const Strip *s, const real *map, const item *x, ptrdiff_t odd, ptrdiff_t width, real *y) {
+    const ptrdiff_t columns = s->first + s->rows, n = items_of(odd + s->rows);
+    item room[n * ROOM];
+    for (ptrdiff_t first = start_of(s, 0); first < columns; first += KEYS) {
+        const ptrdiff_t last = columns - first < KEYS ? columns : first + KEYS;
+        ptrdiff_t step;
+        const item *weights = down(map + first, s->ld, s->rows, odd, last - first, room, &step);
+        for (ptrdiff_t key = first; key < last; key += ROWS) {
+            const ptrdiff_t nr = last - key < ROWS ? last - key : ROWS, low = key > s->first ? (key - s->first + odd) / PER_ITEM : 0;
+            const item *part = weights + key - first;
+            real *into = y + key * width;
+#define ADD(nr_, nv_) tile(part + row_, 1, step, x + offset, width, low, n, into + row_ * width + offset, width, nr_, nv_, 1)
+            EACH_TILE(ADD, nr, width)
 #undef ADD
+        }
     }
 }

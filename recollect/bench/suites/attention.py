@@ -34,7 +34,7 @@ C_Q, C_K = 6, 11
 ABOUT = {
     "materialized": "T x T tensors, automatic differentiation: the formulation of the paper",
     "blocked": "blocks of rows in plain PyTorch, recomputed in the backward pass",
-    "native": "blocks of rows, compiled C kernels",
+    "native": "strips of rows, compiled C kernels",
     "triton": "blocks of rows, Triton kernels",
 }
 
