@@ -42,7 +42,7 @@ typedef struct {
     const item *grad_out;
     const real *grad_raw, *grad_weights; /* grad_raw, grad_weights: of the last rows, [batch * heads][n_*][keys] */
     ptrdiff_t n_raw, n_weights;
-    real *grad_q, *grad_k, *grad_v; /* grad_k, grad_v: [segments][batch * heads][keys][width], zeros at first */
+    real *grad_q, *const *grad_k, *const *grad_v; /* grad_k, grad_v: of every segment [batch * heads][seen_by][width], zeros at first */
     real *scratch;
     ptrdiff_t scratch_size;         /* of a task */
     int threads, team;              /* threads of a task: one, or all of them */
@@ -329,12 +329,16 @@ static void convolve_back(const Task *t, const Side *side, Map grad, Map grad_in
                                    row_of(t, grad_in, h, 0), soft.rows ? row_of(t, soft, h, in_soft) : NULL);
 }
 
+/* Keys that the queries of a segment see. */
+static ptrdiff_t seen_by(const Call *c, ptrdiff_t segment) {
+    return segment == c->segments - 1 ? c->keys : c->keys - c->queries + c->bounds[segment + 1];
+}
+
 /* Queries top .. bottom; `own`: they belong to the task, so their gradients count. */
 static void backward_strip(const Task *t, ptrdiff_t top, ptrdiff_t bottom, int own) {
     const Call *c = t->c;
     const Side *pre = &c->pre, *post = &c->post;
-    const ptrdiff_t n = bottom - top, up = pre->halo + post->halo, size = c->value_width;
-    const ptrdiff_t before = t->segment * c->batch * c->heads; /* of the heads of other segments */
+    const ptrdiff_t n = bottom - top, up = pre->halo + post->halo, size = c->value_width, seen = seen_by(c, t->segment);
     const Strip s = strip_at(t, NULL, top, n);
     const Map none = {NULL, 0};
 
@@ -351,7 +355,7 @@ static void backward_strip(const Task *t, ptrdiff_t top, ptrdiff_t bottom, int o
         const ptrdiff_t head = t->head + h, before_values = c->batch * c->heads * items_of(c->width);
         if (own)
             accumulate(&s, row_of(t, weights, h, 0), woven(c->woven_grad, head, c->queries, top, size), top % PER_ITEM, size,
-                       c->grad_v + (before + head) * c->keys * size);
+                       c->grad_v[t->segment] + head * seen * size);
         logits(&s, c->grad_out + (head * c->queries + top) * items_of(size), size,
                c->packed + (before_values + head * items_of(size)) * padded(c->keys), row_of(t, t->d_post, h, 0));
     }
@@ -376,7 +380,7 @@ static void backward_strip(const Task *t, ptrdiff_t top, ptrdiff_t bottom, int o
         const real *grad = row_of(t, t->d_raw, h, 0);
         read_rows(&s, grad, woven(c->woven_k, head, c->keys, 0, width), width, c->grad_q + (head * c->queries + top) * width);
         accumulate(&s, grad, woven(c->woven_q, head, c->queries, top, width), top % PER_ITEM, width,
-                   c->grad_k + (before + head) * c->keys * width);
+                   c->grad_k[t->segment] + head * seen * width);
     }
 }
 

@@ -19,7 +19,7 @@ from recollect.ops.multi_token import Mixing, Settings, dropout_mask, key_paddin
 STRIP_BYTES, STRIP_ROWS, LONGEST_STRIP = 2**20, 24, 48
 MASK_BYTES = 2**25  # of the dropout mask of a call's rows
 # Few heads are cut into segments of rows, so that there is work for several threads; not by their number, which must not change the
-# result. Every segment has its own gradients of keys and values.
+# result. Every segment has its own gradients of the keys and values that it sees.
 TASKS, SEGMENTS, SEGMENT_ROWS = 16, 4, 256
 
 
@@ -172,6 +172,12 @@ class Plan:
         earlier = self.n_keys - self.n_queries
         share = torch.arange(n + 1, dtype=torch.float64) / n * (self.n_keys**2 - earlier**2)
         return ((share + earlier**2).sqrt() - earlier).round().long()
+
+    @property
+    def seen_by(self) -> list[int]:
+        """Keys that each segment's queries see."""
+        earlier = self.n_keys - self.n_queries
+        return [earlier + end for end in self.bounds[1:-1].tolist()] + [self.n_keys]
 
     def heads(self, x: Tensor) -> Tensor:
         """[B, L, Hx, K] -> [BH, L, K'] for products, key-value heads repeated to H, K' = K padded with zeros to whole vectors."""

@@ -60,11 +60,9 @@ class _Native(torch.autograd.Function):
         plan = Plan(q, k, v, Mixing(kq_pre, head_pre, kq_post, head_post), ctx.settings, ctx.start)
         returned = {"grad_raw": last_rows(plan, grad_raw), "grad_weights": last_rows(plan, grad_weights)}
         plan.call.n_raw, plan.call.n_weights = (0 if x is None else x.shape[1] for x in returned.values())
-        found = {
-            "grad_q": plan.new(1, *plan.q.shape),
-            "grad_k": plan.new(plan.call.segments, *plan.k.shape).zero_(),
-            "grad_v": plan.new(plan.call.segments, *plan.v.shape).zero_(),
-        }
+        grad_q = plan.new(*plan.q.shape)
+        grad_k, grad_v = ([plan.new(plan.n_maps, seen, x.shape[2]).zero_() for seen in plan.seen_by] for x in (plan.k, plan.v))
+        found = {"grad_q": grad_q, "grad_k": addresses(grad_k), "grad_v": addresses(grad_v)}
         sums = [*side_gradients(plan, plan.pre, plan.call.pre), *side_gradients(plan, plan.post, plan.call.post)]
         rows = plan.heads(grad_out)
         woven = {f"woven_{name}": plan.woven(x) for name, x in (("q", plan.q), ("k", plan.k), ("grad", rows))}
@@ -72,8 +70,8 @@ class _Native(torch.autograd.Function):
         above = carried(plan, Rows(raw, weights))
         point(plan, **inputs, **above, **returned, **found)
         plan.run(backward=True)
-        found["grad_q"].mul_(plan.settings.scale)
-        parts = [back(plan, x, like) for x, like in zip(found.values(), (q, k, v), strict=True)]
+        whole = grad_q.mul_(plan.settings.scale), total(grad_k), total(grad_v)
+        parts = [back(plan, x, like) for x, like in zip(whole, (q, k, v), strict=True)]
         return None, None, *parts, *(None if x is None else x.sum((0, 1)) for x in sums), None, None
 
 
@@ -104,12 +102,24 @@ def side_gradients(plan: Plan, side: Side, given: SideStruct) -> list[Tensor | N
     return found
 
 
+def addresses(tensors: list[Tensor]) -> Tensor:
+    """int64, for a field of the call that points at several."""
+    return torch.tensor([x.data_ptr() for x in tensors])
+
+
+def total(segments: list[Tensor]) -> Tensor:
+    """The sum of what every segment gives to the keys it sees, in place of the last one's, which sees them all."""
+    *others, last = segments
+    for x in others:
+        last[:, : x.shape[1]] += x
+    return last
+
+
 def back(plan: Plan, x: Tensor, like: Tensor) -> Tensor:
-    """A gradient [segments, BH, L, K'] in the layout and dtype of its input [B, L, Hx, K], whose heads may have been shared."""
-    whole = x[0] if len(x) == 1 else x.sum(0)
-    grouped = whole.view(plan.batch, like.shape[2], -1, like.shape[1], x.shape[-1])[..., : like.shape[3]]
-    total = grouped[:, :, 0] if grouped.shape[2] == 1 else grouped.sum(2)
-    return total.transpose(1, 2).to(like.dtype)
+    """A gradient [BH, L, K'] in the layout and dtype of its input [B, L, Hx, K], whose heads may have been shared."""
+    grouped = x.view(plan.batch, like.shape[2], -1, like.shape[1], x.shape[-1])[..., : like.shape[3]]
+    own = grouped[:, :, 0] if grouped.shape[2] == 1 else grouped.sum(2)
+    return own.transpose(1, 2).to(like.dtype)
 
 
 def last_rows(plan: Plan, grad: Tensor | None) -> Tensor | None:
