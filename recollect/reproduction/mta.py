@@ -26,11 +26,10 @@ def _toy(n_letters: int, answer: str, *, n_blocks: int, **rest: Any) -> Training
 
 
 def _six(n_blocks: int, budget: str, longest: str | None = None, **rest: Any) -> tuple[Stage, ...]:
-    """The six columns; `longest`: the budget of the hardest, blocks of eight letters said whole."""
+    """The six columns; `longest`: the budget of blocks of eight letters."""
     columns = ((n, answer) for n in (5, 8) for answer in ("all", "first", "last"))
     return tuple(
-        _toy(n, answer, n_blocks=n_blocks, budget=longest if longest and (n, answer) == (8, "all") else budget, **rest)
-        for n, answer in columns
+        _toy(n, answer, n_blocks=n_blocks, budget=longest if longest and n == 8 else budget, **rest) for n, answer in columns
     )
 
 
@@ -55,7 +54,7 @@ TOY = Experiment(
     ),
     size={
         "tiny": "3 layers of width 64, 4 blocks, 600 steps; the paper: 4 layers of width 256, about 50 blocks, 100K steps.",
-        "small": "3 layers of width 64, 8 blocks, 2000 steps (N=8 all: 3000); the paper: 4 of width 256, about 50 blocks, 100K steps.",
+        "small": "3 layers of width 64, 8 blocks, 2000 steps (N=8: 3000); the paper: 4 of width 256, about 50 blocks, 100K steps.",
     },
 )
 
