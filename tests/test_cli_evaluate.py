@@ -59,6 +59,10 @@ def test_the_suites_are_listed() -> None:
         (("nowhere", "babilong", "-o", "n=1"), "nowhere is no causal language model"),
         (("MODEL", "babilong", "--dtype", "int8"), "dtype is auto"),
         (("MODEL", "harness"), "give a model and --option tasks="),
+        (("MODEL", "harness", "-o", "tasks=piqa", "-o", "shots=x"), "shots is a whole number; got 'x'"),
+        (("MODEL", "harness", "-o", "tasks=piqa", "--data", "x"), "'harness' has no --data"),
+        (("MODEL", "babilong", "-o", "n=1", "--device", "foo"), "--device foo cannot be used here"),
+        (("MODEL", "babilong", "-o", "n=1", "--limit", "0"), "limit is at least 1; got 0"),
         (("MODEL", "ruler", "--context", "64"), "longer than the 64 tokens"),
     ],
 )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import signal
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -72,6 +74,10 @@ def evaluate(
             _list_suites()
             return
         if suite == HARNESS:
+            if data:
+                raise ValueError(
+                    "suite 'harness' has no --data: its tasks read the hub, or files that a YAML file of yours names"
+                )
             options: dict[str, Any] = parse_options(option or [], of="--option")
             return _harness(model, options, out, limit, context, batch_tokens, device, dtype, progress)
         if model is None or suite is None:
@@ -98,29 +104,29 @@ def _run(
     model: LanguageModel, suite: Suite, out: Path | None, about: dict[str, Any], limit: int | None, console: Any, command: str
 ) -> tuple[Any, Path, str]:
     """(table, page, a sentence) of an evaluation."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
     from recollect.evaluation import report
     from recollect.evaluation.runner import evaluate
     from recollect.training.folder import Busy
 
-    columns = [TextColumn(suite.name), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()]
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(suite.name, total=None)
-        try:
-            done = evaluate(
-                model,
-                suite,
-                out,
-                about=about,
-                limit=limit,
-                progress=lambda done, total: bar.update(task, completed=done, total=total),
-            )
-        except Busy as error:
-            raise ValueError(str(error)) from error
+    try:
+        with _bar(suite.name, console) as advance:
+            done = evaluate(model, suite, out, about=about, limit=limit, progress=advance)
+    except Busy as error:
+        raise ValueError(str(error)) from error
     table = report.write(done.out, suite, done.results, command=command)
     kept = f", {done.n_kept:,} answered earlier" if done.n_kept else ""
     return table, done.out / "report.html", f"{done.n_asked:,} asked in {done.seconds:.1f} s{kept}"
+
+
+@contextlib.contextmanager
+def _bar(name: str, console: Any) -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal; takes (answered, total)."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = [TextColumn(name), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()]
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(name, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _harness(
@@ -134,7 +140,10 @@ def _harness(
     dtype: str,
     console: Any,
 ) -> None:
-    """Tasks of lm-evaluation-harness: its own results in OUT/results.json, a row per example in OUT/samples.jsonl, a table."""
+    """Tasks of lm-evaluation-harness: its own results in OUT/results.json, a row per example in OUT/samples.jsonl, a table.
+
+    Its cache knows requests but not models, so OUT, as for our suites, belongs to one model and one set of options.
+    """
     from rich.console import Console
     from rich.table import Table
 
@@ -148,22 +157,36 @@ def _harness(
         from recollect.evaluation.harness import run_harness, write_harness
     except ImportError as error:
         raise ValueError(str(error)) from error
+    from recollect import state
     from recollect.evaluation.loading import load_language_model
+    from recollect.evaluation.runner import claim, describe
+    from recollect.training.folder import Busy, locked
 
-    tasks = str(options["tasks"]).split(",")
-    folder = out or Path("evaluations") / f"harness-{'-'.join(Path(task).stem for task in tasks)}"
-    folder.mkdir(parents=True, exist_ok=True)
+    tasks, shots = str(options["tasks"]).split(","), options.get("shots")
+    if shots is not None and (not isinstance(shots, int) or isinstance(shots, bool)):
+        raise ValueError(f"option shots is a whole number; got {shots!r}")
     model = load_language_model(path, device=device, dtype=dtype, max_length=context, batch_tokens=batch_tokens)
-    results = run_harness(
-        model,
-        tasks,
-        include_path=None if options.get("include_path") is None else Path(options["include_path"]),
-        limit=limit,
-        n_shots=options.get("shots"),
-        cache=folder / "answers",
-    )
+    plan = describe(model, HARNESS, options, {"path": path, "dtype": dtype})
+    named = "-".join(Path(task).stem for task in tasks)
+    folder = out or Path("evaluations") / f"{HARNESS}-{named}-{state.fingerprint(plan)[:8]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with locked(folder), _bar(HARNESS, console) as advance:
+            claim(folder, plan)
+            results = run_harness(
+                model,
+                tasks,
+                include_path=None if options.get("include_path") is None else Path(options["include_path"]),
+                limit=limit,
+                n_shots=shots,
+                cache=folder / "answers",
+                progress=advance,
+            )
+            lines = write_harness({"model": plan["model"] | {"path": path}, **results}, folder)
+    except Busy as error:
+        raise ValueError(str(error)) from error
     table = Table("task", "metric", "value", "standard error", box=None)
-    for line in write_harness(results, folder):
+    for line in lines:
         table.add_row(*line)
     Console().print(table)
     print(f"results: {folder / 'results.json'}")

@@ -290,7 +290,11 @@ class LanguageModel:
             tokens = np.concatenate([np.asarray(pending, np.int64), block])
             pending = []
             out = self.model(input_ids=torch.from_numpy(tokens)[None].to(self.device), past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
+            cache = getattr(out, "past_key_values", None)
+            if cache is None:
+                raise ValueError(
+                    f"the state of {type(self.model).__name__} cannot be carried on; give --context N to read windows of N tokens"
+                )
             logits = out.logits[0, n_lead - 1 : -1] if last is None else torch.cat([last, out.logits[0, :-1]])
             last = out.logits[0, -1:].clone()
             yield _compare(logits, torch.from_numpy(block).to(logits.device))

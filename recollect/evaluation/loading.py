@@ -97,6 +97,7 @@ def load_language_model(
     """
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise ValueError(f"dtype is auto, float32, bfloat16 or float16; got {dtype!r}")
+    place_on(device)
     import_user_modules(imports)
     transformers_logging.set_verbosity_error()  # it warns of contexts that the caller has chosen
     transformers_logging.disable_progress_bar()
@@ -120,6 +121,19 @@ def load_language_model(
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"{path} is no causal language model with a tokenizer: {first}") from error
     return LanguageModel(other.to(device), coder, max_length=max_length, batch_tokens=batch_tokens)
+
+
+def place_on(device: str) -> None:
+    """See that a device is there.
+
+    Raises:
+        ValueError: it is not, or no device is called so.
+    """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(f"--device {device} cannot be used here: {first}; cpu always can") from error
 
 
 def _is_ours(folder: Path) -> bool:

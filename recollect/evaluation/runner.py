@@ -38,7 +38,7 @@ def evaluate(
     out: Path | None,
     *,
     about: dict[str, Any],
-    at_once: int = 32,
+    at_once: int | None = None,
     limit: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Evaluation:
@@ -50,7 +50,7 @@ def evaluate(
         out: folder for evaluation.json (what was evaluated) and rows.jsonl (one line per item); a run that was interrupted goes on.
             None: evaluations/SUITE-HASH, which the same evaluation finds again.
         about: what else identifies the run, such as the model's path; it is written down and shown.
-        at_once: items between two writes.
+        at_once: items between two writes; None: the suite's.
         limit: ask the first n items only; a later run without it goes on.
         progress: called with (answered, total).
     Raises:
@@ -58,16 +58,17 @@ def evaluate(
         Busy: another process writes there.
         OSError: `out` cannot be written.
     """
+    at_once = suite.at_once if at_once is None else at_once
     if at_once < 1 or (limit is not None and limit < 1):
-        raise ValueError(f"at_once and limit are at least 1; got {at_once} and {limit}")
-    plan = _describe(model, suite, about)
+        raise ValueError(f"limit is at least 1; got {limit}" if at_once >= 1 else f"at_once is at least 1; got {at_once}")
+    plan = describe(model, suite.name, suite.fingerprint(), about)
     out = out or Path("evaluations") / f"{suite.name}-{state.fingerprint(plan)[:8]}"
+    items = suite.items(model)[:limit]  # before the folder is claimed: what is refused leaves none behind
+    if not items:
+        raise ValueError(f"suite {suite.name!r} has nothing to ask")
     out.mkdir(parents=True, exist_ok=True)
     with locked(out):
-        _claim(out, plan)
-        items = suite.items(model)[:limit]
-        if not items:
-            raise ValueError(f"suite {suite.name!r} has nothing to ask")
+        claim(out, plan)
         drop_partial_line(out / ROWS)
         known = {row["id"]: row for row in read_lines(out / ROWS)}
         begun = time.monotonic()
@@ -82,11 +83,11 @@ def evaluate(
     return Evaluation(out, results, len(todo), len(items) - len(todo), time.monotonic() - begun)
 
 
-def _describe(model: LanguageModel, suite: Suite, about: dict[str, Any]) -> dict[str, Any]:
+def describe(model: LanguageModel, suite: str, options: dict[str, Any], about: dict[str, Any]) -> dict[str, Any]:
     """Everything that the results depend on, as it is in evaluation.json."""
     plan = {
-        "suite": suite.name,
-        "options": suite.fingerprint(),
+        "suite": suite,
+        "options": options,
         "model": {"weights": state.digest(model.model.state_dict())[:16], "tokenizer": model.tokenizer_name},
         "context": model.max_length,
         **about,
@@ -100,8 +101,12 @@ def _keep(out: Path, item: Item, results: Sequence[Result]) -> dict[str, Any]:
     return row
 
 
-def _claim(out: Path, plan: dict[str, Any]) -> None:
-    """Write the plan, or see that the folder's own is this one."""
+def claim(out: Path, plan: dict[str, Any]) -> None:
+    """Write the plan, or see that the folder's own is this one.
+
+    Raises:
+        ValueError: the folder holds another evaluation, or other files.
+    """
     path = out / PLAN
     if not path.is_file():
         strangers = sorted(file.name for file in out.iterdir() if not file.name.startswith("."))

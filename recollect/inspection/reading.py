@@ -143,6 +143,8 @@ def _bits(logits: Iterable[Tensor], ids: Tensor) -> Tensor:
     than the model."""
     values, done = [torch.full((1,), math.nan)], 1
     for some in logits:
+        if not torch.isfinite(some).all():
+            raise ValueError("the model gives logits that are not finite: it has diverged, or its precision is too low")
         some = some.to(torch.promote_types(some.dtype, torch.float32))
         chosen = some.gather(1, ids[done : done + len(some), None]).squeeze(1)
         values.append(((some.logsumexp(1) - chosen) / math.log(2)).float().cpu())

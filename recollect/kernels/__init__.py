@@ -31,8 +31,8 @@ def describe() -> str:
     code = attention(torch.float32)
     if code is None:
         return f"plain PyTorch blocks ({found} could not build the kernels)"
-    low = ", products of bfloat16" if attention(torch.bfloat16) else ""
-    return f"compiled kernels ({found}, {32 * code.lanes()}-bit vectors{low})"
+    paired = ", bfloat16 inputs multiplied as such" if attention(torch.bfloat16) else ""
+    return f"compiled kernels ({found}, {32 * code.lanes()}-bit vectors{paired})"
 
 
 def describe_gpu() -> str:

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 FOLDER = Path(__file__).parent
-FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fPIC", "-shared", "-fno-math-errno", "-ffp-contract=fast")
+FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fPIC", "-shared", "-fno-math-errno", "-ffp-contract=fast", "-Wfatal-errors")
 POINTER, SIZE = ctypes.c_void_p, ctypes.c_ssize_t
 
 
@@ -54,8 +54,8 @@ def attention(dtype: torch.dtype) -> ctypes.CDLL | None:
     Args:
         dtype: float32, float64, or bfloat16: its products in bfloat16, all else in float32; not every processor has them.
     """
-    low = ("-DBF16",) if dtype == torch.bfloat16 else ()
-    loaded = _build("attention.c", low, dtype == torch.float64, ("panel_width", "lanes", "pack_all", "scratch_size", "run"))
+    flags = ("-DBF16",) if dtype == torch.bfloat16 else ()
+    loaded = _build("attention.c", flags, dtype == torch.float64, ("panel_width", "lanes", "pack_all", "scratch_size", "run"))
     if loaded is None:
         return None
     loaded.pack_all.argtypes = [POINTER, SIZE, SIZE, SIZE, POINTER, ctypes.c_int]

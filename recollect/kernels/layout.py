@@ -118,9 +118,9 @@ class Plan:
         self.settings = settings
         self.n_maps = self.batch * self.n_heads
         self.halo = self.pre.halo + self.post.halo
-        low = attention(torch.bfloat16) if q.dtype == torch.bfloat16 else None
-        self.product = self.dtype if low is None else torch.bfloat16  # of what products multiply
-        code = low or attention(self.dtype)
+        paired = attention(torch.bfloat16) if all(x.dtype == torch.bfloat16 for x in (q, k, v)) else None
+        self.product = self.dtype if paired is None else torch.bfloat16  # of what products multiply
+        code = paired or attention(self.dtype)
         assert code is not None
         self.code, self.lanes = code, code.lanes()
         self.q, self.k, self.v = self.heads(q.to(self.dtype) * settings.scale), self.heads(k), self.heads(v)
@@ -192,9 +192,13 @@ class Plan:
         """Rows [BH, L, K'] as products sum over them: bfloat16 with neighbours beside each other, [BH, ceil(L / 2), K', 2]."""
         if self.product != torch.bfloat16:
             return x
-        pairs = x.new_zeros(len(x), -(-x.shape[1] // 2) * 2, x.shape[2])
-        pairs[:, : x.shape[1]] = x
-        return pairs.view(len(x), -1, 2, x.shape[2]).mT.contiguous()
+        n, length, width = x.shape
+        pairs = x.new_empty(n, -(-length // 2), width, 2)
+        pairs[..., 0] = x[:, ::2]
+        pairs[:, : length // 2, :, 1] = x[:, 1::2]
+        if length % 2:
+            pairs[:, -1, :, 1] = 0
+        return pairs
 
     def starts(self, start: Tensor) -> Tensor:
         """int64 [B, T + 32], checked because the kernels write where it says; the rows past the end are for looking ahead.

@@ -1,8 +1,10 @@
 """Multi-Token Attention on the CPU by compiled kernels: a walk over strips of the map (attention.c) around the stencil (stencil.c).
 
-Faster equal of `recollect.ops.multi_token.materialized` (its oracle), forward and backward, fp32 and fp64. Error: that of the
-same computation in the same precision (exp is accurate to about 2 ulp in fp32). The backward pass recomputes each strip of the map from
-its logits' log-sum-exp; beside inputs, outputs and their gradients, memory is a few strips of rows for each thread.
+Faster equal of `recollect.ops.multi_token.materialized` (its oracle), forward and backward, fp32 and fp64, and bfloat16, whose
+products are those of bfloat16 where the processor has them and q, k and v are all in it, else of fp32. Error: that of the same
+computation in the same precision (exp is accurate to about 2 ulp in fp32). The backward pass recomputes each strip of the map from its
+logits' log-sum-exp; beside inputs, outputs, their gradients and copies in the layout of the products, memory is a few strips of rows
+for each thread.
 
 Axis legend: B batch, T queries, S keys, H heads, K key dim, V value dim.
 """

@@ -15,18 +15,19 @@
 #include <immintrin.h>
 typedef uint32_t item;
 #define LOAD_ITEMS(p) _mm512_loadu_si512(p)
-#define ADD_PRODUCT(sum, x, w) (vec) _mm512_dpbf16_ps((__m512)(sum), (__m512bh)(x), (__m512bh)_mm512_set1_epi32((int)(w)))
+#define ADD_PRODUCT(sum, x, w) ((vec)_mm512_dpbf16_ps((__m512)(sum), (__m512bh)(x), (__m512bh)_mm512_set1_epi32((int)(w))))
 enum { PER_ITEM = 2 };
-typedef __m512i items;
+typedef __m512i item_vec;
 #else
 typedef real item;
 #define LOAD_ITEMS(p) LOAD(p)
-#define ADD_PRODUCT(sum, x, w) (sum) + (x) * (w)
+#define ADD_PRODUCT(sum, x, w) ((sum) + (x) * (w))
 enum { PER_ITEM = 1 };
-typedef vec items;
+typedef vec item_vec;
 #endif
 
-enum { PANEL = VECS * LANES, KEYS = 60 }; /* keys of a packed panel; keys whose values stay in the first-level cache, whole tiles */
+enum { PANEL = VECS * LANES, KEYS = 60 }; /* keys of a packed panel; keys whose values stay in the first-level cache */
+_Static_assert(KEYS % ROWS == 0 && KEYS % PER_ITEM == 0, "KEYS are whole tiles of whole items");
 
 INLINE ptrdiff_t items_of(ptrdiff_t numbers) { return (numbers + PER_ITEM - 1) / PER_ITEM; }
 
@@ -48,7 +49,7 @@ INLINE void tile(const item *weights, ptrdiff_t row, ptrdiff_t step, const item 
 #pragma GCC unroll 8
         for (int v = 0; v < nv; v++) acc[r][v] = splat(0);
     for (ptrdiff_t n = low; n < high; n++) {
-        items value[VECS];
+        item_vec value[VECS];
 #pragma GCC unroll 8
         for (int v = 0; v < nv; v++) value[v] = LOAD_ITEMS(x + n * stride + v * LANES);
 #pragma GCC unroll 8
@@ -97,7 +98,7 @@ static void logits(const Strip *s, const item *q, ptrdiff_t width, const item *p
 /* Weights of nr rows and up to KEYS columns of a map as items, `*row` apart from row to row and `*step` from step to step: of neighbouring
  * columns (along), or of neighbouring rows (down), the first of which comes `odd` rows before the map's. BF16 fills `room`. */
 #ifdef BF16
-enum { ROOM = KEYS + LANES };
+enum { ROOM = (KEYS + 2 * LANES - 1) / (2 * LANES) * (2 * LANES) }; /* columns of a row of `room`: KEYS, written two vectors at a time */
 
 static const item *along(const real *map, ptrdiff_t ld, ptrdiff_t nr, ptrdiff_t columns, item *room, ptrdiff_t *row) {
     *row = ROOM / PER_ITEM;

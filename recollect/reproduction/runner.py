@@ -128,14 +128,17 @@ def _score(run: Run) -> float | None:
 
 
 def _asked(stage: Asking, runs: Runs, folder: Path, text: Sequence[str], console: Console | None) -> list[Column]:
-    """One column per value of the suite's dimension."""
+    """One column per value of the suite's dimension; None for runs that ended early and have no model."""
     options = {key: _with_text(value, text) if key == "data" else value for key, value in stage.options.items()}
     suite = build_suite(stage.suite, **options)
     metric = suite.metrics[0]
-    found: dict[str, dict[str, list[float | None]]] = {}
+    answers: list[tuple[str, dict[str, float]]] = []
     for name, each in ((name, each) for name, seeds in runs.items() for each in seeds):
+        answers.append((name, {}))
         if console:
             console.print(f"{stage.suite}: {name} seed {each.seed}", markup=False, highlight=False)
+        if each.status != "finished":
+            continue
         model = load_language_model(str(each.folder), max_length=stage.context)
         out = folder / f"{_file_name(name)}-seed{each.seed}"
         results = evaluate(model, suite, out, about={"path": each.folder.name}).results
@@ -143,8 +146,14 @@ def _asked(stage: Asking, runs: Runs, folder: Path, text: Sequence[str], console
             if stage.by and not line.group:
                 continue  # the line of everything
             head = f"{stage.by} {line.group[stage.by]}" if stage.by else f"{stage.suite} {metric.name}"
-            found.setdefault(head, {}).setdefault(name, []).append(line.cells[0].value)
-    return [Column(head, metric.unit, cells, metric.higher_is_better) for head, cells in found.items()]
+            answers[-1][1][head] = line.cells[0].value
+    columns = []
+    for head in dict.fromkeys(head for _, heads in answers for head in heads):
+        cells: dict[str, list[float | None]] = {}
+        for name, heads in answers:
+            cells.setdefault(name, []).append(heads.get(head))
+        columns.append(Column(head, metric.unit, cells, metric.higher_is_better))
+    return columns
 
 
 def _after(

@@ -29,7 +29,8 @@ class Row(NamedTuple):
 
 
 def read_rows(path: str) -> tuple[Row, ...]:
-    """The rows of a CLUTRR file as JSON lines, or of all *.jsonl files of a folder in order of their names.
+    """The rows of a CLUTRR file as JSON lines, or of a folder's *.jsonl files in order of their names: those for testing
+    (*test*.jsonl) where there are some, else all.
 
     A row holds `story`, `clean_story`, `query` ("('A', 'B')"), `target`, `f_comb` ("father-sister") and `task_name`
     ("task_1.2": task 1 to 4 is the noise, 2 is k). Tasks 5 and above (mixtures) are read with the noise "mixed".
@@ -38,7 +39,7 @@ def read_rows(path: str) -> tuple[Row, ...]:
         ValueError: no such file, no rows, a row of another form, a target that is none of the 18.
     """
     where = Path(path)
-    files = sorted(where.glob("*.jsonl")) if where.is_dir() else [where]
+    files = (sorted(where.glob("*test*.jsonl")) or sorted(where.glob("*.jsonl"))) if where.is_dir() else [where]
     if not files or not files[0].exists():
         raise ValueError(f"files={path!r} holds no rows of CLUTRR; give a *.jsonl file or a folder of them")
     return tuple(row for file in files for row in _read_file(file, file.stat().st_mtime_ns))

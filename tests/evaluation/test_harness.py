@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 import yaml
 from lm_eval.tasks import TaskManager
+from typer.testing import CliRunner
 
+from recollect.cli import app
 from recollect.evaluation import harness
 from recollect.evaluation.choices import few_shot, to_choices
 from recollect.evaluation.harness import HarnessModel, run_harness
@@ -22,6 +24,7 @@ from recollect.evaluation.lambada import last_word
 from recollect.evaluation.language_model import Likelihood
 from recollect.evaluation.report.summary import lines
 from recollect.evaluation.suites import build_suite
+from recollect.models import RecollectConfig, RecollectForCausalLM
 from tests.evaluation.test_choices import mean_pick
 from tests.test_package import modules_after
 
@@ -443,6 +446,31 @@ def test_a_cache_continues_an_interrupted_run(task: Tasks, monkeypatch: pytest.M
     assert len(second.asked) == 2
     assert set(second.asked).isdisjoint(first.asked)
     assert results == expected
+
+
+def test_answers_are_of_the_model_that_is_asked(task: Tasks, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prevents a second model from getting the first one's answers out of the harness's cache, which knows requests only."""
+    monkeypatch.chdir(task.folder)
+    path = piqa_task(task)
+    config = RecollectConfig(hidden_size=16, num_attention_heads=2, layers=["gated_delta_net"], mlp=False)
+    for name in ("one", "other"):
+        RecollectForCausalLM(config).save_pretrained(task.folder / name)
+
+    def ask(name: str, *more: str) -> tuple[int, str]:
+        done = CliRunner().invoke(app, ["evaluate", name, "harness", "-o", f"tasks={path}", *more])
+        return done.exit_code, done.output
+
+    assert [ask("one")[0], ask("other")[0], ask("one")[0]] == [0, 0, 0]
+    folders = sorted((task.folder / "evaluations").iterdir())
+    answers = [[json.loads(line)["resps"] for line in (each / "samples.jsonl").read_text().splitlines()] for each in folders]
+    assert len(folders) == 2
+    assert answers[0] != answers[1]
+    models = {json.loads((each / "results.json").read_text())["model"]["path"] for each in folders}
+    assert models == {"one", "other"}
+    assert ask("one", "--out", "here")[0] == 0
+    status, said = ask("other", "--out", "here")
+    assert status == 2
+    assert "holds another evaluation" in said
 
 
 def test_progress_counts_generation_over_all_groups(task: Tasks, monkeypatch: pytest.MonkeyPatch) -> None:

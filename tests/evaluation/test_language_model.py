@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
 
 from recollect.data.tokenizer import ByteTokenizer, train_tokenizer
 from recollect.evaluation.language_model import LanguageModel
@@ -191,6 +191,16 @@ def test_what_cannot_be_evaluated_is_refused(tmp_path: Path) -> None:
         load_language_model(str(tmp_path / "nothing"))
     with pytest.raises(ValueError, match="at least 2 tokens"):
         own("attention", context=1)
+
+
+def test_a_state_that_cannot_be_carried_is_told(tmp_path: Path) -> None:
+    """Prevents a traceback, or likelihoods of a state that has been lost, where another library's model keeps it in its own way."""
+    config = MambaConfig(vocab_size=257, hidden_size=16, num_hidden_layers=1, state_size=4, time_step_rank=2)
+    lm = LanguageModel(MambaForCausalLM(config), OwnCoder(ByteTokenizer()))
+    with pytest.raises(ValueError, match="state of MambaForCausalLM cannot be carried on; give --context"):
+        lm.rolling(["some text"])
+    windows = LanguageModel(lm.model, OwnCoder(ByteTokenizer()), max_length=8)
+    assert windows.rolling(["some text"])[0].n_tokens == 9
 
 
 def test_a_tokenizer_without_an_end_is_refused(tmp_path: Path) -> None:

@@ -228,6 +228,70 @@ def tiny_weights() -> dict[str, Any]:
     return dict(tiny().model.state_dict())
 
 
+def test_what_is_refused_leaves_no_folder(tmp_path: Path) -> None:
+    """Prevents a corrected command from being told that the folder holds another evaluation."""
+    wrong = build_suite("babilong", qa="1", lengths="0,512", n=2)
+    with pytest.raises(ValueError, match="longer than the 300 tokens"):
+        evaluate(tiny(context=300), wrong, tmp_path / "out", about={})
+    assert not (tmp_path / "out").exists()
+    assert evaluate(tiny(), build_suite("babilong", qa="1", lengths="0", n=2), tmp_path / "out", about={}).n_asked == 2
+
+
+def test_every_document_is_kept_as_soon_as_it_is_read(tmp_path: Path) -> None:
+    """Prevents hours of reading books from being lost with the one that was interrupted."""
+
+    class Stopped(LanguageModel):
+        n_read = 0
+
+        def stream(self, *given: Any, **options: Any) -> Any:
+            self.n_read += 1
+            if self.n_read == 3:
+                raise KeyboardInterrupt
+            return super().stream(*given, **options)
+
+    suite = build_suite("perplexity", data=str(_write(tmp_path, [{"text": f"Call me {i}. " * 4} for i in range(5)])))
+    model = tiny()
+    model.__class__ = Stopped
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(model, suite, tmp_path / "out", about={})
+    assert len((tmp_path / "out" / "rows.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_folder_that_has_changed_is_another_evaluation(tmp_path: Path) -> None:
+    """Prevents rows over two versions of the background from being one result."""
+    (tmp_path / "books").mkdir()
+    (tmp_path / "books" / "one.txt").write_text("It was a dark night. " * 99)
+    suite = build_suite("babilong", background=str(tmp_path / "books"))
+    before = suite.fingerprint()
+    assert suite.fingerprint() == before
+    (tmp_path / "books" / "one.txt").write_text("It was a bright day. " * 99)
+    assert suite.fingerprint() != before
+
+
+@pytest.mark.parametrize(("symbols", "pairs"), [(128, [4, 8, 16, 32]), (256, [4, 8, 16, 32, 64])])
+def test_recall_asks_what_the_model_has_symbols_for(symbols: int, pairs: list[int]) -> None:
+    """Prevents a default that fails on the default model of `recollect compare recall`."""
+    found = build_suite("recall", n=1).items(tiny(symbols=symbols))
+    assert [item.ask[0]["pairs"] for item in found] == pairs
+
+
+def test_bytes_of_state_are_shown_even_where_all_are_alike(tmp_path: Path) -> None:
+    """Prevents a table of recall without what the pairs had to fit into: a memory's state does not grow."""
+    suite, model = build_suite("recall", slices="16x2,32x2", n=1), tiny(symbols=128)
+    found = lines(suite, evaluate(model, suite, tmp_path / "out", about={}).results)
+    assert [line.group["state_bytes"] > 0 for line in found[:2]] == [True, True]
+
+
+def test_a_folder_of_questions_is_read(tmp_path: Path) -> None:
+    """Prevents "--data FOLDER", which the command promises, from ending in "Is a directory"."""
+    for name in ("lambada", "commonsense"):
+        (tmp_path / name).mkdir()
+        suite_of(name, tmp_path / name)
+        whole = build_suite(name, data=str(tmp_path / name))
+        assert len(whole.items(tiny())) == len(ROWS[name])
+        assert whole.fingerprint()["data"][0][0].endswith(".jsonl")
+
+
 def test_a_limit_can_be_raised_later(tmp_path: Path) -> None:
     """Prevents a first look at ten questions from having to be thrown away."""
     suite, model = build_suite("babilong", qa="1", lengths="0", n=6), tiny()
@@ -258,7 +322,11 @@ def test_a_folder_is_of_one_evaluation(tmp_path: Path) -> None:
     [
         ("rulr", {}, "unknown suite 'rulr'; did you mean 'ruler'"),
         ("ruler", {"lenghts": "5"}, "no option 'lenghts'; did you mean 'lengths'"),
-        ("ruler", {"lengths": "a,b"}, "'a,b' is no list of int"),
+        ("ruler", {"lengths": "a,b"}, "lengths is a list, each a whole number.*'a,b'"),
+        ("ruler", {"n": "abc"}, "n is a whole number; got 'abc'"),
+        ("ruler", {"n": True}, "n is a whole number; got True"),
+        ("babilong", {"examples": 3}, "examples is true or false; got 3"),
+        ("perplexity", {"data": "x", "positions": None}, "positions is a list"),
         ("ruler", {"only": "niah"}, "RULER has no needle task 'niah'"),
         ("ruler", {"n": 0}, "n is at least 1"),
         ("perplexity", {}, "needs data: give --option data="),
@@ -279,7 +347,7 @@ def test_files_that_cannot_be_asked_are_refused(tmp_path: Path) -> None:
     (tmp_path / "broken.jsonl").write_text('{"text": "a b"}\n{oops\n')
     (tmp_path / "empty.jsonl").write_text("\n")
     for name, file, message in (
-        ("lambada", "missing.jsonl", "cannot read"),
+        ("lambada", "missing.jsonl", "no such file"),
         ("lambada", "broken.jsonl", "line 2 is no JSON"),
         ("lambada", "empty.jsonl", "is empty"),
         ("commonsense", "piqa_bad.jsonl", "row 1"),

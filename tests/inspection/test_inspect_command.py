@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from recollect.cli import app
@@ -44,6 +45,20 @@ def test_it_writes_a_page_of_the_layers_asked_for(folder: Path, tmp_path: Path) 
     assert [one["label"] for one in data_of(page)["layers"]] == ["whole model", "layer 1: titans"]
     assert "model reads 50 tokens of text.txt" in page
     assert "http" not in page.replace("http-equiv", "")
+
+
+@pytest.mark.parametrize("mixer", ["mta", "titans"])
+def test_a_model_that_has_diverged_is_told(mixer: str, folder: Path, tmp_path: Path) -> None:
+    """Prevents a page of missing numbers."""
+    stored(tmp_path / "model", mixer)
+    broken = RecollectForCausalLM.from_pretrained(tmp_path / "model")
+    with torch.no_grad():
+        broken.model.norm.weight.fill_(float("nan"))
+    broken.save_pretrained(tmp_path / "model")
+    status, _, err = call(tmp_path / "model", "--text", folder / "text.txt", "--out", tmp_path / "a.html")
+    assert status == 2
+    assert "logits that are not finite" in err
+    assert not (tmp_path / "a.html").exists()
 
 
 @pytest.mark.parametrize(

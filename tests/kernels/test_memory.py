@@ -171,6 +171,15 @@ def test_keys_and_values_of_another_precision_are_converted(low: str) -> None:
     torch.testing.assert_close(multi_token_attention(**mixed, backend="native"), expected, rtol=0, atol=0)
 
 
+def test_products_of_bfloat16_need_all_inputs_in_it() -> None:
+    """Prevents fp32 keys that are rounded to bfloat16 because queries are: then gradients of fp32 have its error."""
+    named = {name: tensor.detach() for name, tensor in module_inputs(30).items()}
+    mixed = named | {name: named[name].float() for name in "kv"} | {"q": named["q"].bfloat16()}
+    single = {name: tensor.float() for name, tensor in mixed.items()}
+    expected = multi_token_attention(**single, backend="native")
+    torch.testing.assert_close(multi_token_attention(**mixed, backend="native"), expected.bfloat16(), rtol=0, atol=0)
+
+
 def test_threads_may_call_at_once() -> None:
     """Prevents scratch memory that calls share."""
     expected = results(module_inputs(50), backend="native")

@@ -12,12 +12,14 @@ import typer
 from recollect.cli import app
 from recollect.comparison import Request
 from recollect.comparison.plan import make_plan
+from recollect.comparison.report.records import Run
 from recollect.evaluation.suites import build_suite
+from recollect.models import RecollectConfig, RecollectForCausalLM
 from recollect.reproduction import EXPERIMENTS, find, miras, mta, recall, report
 from recollect.reproduction.continuing import SAME, continue_both
 from recollect.reproduction.experiment import TEXT, Asking, Continuing, Experiment, Looking, Plotting, Scale, Training
 from recollect.reproduction.report import cell
-from recollect.reproduction.runner import run, write_paper
+from recollect.reproduction.runner import _asked, run, write_paper
 from recollect.training.recipe.check import check
 from recollect.training.recipe.load import load_run
 
@@ -131,6 +133,23 @@ def test_an_experiment_runs_to_its_page_and_is_not_run_again(tmp_path: Path, tex
     assert "Changed for this run: budget 2steps" in page
     assert "Mamba" in (tmp_path / "out" / "table.md").read_text()
     assert measured.parameters[0] <= measured.parameters[1]
+
+
+def test_models_that_are_not_there_are_not_asked(tmp_path: Path, text: str) -> None:
+    """Prevents one diverged run from taking the table of all the others with it."""
+    for name in ("a0", "a2"):
+        config = RecollectConfig(hidden_size=16, num_attention_heads=2, layers=["gated_delta_net"], mlp=False)
+        RecollectForCausalLM(config).save_pretrained(tmp_path / name)
+
+    def seeds(label: str, *statuses: str) -> list[Run]:
+        each = [{"seed": i, "status": status, "folder": tmp_path / f"{label}{i}"} for i, status in enumerate(statuses)]
+        return [Run(label=label, steps=1, points=(), reason="", **one) for one in each]  # type: ignore[arg-type]
+
+    stage = Asking(of="x", suite="perplexity", options={"data": (TEXT,), "positions": (64,), "tokens": 100}, by="position")
+    runs = {"A": seeds("a", "finished", "diverged", "finished"), "B": seeds("b", "diverged")}
+    first, second = _asked(stage, runs, tmp_path / "asked", [text], None)
+    assert [cell is None for cell in first.cells["A"]] == [False, True, False]
+    assert first.cells["B"] == second.cells["B"] == [None]
 
 
 def test_a_retrofit_is_trained_on_beside_the_model_as_it_is(tmp_path: Path, text: str) -> None:

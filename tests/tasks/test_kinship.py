@@ -42,7 +42,7 @@ def test_rules_give_every_target_of_the_real_rows(real_data: Callable[[str], Pat
 
     The others hold a spouse's child's grandparent, a parent or a parent-in-law; the files use both answers for one chain.
     """
-    rows = read_rows(str(real_data("clutrr")))
+    rows = [row for file in sorted(real_data("clutrr").glob("*.jsonl")) for row in read_rows(str(file))]
     found = [compose(row.chain) for row in rows]
     assert len(rows) == 11240
     assert all(row.target in words for row, words in zip(rows, found, strict=True))
@@ -309,6 +309,13 @@ def test_files_are_filtered_by_k_and_noise(rows: Path) -> None:
     assert question.tags["chain"] == ("wife", "mother")
     with pytest.raises(ValueError, match=r"has no irrelevant row with k=2 to 10; it has clean k=2, clean k=3, mixed k=2, supp"):
         Kinship(files=str(rows), noise="irrelevant")
+
+
+def test_of_a_folder_the_rows_for_testing_are_asked(rows: Path) -> None:
+    """Prevents CLUTRR's folder from being asked about the stories that models are trained on."""
+    (rows.parent / "1.2_test.jsonl").write_text(json.dumps(ROW | {"target": "mother-in-law", "f_comb": "wife-mother"}) + "\n")
+    asked = Kinship(files=str(rows.parent)).sample(4, seed=0)
+    assert {question.answers for question in asked} == {("mother-in-law",)}
 
 
 def test_files_give_their_story_in_either_order(rows: Path) -> None:

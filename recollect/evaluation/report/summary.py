@@ -33,9 +33,9 @@ def lines(suite: Suite, results: Sequence[Result], by: Sequence[str] | None = No
     Args:
         suite: whose metrics are computed.
         results: at least one.
-        by: dimensions to tell apart; None: all of the suite's that take more than one value.
+        by: dimensions to tell apart; None: all of the suite's that take more than one value or are measured.
     """
-    by = varying(suite, results) if by is None else by
+    by = [key for key in suite.dimensions if key in (*varying(suite, results), *suite.measured)] if by is None else by
     groups: dict[tuple[Any, ...], list[Result]] = {}
     for result in results:
         groups.setdefault(tuple(result.group.get(key, "") for key in by), []).append(result)

@@ -96,11 +96,15 @@ class Suite(abc.ABC):
         name: what users type.
         metrics: the first one is the headline.
         dimensions: keys of a result's group, in the order of the table's columns.
+        measured: those of them that are measured on the model, and so shown even where all results have the same.
+        at_once: items between two writes; 1 where an item may take minutes.
     """
 
     name: ClassVar[str]
     metrics: ClassVar[tuple[Metric, ...]]
     dimensions: ClassVar[tuple[str, ...]]
+    measured: ClassVar[tuple[str, ...]] = ()
+    at_once: ClassVar[int] = 32
 
     @abc.abstractmethod
     def items(self, model: LanguageModel) -> list[Item]:
@@ -125,13 +129,14 @@ class Suite(abc.ABC):
 
 
 def digests(paths: Iterable[str | Path]) -> list[list[str]]:
-    """[path, start of the sha256 of what is in it] of files that a suite reads: for its fingerprint.
+    """[path, start of the sha256 of what is in it] of files that a suite reads, in folders all of them: for its fingerprint.
 
     Raises:
         ValueError: a file cannot be read.
     """
     found = []
-    for path in paths:
+    within = [sorted(Path(path).rglob("*")) if Path(path).is_dir() else [path] for path in paths]
+    for path in (file for files in within for file in files if not Path(file).is_dir()):
         try:
             found.append([str(path), hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]])
         except OSError as error:
@@ -173,19 +178,31 @@ def build_suite(name: str, **options: Any) -> Suite:
         if value is REQUIRED and key not in options:
             raise ValueError(f"suite {name!r} needs {key}: give --option {key}=...")
     hints = get_type_hints(SUITES[name])
-    return SUITES[name](**{key: _as_listed(hints[key], value) for key, value in options.items()})
+    return SUITES[name](**{key: _as_typed(key, hints[key], value) for key, value in options.items()})
 
 
-def _as_listed(hint: Any, value: Any) -> Any:
-    """ "2,4" and 2 for an option that is a tuple: (2, 4) and (2,)."""
+KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
+
+
+def _as_typed(key: str, hint: Any, value: Any) -> Any:
+    """A value of an option as its field is; "2,4" and 2 for one that is a tuple: (2, 4) and (2,)."""
     if getattr(hint, "__origin__", None) is not tuple:
+        number = (
+            hint in (int, float) and isinstance(value, hint if hint is int else (int, float)) and not isinstance(value, bool)
+        )
+        if hint in (int, float, bool) and not (number or (hint is bool and isinstance(value, bool))):
+            raise ValueError(f"option {key} is {KINDS[hint]}; got {value!r}")
         return value
     kind = hint.__args__[0]
     parts = value.split(",") if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [value]
     try:
+        if None in parts:
+            raise TypeError
         return tuple(kind(part) for part in parts)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{value!r} is no list of {kind.__name__}; write them with commas between") from error
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"option {key} is a list, each {KINDS.get(kind, kind.__name__)}, as {key}=1,2; got {value!r}"
+        ) from None
 
 
 def _hint(name: str, known: Any) -> str:

@@ -9,11 +9,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from recollect.data.files import find_files
 from recollect.evaluation.choices import DATASETS, few_shot, pick, to_choices
 from recollect.evaluation.lambada import last_word
 from recollect.evaluation.language_model import LanguageModel
 from recollect.evaluation.suites.base import Item, Metric, Result, Suite, digests, per_token, register_suite, share
 from recollect.tasks.files import numbered_lines
+
+SUFFIXES = (".jsonl",)
 
 
 @register_suite
@@ -22,7 +25,7 @@ class Commonsense(Suite):
     """Multiple choice: the option whose text the model finds likeliest (BoolQ, PIQA, SIQA, HellaSwag, WinoGrande, ARC, OBQA).
 
     Attributes:
-        data: JSON-lines files with the questions.
+        data: JSON-lines files with the questions, folders of them or globs.
         dataset: which data set they are, of `recollect.evaluation.choices.DATASETS`; default: what each file's name begins with.
         convention: "harness" (lm-evaluation-harness), "oe_eval" or "oe_eval_letters" (OLMo).
         shots: solved examples before every question, the first rows of the file, which are then not asked.
@@ -43,7 +46,7 @@ class Commonsense(Suite):
     def items(self, model: LanguageModel) -> list[Item]:
         """One per question: a `Choice`."""
         found = []
-        for path in map(Path, self.data):
+        for path in find_files(self.data, suffixes=SUFFIXES):
             dataset = self.dataset or _dataset_of(path)
             rows = read_rows(path)
             try:
@@ -70,7 +73,7 @@ class Commonsense(Suite):
         return results
 
     def fingerprint(self) -> dict[str, Any]:
-        return asdict(self) | {"data": digests(self.data)}
+        return asdict(self) | {"data": digests(find_files(self.data, suffixes=SUFFIXES))}
 
 
 @register_suite
@@ -79,7 +82,7 @@ class Lambada(Suite):
     """LAMBADA: the last word of a passage.
 
     Attributes:
-        data: JSON-lines files of {"text"}; the file's name tells the standard set from the OpenAI one.
+        data: JSON-lines files of {"text"}, folders of them or globs; the file's name tells the standard set from the OpenAI one.
     """
 
     name: ClassVar[str] = "lambada"
@@ -90,7 +93,7 @@ class Lambada(Suite):
     def items(self, model: LanguageModel) -> list[Item]:
         """One per passage: (file, context, continuation)."""
         found = []
-        for path in map(Path, self.data):
+        for path in find_files(self.data, suffixes=SUFFIXES):
             for i, row in enumerate(read_rows(path)):
                 try:
                     found.append(Item(f"{path}:{i}", (path.stem, *last_word(row))))
@@ -113,7 +116,7 @@ class Lambada(Suite):
         ]
 
     def fingerprint(self) -> dict[str, Any]:
-        return {"data": digests(self.data)}
+        return {"data": digests(find_files(self.data, suffixes=SUFFIXES))}
 
 
 def read_rows(path: Path) -> list[Mapping[str, Any]]:

@@ -74,8 +74,8 @@ class Questions(Suite):
     def fingerprint(self) -> dict[str, Any]:
         found: dict[str, Any] = asdict(self)  # type: ignore[call-overload]  # every suite is a dataclass
         for key, value in found.items():
-            if isinstance(value, str) and Path(value).is_file():
-                (found[key],) = digests([value])
+            if isinstance(value, str) and Path(value).exists():
+                found[key] = digests([value])
         return found
 
 

@@ -17,6 +17,8 @@ from recollect.models import RecollectCache
 from recollect.tasks import FindBlock, Recall, Task, stream_seed
 from recollect.training.loss import labelled_logits
 
+SLICES = ((64, 4), (64, 8), (64, 16), (128, 32), (256, 64))
+
 
 class Symbols(Suite):
     """Held-out examples of tasks in symbols, scored as `recollect compare` does: the task's own metric on teacher-forced argmax."""
@@ -61,23 +63,25 @@ class RecallSuite(Symbols):
     """Multi-query associative recall: accuracy over length and pairs, beside the bytes of the state that they must fit into.
 
     Attributes:
-        slices: lengths and pairs, as 64x4.
+        slices: lengths and pairs, as 64x4; default: those of 64x4, 64x8, 64x16, 128x32 and 256x64 that the model has symbols for.
         variant: "plain", "forgetting" or "compositional".
         n: examples per slice.
     """
 
     name: ClassVar[str] = "recall"
     dimensions: ClassVar[tuple[str, ...]] = ("length", "pairs", "state_bytes")
-    slices: tuple[str, ...] = ("64x4", "64x8", "64x16", "128x32", "256x64")
+    measured: ClassVar[tuple[str, ...]] = ("state_bytes",)
+    slices: tuple[str, ...] = ()
     variant: str = "plain"
     n: int = 200
 
     def tasks(self, model: LanguageModel) -> Iterator[tuple[dict[str, Any], Task]]:
-        for each in self.slices:
+        vocab_size = model.model.config.vocab_size
+        held = [f"{length}x{pairs}" for length, pairs in SLICES if pairs < vocab_size // 2]  # half of the symbols are keys
+        for each in self.slices or held:
             length, cross, pairs = each.partition("x")
             if not (cross and length.isdigit() and pairs.isdigit()):
                 raise ValueError(f"a slice is LENGTHxPAIRS, as 64x4; got {each!r}")
-            vocab_size = model.model.config.vocab_size
             task = Recall(length=int(length), n_pairs=int(pairs), variant=self.variant, vocab_size=vocab_size)
             yield {"length": int(length), "pairs": int(pairs)}, task
 
@@ -95,6 +99,7 @@ class FindBlockSuite(Symbols):
 
     name: ClassVar[str] = "find-block"
     dimensions: ClassVar[tuple[str, ...]] = ("blocks", "state_bytes")
+    measured: ClassVar[tuple[str, ...]] = ("state_bytes",)
     blocks: tuple[int, ...] = (4, 6, 8, 12)
     letters: int = 5
     question: int = 2
