@@ -47,8 +47,10 @@ TOY = Experiment(
     tiny=_six(n_blocks=4, budget="600steps"),
     small=_six(n_blocks=8, budget="2000steps", longest="3000steps", lr=4e-3),
     paper=tuple(
-        "recollect compare find-block --mixers attention,mta_toy --seeds 3 --budget 100000steps --layers 4 --width 256 --heads 2 "
-        f"--batch-size 64 --lr 5e-4 -t n_letters={n} -t n_blocks={52 if n == 5 else 35} -t answer={answer} --out toy-{n}-{answer}"
+        f"recollect compare find-block --mixers attention,mta_toy:c_k={2 * n - 1} --seeds 3 --budget 100000steps --layers 4 "
+        "--width 256 --heads 2 --intermediate 768 --batch-size 64 --lr 1e-4 --schedule constant --warmup 0 --weight-decay 0 "
+        f"--dropout 0.1 --precision bf16 -t n_letters={n} -t n_blocks={52 if n == 5 else 35} -t answer={answer} "
+        f"--out toy-{n}-{answer}"
         for n in (5, 8)
         for answer in ("all", "first", "last")
     ),
@@ -134,10 +136,10 @@ NEEDLES = Experiment(
         for n in (2, 4, 6)
     ),
     paper=tuple(
-        f"recollect evaluate runs/{name}-880m needles -o needles=2,4,6,8,10 -o lengths={length} -o n=500 -o text=haystack.txt "
+        f"recollect evaluate runs/{name}-880m{tuned} needles -o needles=2,4,6,8,10 -o lengths={length} -o n=500 -o text=haystack.txt "
         f"--device cuda --dtype bfloat16 --out niah/{name}-{length}"
         for name in RECIPES
-        for length in (2048, 4096)
+        for length, tuned in ((2048, ""), (4096, "-4k"))  # those of mta-lm, and of mta-long-context
     ),
     size={
         "tiny": "1 M parameters or fewer, trained for this task on texts of 176 to 240 bytes; the paper: 880 M, not trained for it.",
@@ -246,34 +248,50 @@ def _ablation(
     )
 
 
+_BEFORE_ALONE = "mta:kq_post=false:head_pre=false:head_post=false:norm=depth"
+
 ABLATIONS = (
     _ablation(
         "mta-ablation-kernel",
         "Size of the key-query kernel (Table 5)",
         {"4x9": (11.23,), "6x11": (11.23,), "8x13": (11.31,)},
-        {"mta:c_q=4:c_k=9": "4x9", "mta:c_q=6:c_k=11": "6x11", "mta:c_q=8:c_k=13": "8x13"},
+        {f"{_BEFORE_ALONE}:c_q={c_q}:c_k={c_k}": f"{c_q}x{c_k}" for c_q, c_k in ((4, 9), (6, 11), (8, 13))},
     ),
     _ablation(
         "mta-ablation-norm",
-        "Normalisation of the heads (Table 5)",
-        {"gate": (10.90,), "depth scaling": (10.92,), "none (one convolution)": (10.99,)},
-        {"mta": "gate", "mta:norm=depth": "depth scaling", "mta:norm=none": "none"},
+        "Normalisation of the heads, with one convolution, before the softmax (Table 5)",
+        {"gate": (10.95,), "depth scaling": (10.99,), "none": (10.99,), "norm, no scaling": (11.03,)},
+        {
+            "mta:kq_post=false": "gate",
+            "mta:kq_post=false:norm=depth": "depth scaling",
+            "mta:kq_post=false:norm=none": "none",
+            "mta:kq_post=false:norm=rms": "norm, no scaling",
+        },
     ),
     _ablation(
         "mta-ablation-order",
         "Convolutions before and after the softmax (Table 5)",
-        {"both": (10.90,), "before": (10.95,), "heads only: Talking Heads": (11.04,), "keys and queries only": (11.23,)},
+        {
+            "both": (10.90,),
+            "before": (10.95,),
+            "before, heads after": (11.09,),
+            "after, heads after": (11.11,),
+            "heads only": (11.04,),
+            "before, no heads": (11.23,),
+        },
         {
             "mta": "both",
             "mta:kq_post=false": "before",
+            "mta_v1": "before, heads after",
+            "mta:kq_pre=false:head_pre=false:c_h=2:norm=depth": "after, heads after",
             "talking_heads": "heads only",
-            "mta:head_pre=false:head_post=false": "kq only",
+            _BEFORE_ALONE: "before, no heads",
         },
     ),
     _ablation(
         "mta-ablation-init",
         "How kernels start (section 4.6)",
-        {"identity": (11.09,), "zero": (11.11,), "constant 0.3": (11.17,)},
+        {"identity": ("the best",), "zero": ("+0.02",), "constant 0.3": ("+0.08",)},
         {"mta": "identity", "mta:init=zero": "zero", "mta:init=const": "constant 0.3"},
     ),
     _ablation(
@@ -309,7 +327,10 @@ LAYERS = Experiment(
             names={"mta:kq=false": "no layer", "mta": "every fourth", "mta:kq=true": "every layer"},
         ),
     ),
-    paper=tuple(f"recollect train mta-880m model.options.kq={kq} out=runs/mta-880m-kq-{kq}" for kq in ("true", "false")),
+    paper=(
+        "recollect train mta-880m out=runs/mta-880m-kq-every-fourth",
+        *(f"recollect train mta-880m model.options.kq={kq} out=runs/mta-880m-kq-{kq}" for kq in ("true", "false")),
+    ),
     size=_TEXT_SIZE,
 )
 

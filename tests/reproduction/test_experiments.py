@@ -11,6 +11,7 @@ import typer
 
 from recollect.cli import app
 from recollect.comparison import Request
+from recollect.comparison.options import parse_mixer
 from recollect.comparison.plan import make_plan
 from recollect.comparison.report.records import Run
 from recollect.evaluation.suites import build_suite
@@ -99,6 +100,39 @@ def test_every_command_of_the_published_scale_is_understood(name: str, tmp_path:
             given = [command[i + 1].partition("=") for i, word in enumerate(command) if word == "-o"]
             options: dict[str, Any] = {key: value for key, _, value in given if key not in ("text", "facts", "background")}
             build_suite(command[3], **{key: int(value) if key == "n" else value for key, value in options.items()})
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_no_command_asks_beyond_the_context_of_its_model(name: str) -> None:
+    """Prevents a script of the published scale that stops at its second command: MTA's models read what they were trained on."""
+    for command in _commands(name):
+        if command[1] != "evaluate" or "-880m" not in command[2]:
+            continue
+        tuned = command[2].endswith("-4k")
+        context = load_run("long-context" if tuned else Path(command[2]).name).data.seq_len
+        lengths = [word.removeprefix("lengths=") for word in command if word.startswith("lengths=")]
+        assert all(int(length) <= context for given in lengths for length in given.split(",")), shlex.join(command)
+
+
+def test_the_published_toy_model_is_that_of_the_paper() -> None:
+    """Prevents another size under the paper's name: 3,418,368 parameters, and 144 of MTA's kernels."""
+    words = _commands("mta-toy")[0]
+    given = dict(zip(words[3::2], words[4::2], strict=True))
+    sizes = {name: int(given[f"--{name}"]) for name in ("layers", "width", "heads", "intermediate")}
+    assert (given["--lr"], given["--schedule"], given["--dropout"], given["--precision"]) == ("1e-4", "constant", "0.1", "bf16")
+    counts = []
+    for mixer, options in map(parse_mixer, given["--mixers"].split(",")):
+        config = RecollectConfig(
+            vocab_size=32,
+            hidden_size=sizes["width"],
+            num_hidden_layers=sizes["layers"],
+            num_attention_heads=sizes["heads"],
+            intermediate_size=sizes["intermediate"],
+            layers=[{"mixer": mixer, **options}] * sizes["layers"],
+            tie_word_embeddings=True,
+        )
+        counts.append(sum(x.numel() for x in RecollectForCausalLM(config).parameters()))
+    assert counts == [3_418_368, 3_418_512]
 
 
 def test_an_experiment_runs_to_its_page_and_is_not_run_again(tmp_path: Path, text: str) -> None:
