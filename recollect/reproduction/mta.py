@@ -91,7 +91,7 @@ LONG_CONTEXT = Experiment(
         Asking(
             of="bits/byte",
             suite="perplexity",
-            options={"data": (TEXT,), "positions": (128, 256, 512, 1024), "tokens": 2048, "documents": 2},
+            options={"data": (TEXT,), "positions": (128, 256, 512, 1024), "tokens": 2048, "ends": True, "documents": 2},
             by="position",
             context=2048,
         ),
@@ -101,7 +101,7 @@ LONG_CONTEXT = Experiment(
         Asking(
             of="bits/byte",
             suite="perplexity",
-            options={"data": (TEXT,), "positions": (128, 256, 512, 1024), "tokens": 4096, "documents": 8},
+            options={"data": (TEXT,), "positions": (128, 256, 512, 1024), "tokens": 4096, "ends": True, "documents": 8},
             by="position",
             context=4096,
         ),

@@ -184,6 +184,21 @@ def test_perplexity_is_that_of_a_plain_loop(context: int | None, tmp_path: Path)
     assert [line.group["position"] for line in lines(suite, done.results, by=["position"])[:-1]] == ["0-16", "16-100", "100-"]
 
 
+def test_the_end_of_a_book_is_read_alone(tmp_path: Path) -> None:
+    """Prevents a model from being asked about the text that it was trained on, where its end was held out."""
+    text = "It was a dark and stormy night. " * 9
+    (tmp_path / "whole.txt").write_text(text)
+    (tmp_path / "end.txt").write_text(text[-50:])
+    model, found = tiny(), []
+    for name, options in (("whole", {"tokens": 50, "ends": True}), ("end", {})):
+        suite = build_suite("perplexity", data=str(tmp_path / f"{name}.txt"), **options)
+        (line,) = lines(suite, evaluate(model, suite, tmp_path / name, about={}).results)
+        found.append(line.cells[0].value)
+    assert found[0] == pytest.approx(found[1])
+    with pytest.raises(ValueError, match="say how many"):
+        build_suite("perplexity", data="x", ends=True)
+
+
 def _write(folder: Path, rows: Sequence[dict[str, Any]]) -> Path:
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

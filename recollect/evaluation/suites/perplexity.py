@@ -30,6 +30,8 @@ class Perplexity(Suite):
         positions: ends of the stretches of positions that are reported apart, in tokens.
         documents: of each domain, at most; 0: all.
         tokens: of each document, at most; 0: all.
+        ends: take a document's last `tokens` instead of its first: what was held out of a book that a model was trained on (its last
+            tenth, where nothing else was said).
         piece: tokens that a call of the model takes; changes nothing but speed.
     Raises:
         ValueError: an option out of range.
@@ -45,11 +47,14 @@ class Perplexity(Suite):
     positions: tuple[int, ...] = (256, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
     documents: int = 0
     tokens: int = 0
+    ends: bool = False
     piece: int = 1024
 
     def __post_init__(self) -> None:
         if self.overlap < 0 or self.documents < 0 or self.tokens < 0 or self.piece < 1:
             raise ValueError("overlap, documents and tokens are 0 or more, piece is at least 1")
+        if self.ends and not self.tokens:
+            raise ValueError("ends takes the last tokens of a document: say how many, --option tokens=...")
         if list(self.positions) != sorted(set(self.positions)) or (self.positions and self.positions[0] < 1):
             raise ValueError(f"positions are ends of stretches in ascending order; got {self.positions}")
 
@@ -68,7 +73,7 @@ class Perplexity(Suite):
 
     def fingerprint(self) -> dict[str, Any]:
         return {"data": digests(file for _, file in self._files())} | {
-            name: getattr(self, name) for name in ("field", "overlap", "positions", "documents", "tokens")
+            name: getattr(self, name) for name in ("field", "overlap", "positions", "documents", "tokens", "ends")
         }
 
     def _files(self) -> list[tuple[str, Path]]:
@@ -83,7 +88,8 @@ class Perplexity(Suite):
 
     def _read(self, model: LanguageModel, domain: str, document: bytes) -> list[Result]:
         tokens = np.asarray(model.encode(document.decode("utf-8")), np.int64)
-        tokens = tokens[: self.tokens] if self.tokens else tokens
+        if self.tokens:
+            tokens = tokens[-self.tokens :] if self.ends else tokens[: self.tokens]
         n_bytes = len(document) if not self.tokens else len(model.coder.decode(tokens.tolist()).encode())
         values = np.concatenate([part for part, _ in model.stream([tokens], piece=self.piece, overlap=self.overlap)])
         ends = [end for end in self.positions if end < len(values)] + [len(values)]
