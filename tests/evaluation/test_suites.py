@@ -16,7 +16,8 @@ from recollect.data.tokenizer import ByteTokenizer
 from recollect.evaluation import report
 from recollect.evaluation.language_model import LanguageModel, Likelihood
 from recollect.evaluation.loading import OwnCoder, load_language_model
-from recollect.evaluation.report.summary import lines
+from recollect.evaluation.report import figure, table
+from recollect.evaluation.report.summary import lines, with_margins
 from recollect.evaluation.runner import evaluate
 from recollect.evaluation.suites import SUITES, Item, Result, Suite, build_suite
 from recollect.evaluation.suites.questions import Questions
@@ -182,6 +183,40 @@ def test_perplexity_is_that_of_a_plain_loop(context: int | None, tmp_path: Path)
     assert all_of.cells[0].value == pytest.approx(nats / n_bytes / math.log(2))
     assert all_of.cells[1].value == pytest.approx(math.exp(nats / n_bytes))
     assert [line.group["position"] for line in lines(suite, done.results, by=["position"])[:-1]] == ["0-16", "16-100", "100-"]
+
+
+def test_every_dimension_is_summed_by_itself_and_drawn(tmp_path: Path) -> None:
+    """Prevents a table of pairs only, where the papers give one number per needle count; and panels that are left out of a picture."""
+    suite = build_suite("needles", needles="1,2,3,4,5,6,7", lengths="1024,1100", depths="0,100", n=1)
+    results = [
+        Result({"needles": n, "length": size, "depth": depth}, {"score": float(n > 3)}, {})
+        for n in range(1, 8)
+        for size in (1024, 1100)
+        for depth in (0, 100)
+    ]
+    found = with_margins(suite, results)
+    assert [line.group for line in found[28:-1]] == [
+        *({"needles": n} for n in range(1, 8)),
+        *({"length": size} for size in (1024, 1100)),
+        *({"depth": depth} for depth in (0, 100)),
+    ]
+    assert [line.cells[0].value for line in found[28:35]] == [0, 0, 0, 1, 1, 1, 1]
+    assert table.cells(suite, found, found[28])[:4] == ["1", "all", "all", "4"]
+    assert table.cells(suite, found, found[-1])[:4] == ["all", "", "", "28"]
+    assert sum(bool(panel.images) for panel in figure.draw(suite, results, "x").axes) == 7
+
+
+def test_positions_are_drawn_as_curves() -> None:
+    """Prevents a bar for every pair of domain and position: a line per domain, and one of all."""
+    suite = build_suite("perplexity", data="x")
+    results = [
+        Result({"domain": domain, "position": position}, {"log_prob": -1.0 - i, "n_tokens": 1, "n_bytes": 1}, {})
+        for domain in ("book", "web")
+        for i, position in enumerate(("0-256", "256-1,024"))
+    ]
+    (panel,) = figure.draw(suite, results, "x").axes
+    assert [line.get_label() for line in panel.lines] == ["book", "web", "all"]
+    assert list(panel.lines[2].get_ydata()) == pytest.approx([1 / math.log(2), 2 / math.log(2)])
 
 
 def test_the_end_of_a_book_is_read_alone(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import RenderableType
 
 from recollect.evaluation.report import figure, page, table
-from recollect.evaluation.report.summary import lines
+from recollect.evaluation.report.summary import with_margins
 from recollect.evaluation.runner import PLAN
 from recollect.evaluation.suites.base import Result, Suite
 from recollect.training.checkpoint import replace_file
@@ -32,7 +32,7 @@ def write(out: Path, suite: Suite, results: Sequence[Result], *, command: str = 
         OSError: a file cannot be written.
     """
     plan = json.loads((out / PLAN).read_text(encoding="utf-8"))
-    found = lines(suite, results)
+    found = with_margins(suite, results)
     drawn = figure.draw(suite, results, f"{suite.name}: {plan.get('path', '')}")
     pictures = {}
     for kind in ("png", "svg"):

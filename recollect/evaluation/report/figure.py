@@ -1,4 +1,4 @@
-"""The results in one picture: a heat map over two numeric dimensions, else bars with their intervals, else a curve over positions."""
+"""The results in one picture: curves over positions, else a heat map over two numeric dimensions, else bars with their intervals."""
 
 from __future__ import annotations
 
@@ -12,14 +12,19 @@ from matplotlib.figure import Figure
 from recollect.evaluation.report.summary import Line, lines, varying
 from recollect.evaluation.suites.base import Metric, Result, Suite
 
+PANELS, CURVES = 5, 10  # panels of heat maps side by side; curves that have colours
+
 
 def draw(suite: Suite, results: Sequence[Result], title: str) -> Figure:
-    """The picture: up to three dimensions; one panel per value of those that are no numbers, at most six."""
+    """The picture. Heat maps are over the last two dimensions in numbers, one panel per value of the others; of more than `CURVES`
+    domains only the mean is drawn."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     figure.suptitle(title, fontsize=10)
-    dimensions = varying(suite, results)
+    dimensions = [key for key in varying(suite, results) if key not in suite.measured]
     numeric = [key for key in dimensions if all(isinstance(result.group.get(key), (int, float)) for result in results)]
-    if len(numeric) >= 2:
+    if suite.along in dimensions:
+        _curves(figure, suite, results, [key for key in dimensions if key != suite.along])
+    elif len(numeric) >= 2:
         _heat_maps(figure, suite, results, numeric[-2:], [key for key in dimensions if key not in numeric[-2:]])
     else:
         _bars(figure, suite, lines(suite, results))
@@ -30,12 +35,15 @@ def _heat_maps(figure: Figure, suite: Suite, results: Sequence[Result], axes: li
     panels: dict[str, list[Result]] = {}
     for result in results:
         panels.setdefault(", ".join(f"{key} {result.group.get(key)}" for key in others), []).append(result)
-    shown = list(panels.items())[:6]
-    grid = figure.subplots(1, len(shown), squeeze=False, sharey=True)[0]
+    n_rows = -(-len(panels) // PANELS)
+    figure.set_figheight(1.5 + 3 * n_rows)
+    grid = figure.subplots(n_rows, -(-len(panels) // n_rows), squeeze=False, sharey=True)
     metric = suite.metrics[0]
     image: Any = None
     down, across = axes[1], axes[0]
-    for panel, (name, some) in zip(grid, shown, strict=True):
+    for panel in grid.flat[len(panels) :]:
+        panel.set_visible(False)
+    for panel, (name, some) in zip(grid.flat, panels.items(), strict=False):
         rows = sorted({result.group[down] for result in results})
         columns = sorted({result.group[across] for result in results})
         cells = {(line.group[down], line.group[across]): line for line in lines(suite, some, by=[down, across]) if line.group}
@@ -51,8 +59,31 @@ def _heat_maps(figure: Figure, suite: Suite, results: Sequence[Result], axes: li
         panel.set_yticks(range(len(rows)), [str(row) for row in rows], fontsize=7)
         panel.set_xlabel(across, fontsize=8)
         panel.set_title(name, fontsize=8)
-    grid[0].set_ylabel(down, fontsize=8)
-    figure.colorbar(image, ax=list(grid), label=_label(metric))
+    for row in grid:
+        row[0].set_ylabel(down, fontsize=8)
+    figure.colorbar(image, ax=list(grid.flat), label=_label(metric))
+
+
+def _curves(figure: Figure, suite: Suite, results: Sequence[Result], others: list[str]) -> None:
+    panel: Any = figure.subplots()
+    metric = suite.metrics[0]
+    stretches = list(dict.fromkeys(result.group[suite.along] for result in results))
+    parts: dict[str, list[Result]] = {}
+    for result in results:
+        parts.setdefault(" ".join(str(result.group.get(key)) for key in others), []).append(result)
+    for name, some in [*(parts.items() if 1 < len(parts) <= CURVES else ()), ("all", results)]:
+        found = {line.group.get(suite.along): line for line in lines(suite, some, by=[suite.along])}
+        values = [_value(found.get(stretch), metric) for stretch in stretches]
+        whole = name == "all" and len(parts) > 1
+        panel.plot(
+            stretches, values, marker="o", markersize=3, label=name, **({"color": "black", "linewidth": 2} if whole else {})
+        )
+    if len(parts) > 1:
+        panel.legend(fontsize=8, frameon=False)
+    panel.tick_params("x", rotation=30, labelsize=7)
+    panel.set_xlabel(suite.along)
+    panel.set_ylabel(_label(metric))
+    panel.spines[["top", "right"]].set_visible(False)
 
 
 def _bars(figure: Figure, suite: Suite, found: Sequence[Line]) -> None:

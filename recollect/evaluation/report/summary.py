@@ -43,6 +43,15 @@ def lines(suite: Suite, results: Sequence[Result], by: Sequence[str] | None = No
     return found if len(found) == 1 else [*found, _line(suite.metrics, {}, results)]
 
 
+def with_margins(suite: Suite, results: Sequence[Result]) -> list[Line]:
+    """The lines of a table: of every group; where several dimensions vary, of every value of each of them; of everything."""
+    by = [key for key in varying(suite, results) if key not in suite.measured]
+    found = lines(suite, results)
+    if len(by) < 2:
+        return found
+    return [*found[:-1], *(line for key in by for line in lines(suite, results, [key])[:-1]), found[-1]]
+
+
 def varying(suite: Suite, results: Sequence[Result]) -> list[str]:
     """The suite's dimensions that take more than one value."""
     return [key for key in suite.dimensions if len({str(result.group.get(key, "")) for result in results}) > 1]

@@ -22,7 +22,9 @@ def titles(suite: Suite, found: Sequence[Line]) -> list[str]:
 def cells(suite: Suite, found: Sequence[Line], line: Line) -> list[str]:
     """One line's texts, in the order of `titles`."""
     keys = _dimensions(found)
-    group = [str(line.group[key]) if key in line.group else (ALL if i == 0 else "") for i, key in enumerate(keys)]
+    rest = [key for key in keys if key not in (*line.group, *suite.measured)]
+    shown = rest if line.group else keys[:1]  # of everything, one word is enough
+    group = [str(line.group.get(key, ALL if key in shown else "")) for key in keys]
     return [*group, f"{line.n:,}", *(show(metric, cell) for metric, cell in zip(suite.metrics, line.cells, strict=True))]
 
 

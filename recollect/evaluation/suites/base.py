@@ -96,6 +96,7 @@ class Suite(abc.ABC):
         name: what users type.
         metrics: the first one is the headline.
         dimensions: keys of a result's group, in the order of the table's columns.
+        along: the one that pictures are curves over, if there is one.
         measured: those of them that are measured on the model, and so shown even where all results have the same.
         at_once: items between two writes; 1 where an item may take minutes.
     """
@@ -103,6 +104,7 @@ class Suite(abc.ABC):
     name: ClassVar[str]
     metrics: ClassVar[tuple[Metric, ...]]
     dimensions: ClassVar[tuple[str, ...]]
+    along: ClassVar[str] = ""
     measured: ClassVar[tuple[str, ...]] = ()
     at_once: ClassVar[int] = 32
 

@@ -40,6 +40,7 @@ class Perplexity(Suite):
     name: ClassVar[str] = "perplexity"
     metrics: ClassVar[tuple[Metric, ...]] = (per_byte(), per_token("perplexity", math.exp), per_token("nats/token"))
     dimensions: ClassVar[tuple[str, ...]] = ("domain", "position")
+    along: ClassVar[str] = "position"
     at_once: ClassVar[int] = 1  # a book takes long
     data: tuple[str, ...]
     field: str = "text"
