@@ -407,6 +407,9 @@ def test_files_that_cannot_be_asked_are_refused(tmp_path: Path) -> None:
             build_suite(name, data=(str(tmp_path / file),)).items(model)
     with pytest.raises(ValueError, match="longer than the 100 tokens that the model may see"):
         build_suite("ruler", only="niah_single_1", lengths="512").items(tiny(context=100))
+    for name, options in (("babilong", {"qa": "2", "lengths": "0"}), ("clutrr", {"k": "10"})):  # texts of no given length
+        with pytest.raises(ValueError, match=r"question 0 of .*with room for its answer, is longer than the 100 tokens"):
+            build_suite(name, n=1, **options).items(tiny(context=100))
 
 
 def test_groups_are_told_apart_and_summed() -> None:

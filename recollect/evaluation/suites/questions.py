@@ -47,17 +47,19 @@ class Questions(Suite):
         return sum(each) / len(each)
 
     def items(self, model: LanguageModel) -> list[Item]:
-        """One per question: (group, task, question). Lengths are measured in the model's own tokens."""
+        """One per question: (group, task, question). Lengths are measured in the model's own tokens.
+
+        Raises:
+            ValueError: a question that is longer than the model's context, or an option that a task refuses.
+        """
         found = []
         for group, task in self.tasks():
-            length = getattr(task, "length", 0)
-            if model.max_length is not None and length > model.max_length:
-                raise ValueError(
-                    f"length {length} is longer than the {model.max_length} tokens that the model may see; ask for shorter texts, "
-                    "or raise --context if the model was made for more"
-                )
+            _check_fits(model, getattr(task, "length", 0), f"length {getattr(task, 'length', 0)}")
             name = ",".join(f"{key}={value}" for key, value in group.items())
             for i, question in enumerate(task.sample(self.n, seed=self.seed, measure=model.n_tokens)):
+                if model.max_length is not None:  # a prompt that lost its beginning would be scored as if it were whole
+                    n_tokens = model.n_tokens(question.prompt) + task.answer_tokens
+                    _check_fits(model, n_tokens, f"question {i} of {name}, {n_tokens} tokens with room for its answer,")
                 found.append(Item(f"{name}:{i}", ({**group, **self.group(question)}, task, question)))
         return found
 
@@ -270,6 +272,14 @@ class ClutrrSuite(Questions):
 def _result(group: dict[str, Any], task: TextTask, question: Question, said: str) -> Result:
     shown = {"prompt": _ends(question.prompt), "said": said, "right": " | ".join(question.answers)}
     return Result(group, {"score": task.score(said, question)}, shown)
+
+
+def _check_fits(model: LanguageModel, n_tokens: int, what: str) -> None:
+    if model.max_length is not None and n_tokens > model.max_length:
+        raise ValueError(
+            f"{what} is longer than the {model.max_length} tokens that the model may see; ask for shorter texts, "
+            "or raise --context if the model was made for more"
+        )
 
 
 def _check_n(n: int, lengths: Sequence[int], *, least: int = 1) -> None:
