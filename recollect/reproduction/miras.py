@@ -224,7 +224,7 @@ ABLATIONS = (
         "miras-ablation-p",
         "The exponent p of Moneta's bias (Figure 4)",
         curve("Figure 4: contexts 2K to 16K", "best p = 3, worst p = 4, not monotone"),
-        {f"moneta:bias={{name: lp, p: {p}}}": f"p = {p}" for p in (1.5, 2.0, 2.8, 3.0, 3.2, 4.0)},
+        {f"moneta:bias={{name: lp, p: {p}}}": f"p = {p}" for p in (1.0, 1.5, 2.0, 2.8, 3.0, 3.2, 4.0)},
     ),
     _ablation(
         "miras-ablation-q",
