@@ -96,7 +96,7 @@ def test_the_experiments_are_listed_and_written_as_commands(tmp_path: Path) -> N
     assert "miras-ablation-p" in said
     status, said = invoke("reproduce", "mta-lm", "--scale", "paper", "--out", tmp_path)
     assert status == 0
-    assert "recollect train mta-880m" in (tmp_path / "mta-lm.sh").read_text()
+    assert "\ntrain mta-880m" in (tmp_path / "mta-lm.sh").read_text()
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,17 @@ from typing import Any
 
 from recollect.comparison.published import COLUMNS, FIND_BLOCK
 from recollect.reproduction.experiment import TEXT, Asking, Continuing, Experiment, Looking, Published, Stage, Training
-from recollect.reproduction.parts import SMALL_TEXT, TAUGHT, TEACHING, TINY_TEXT, WORDS, curve, text_size, train_variants
+from recollect.reproduction.parts import (
+    SMALL_TEXT,
+    TAUGHT,
+    TEACHING,
+    TINY_TEXT,
+    WORDS,
+    ask_texts,
+    curve,
+    text_size,
+    train_variants,
+)
 
 FOUR = ("attention", "diff", "talking_heads", "mta")
 NAMES = {"attention": "Transformer", "diff": "DIFF", "talking_heads": "Talking Heads", "mta": "MTA"}
@@ -78,7 +88,11 @@ LANGUAGE = Experiment(
     ),
     tiny=(Training(column="bits/byte", request={**TINY_TEXT, "mixers": list(FOUR)}, names=NAMES),),
     small=(Training(column="bits/byte", request={**SMALL_TEXT, "mixers": [*FOUR, "mta_v1"]}, names=NAMES),),
-    paper=(*_FOUR_RUNS, "recollect train mta-880m seed=777 out=runs/mta-880m-777"),
+    paper=(
+        *_FOUR_RUNS,
+        *(f"recollect train {name}-880m seed=777 out=runs/{name}-880m-777" for name in RECIPES),
+        *(ask_texts(f"{name}-880m{run}") for name in RECIPES for run in ("", "-777")),
+    ),
     size=_TEXT_SIZE,
 )
 
@@ -106,8 +120,9 @@ LONG_CONTEXT = Experiment(
             context=4096,
         ),
     ),
-    paper=tuple(
-        f"recollect train long-context model.start_from=runs/{name}-880m/model out=runs/{name}-880m-4k" for name in RECIPES
+    paper=(
+        *(f"recollect train long-context model.start_from=runs/{name}-880m/model out=runs/{name}-880m-4k" for name in RECIPES),
+        *(ask_texts(f"{name}-880m-4k", "positions=512,1024,2048,3072,4096") for name in RECIPES),
     ),
     size=_TEXT_SIZE,
 )
@@ -330,6 +345,7 @@ LAYERS = Experiment(
     paper=(
         "recollect train mta-880m out=runs/mta-880m-kq-every-fourth",
         *(f"recollect train mta-880m model.options.kq={kq} out=runs/mta-880m-kq-{kq}" for kq in ("true", "false")),
+        *(ask_texts(f"mta-880m-kq-{kq}") for kq in ("every-fourth", "true", "false")),
     ),
     size=_TEXT_SIZE,
 )

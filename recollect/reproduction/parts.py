@@ -42,7 +42,7 @@ def text_size(paper: str) -> dict[str, str]:
 
 
 def train_variants(name: str, mixers: Iterable[str], run: Callable[[str], list[str]]) -> tuple[str, ...]:
-    """Commands that train variants at the published size, into runs/NAME-0 and so on.
+    """Commands that train variants at the published size, into runs/NAME-0 and so on, and ask them texts.
 
     Args:
         name: of the experiment.
@@ -50,12 +50,19 @@ def train_variants(name: str, mixers: Iterable[str], run: Callable[[str], list[s
         run: mixer without options -> the recipe to train, and settings.
     """
     variants = [split_outside(mixer, ":") for mixer in mixers]
-    return tuple(
+    trained = tuple(
         shlex.join(
             ["recollect", "train", *run(mixer), *(f"model.options.{option}" for option in options), f"out=runs/{name}-{i}"]
         )
         for i, (mixer, *options) in enumerate(variants)
     )
+    return trained + tuple(ask_texts(f"{name}-{i}") for i in range(len(variants)))
+
+
+def ask_texts(run: str, *options: str) -> str:
+    """The command that asks runs/RUN the perplexity of the validation texts, by domain."""
+    more = "".join(f" -o {option}" for option in options)
+    return f"recollect evaluate runs/{run} perplexity --data validation{more} --device cuda --dtype bfloat16 --out texts/{run}"
 
 
 def curve(title: str, said: str, *, model: str = "paper") -> Published:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import subprocess
 from pathlib import Path
 from typing import Any, get_args
 
@@ -84,10 +85,8 @@ def _commands(name: str) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_every_command_of_the_published_scale_is_understood(name: str, tmp_path: Path) -> None:
+def test_every_command_of_the_published_scale_is_understood(name: str) -> None:
     """Prevents a recipe that is not shipped, a setting that no run has, and an option that no command takes."""
-    path = write_paper(EXPERIMENTS[name], tmp_path)
-    assert path.read_text().count("recollect ") >= len(EXPERIMENTS[name].paper)
     click = typer.main.get_command(app)
     for command in _commands(name):
         assert command[0] == "recollect"
@@ -99,18 +98,42 @@ def test_every_command_of_the_published_scale_is_understood(name: str, tmp_path:
         if command[1] == "evaluate" and command[3] != "harness":
             given = [command[i + 1].partition("=") for i, word in enumerate(command) if word == "-o"]
             options: dict[str, Any] = {key: value for key, _, value in given if key not in ("text", "facts", "background")}
+            if "--data" in command:
+                options["data"] = command[command.index("--data") + 1]
             build_suite(command[3], **{key: int(value) if key == "n" else value for key, value in options.items()})
+
+
+@pytest.mark.parametrize("nodes", [None, 0, 8])
+def test_a_script_of_the_published_scale_runs_on_a_cluster(nodes: int | None, tmp_path: Path) -> None:
+    """Prevents trainings of hundreds of GPU days that run in one process, a script that goes on after a failure, and lost words."""
+    said = tmp_path / "said"
+    for name in ("sbatch", "torchrun", "recollect"):
+        (tmp_path / name).write_text(f'#!/bin/bash\necho {name} "$@" >> {said}\n')
+        (tmp_path / name).chmod(0o755)
+    path = write_paper(EXPERIMENTS["mta-long-context"], tmp_path)
+    settings = {"PATH": f"{tmp_path}:/usr/bin:/bin", **({} if nodes is None else {"NODES": str(nodes)})}
+    subprocess.run([path], check=True, env=settings)
+    lines = said.read_text().splitlines()
+    assert len(lines) == len(EXPERIMENTS["mta-long-context"].paper)
+    words = "train long-context model.start_from=runs/mta-880m/model out=runs/mta-880m-4k"
+    if nodes == 0:
+        assert f"torchrun --standalone --nproc-per-node gpu -m recollect.cli {words}" in lines
+    else:
+        assert f"sbatch --wait --nodes {nodes or 4} examples/slurm/train.sbatch {words.removeprefix('train ')}" in lines
+    assert lines[-1].startswith("recollect evaluate runs/mta-880m-4k perplexity --data validation")
+    (tmp_path / "sbatch").write_text("#!/bin/bash\nexit 3\n")
+    assert subprocess.run([path], env={"PATH": f"{tmp_path}:/usr/bin:/bin"}).returncode == 3
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_no_command_asks_beyond_the_context_of_its_model(name: str) -> None:
     """Prevents a script of the published scale that stops at its second command: MTA's models read what they were trained on."""
     for command in _commands(name):
-        if command[1] != "evaluate" or "-880m" not in command[2]:
+        lengths = [word.removeprefix("lengths=") for word in command if word.startswith("lengths=")]
+        if command[1] != "evaluate" or "-880m" not in command[2] or not lengths:
             continue
         tuned = command[2].endswith("-4k")
         context = load_run("long-context" if tuned else Path(command[2]).name).data.seq_len
-        lengths = [word.removeprefix("lengths=") for word in command if word.startswith("lengths=")]
         assert all(int(length) <= context for given in lengths for length in given.split(",")), shlex.join(command)
 
 
