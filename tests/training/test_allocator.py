@@ -9,7 +9,8 @@ import sys
 
 import pytest
 
-# Pages taken by the second ten of twenty steps whose tensors are of 4 MiB: a thousand pages of 4 KiB each, where nothing is kept.
+# Pages taken by the last 60 of 90 steps whose tensors are of 4 MiB: a thousand pages of 4 KiB each, where nothing is kept. The first
+# find how much the process needs at most.
 PROGRAM = """
 import resource, sys
 from recollect.training.allocator import keep_freed_memory
@@ -17,15 +18,15 @@ if sys.argv[1] == "keep":
     print(keep_freed_memory())
 import torch
 weight = torch.ones(1024, requires_grad=True)
-def steps():
-    for _ in range(10):
+def steps(n):
+    for _ in range(n):
         x = torch.ones(1024, 1024)
         for _ in range(8):
             x = (x * weight).sigmoid()
         x.sum().backward()
-steps()
+steps(30)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-steps()
+steps(60)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
