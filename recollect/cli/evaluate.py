@@ -157,10 +157,9 @@ def _harness(
         from recollect.evaluation.harness import run_harness, write_harness
     except ImportError as error:
         raise ValueError(str(error)) from error
-    from recollect import state
     from recollect.evaluation.loading import load_language_model
-    from recollect.evaluation.runner import claim, describe
-    from recollect.training.folder import Busy, locked
+    from recollect.evaluation.runner import claimed, describe
+    from recollect.training.folder import Busy
 
     tasks, shots = str(options["tasks"]).split(","), options.get("shots")
     if shots is not None and (not isinstance(shots, int) or isinstance(shots, bool)):
@@ -168,11 +167,8 @@ def _harness(
     model = load_language_model(path, device=device, dtype=dtype, max_length=context, batch_tokens=batch_tokens)
     plan = describe(model, HARNESS, options, {"path": path, "dtype": dtype})
     named = "-".join(Path(task).stem for task in tasks)
-    folder = out or Path("evaluations") / f"{HARNESS}-{named}-{state.fingerprint(plan)[:8]}"
-    folder.mkdir(parents=True, exist_ok=True)
     try:
-        with locked(folder), _bar(HARNESS, console) as advance:
-            claim(folder, plan)
+        with claimed(out, f"{HARNESS}-{named}", plan) as folder, _bar(HARNESS, console) as advance:
             results = run_harness(
                 model,
                 tasks,

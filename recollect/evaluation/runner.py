@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,13 +63,10 @@ def evaluate(
     if at_once < 1 or (limit is not None and limit < 1):
         raise ValueError(f"limit is at least 1; got {limit}" if at_once >= 1 else f"at_once is at least 1; got {at_once}")
     plan = describe(model, suite.name, suite.fingerprint(), about)
-    out = out or Path("evaluations") / f"{suite.name}-{state.fingerprint(plan)[:8]}"
     items = suite.items(model)[:limit]  # before the folder is claimed: what is refused leaves none behind
     if not items:
         raise ValueError(f"suite {suite.name!r} has nothing to ask")
-    out.mkdir(parents=True, exist_ok=True)
-    with locked(out):
-        claim(out, plan)
+    with claimed(out, suite.name, plan) as out:
         drop_partial_line(out / ROWS)
         known = {row["id"]: row for row in read_lines(out / ROWS)}
         begun = time.monotonic()
@@ -101,12 +99,23 @@ def _keep(out: Path, item: Item, results: Sequence[Result]) -> dict[str, Any]:
     return row
 
 
-def claim(out: Path, plan: dict[str, Any]) -> None:
-    """Write the plan, or see that the folder's own is this one.
+@contextlib.contextmanager
+def claimed(out: Path | None, name: str, plan: dict[str, Any]) -> Iterator[Path]:
+    """The folder of an evaluation, locked: `out`, or evaluations/NAME-HASH, with its plan in it.
 
     Raises:
-        ValueError: the folder holds another evaluation, or other files.
+        ValueError: it holds another evaluation, or other files.
+        Busy: another process writes there.
     """
+    out = out or Path("evaluations") / f"{name}-{state.fingerprint(plan)[:8]}"
+    out.mkdir(parents=True, exist_ok=True)
+    with locked(out):
+        _claim(out, plan)
+        yield out
+
+
+def _claim(out: Path, plan: dict[str, Any]) -> None:
+    """Write the plan, or see that the folder's own is this one."""
     path = out / PLAN
     if not path.is_file():
         strangers = sorted(file.name for file in out.iterdir() if not file.name.startswith("."))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import matplotlib
@@ -32,9 +32,7 @@ def draw(suite: Suite, results: Sequence[Result], title: str) -> Figure:
 
 
 def _heat_maps(figure: Figure, suite: Suite, results: Sequence[Result], axes: list[str], others: list[str]) -> None:
-    panels: dict[str, list[Result]] = {}
-    for result in results:
-        panels.setdefault(", ".join(f"{key} {result.group.get(key)}" for key in others), []).append(result)
+    panels = _parts(results, lambda result: ", ".join(f"{key} {result.group.get(key)}" for key in others))
     n_rows = -(-len(panels) // PANELS)
     figure.set_figheight(1.5 + 3 * n_rows)
     grid = figure.subplots(n_rows, -(-len(panels) // n_rows), squeeze=False, sharey=True)
@@ -68,16 +66,15 @@ def _curves(figure: Figure, suite: Suite, results: Sequence[Result], others: lis
     panel: Any = figure.subplots()
     metric = suite.metrics[0]
     stretches = list(dict.fromkeys(result.group[suite.along] for result in results))
-    parts: dict[str, list[Result]] = {}
-    for result in results:
-        parts.setdefault(" ".join(str(result.group.get(key)) for key in others), []).append(result)
-    for name, some in [*(parts.items() if 1 < len(parts) <= CURVES else ()), ("all", results)]:
+    parts = _parts(results, lambda result: " ".join(str(result.group.get(key)) for key in others))
+
+    def curve(some: Sequence[Result], **style: Any) -> None:
         found = {line.group.get(suite.along): line for line in lines(suite, some, by=[suite.along])}
-        values = [_value(found.get(stretch), metric) for stretch in stretches]
-        whole = name == "all" and len(parts) > 1
-        panel.plot(
-            stretches, values, marker="o", markersize=3, label=name, **({"color": "black", "linewidth": 2} if whole else {})
-        )
+        panel.plot(stretches, [_value(found.get(stretch), metric) for stretch in stretches], marker="o", markersize=3, **style)
+
+    for name, some in parts.items() if 1 < len(parts) <= CURVES else ():
+        curve(some, label=name)
+    curve(results, label="all", **({"color": "black", "linewidth": 2} if len(parts) > 1 else {}))
     if len(parts) > 1:
         panel.legend(fontsize=8, frameon=False)
     panel.tick_params("x", rotation=30, labelsize=7)
@@ -105,6 +102,14 @@ def _bars(figure: Figure, suite: Suite, found: Sequence[Line]) -> None:
     if metric.unit == "%":
         panel.set_ylim(0, 100)
     panel.spines[["top", "right"]].set_visible(False)
+
+
+def _parts(results: Sequence[Result], name: Callable[[Result], str]) -> dict[str, list[Result]]:
+    """The results of each name, in the order of first appearance."""
+    found: dict[str, list[Result]] = {}
+    for result in results:
+        found.setdefault(name(result), []).append(result)
+    return found
 
 
 def _value(line: Line | None, metric: Metric) -> float:

@@ -189,10 +189,8 @@ KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "
 def _as_typed(key: str, hint: Any, value: Any) -> Any:
     """A value of an option as its field is; "2,4" and 2 for one that is a tuple: (2, 4) and (2,)."""
     if getattr(hint, "__origin__", None) is not tuple:
-        number = (
-            hint in (int, float) and isinstance(value, hint if hint is int else (int, float)) and not isinstance(value, bool)
-        )
-        if hint in (int, float, bool) and not (number or (hint is bool and isinstance(value, bool))):
+        fits = {int: (int,), float: (int, float), bool: (bool,)}.get(hint)
+        if fits and not (isinstance(value, fits) and isinstance(value, bool) == (hint is bool)):  # True is an int, and is none
             raise ValueError(f"option {key} is {KINDS[hint]}; got {value!r}")
         return value
     kind = hint.__args__[0]
