@@ -23,6 +23,10 @@ def reproduce(
     data: Annotated[
         list[str] | None, typer.Option(help="Text to train on, where the experiment needs one; repeatable.")
     ] = None,
+    file: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=PATH: a file that the experiment asks about where it is given (see its notes); repeatable."),
+    ] = None,
     budget: Annotated[str | None, typer.Option(help="Steps of every run (300steps), instead of the scale's own.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder.", show_default="reproductions/EXPERIMENT-SCALE")] = None,
     jobs: Annotated[int | None, typer.Option(help="Runs at a time.", show_default="one per core; on a GPU 1")] = None,
@@ -39,7 +43,8 @@ def reproduce(
     try:
         one_thread()
         from recollect.reproduction import SCALES, find, report
-        from recollect.reproduction.runner import run, write_paper
+        from recollect.reproduction.paper import write_paper
+        from recollect.reproduction.runner import run
 
         if experiment is None:
             _list()
@@ -62,6 +67,7 @@ def reproduce(
             folder,
             seeds=seeds,
             text=data or [],
+            files=_files(file or []),
             jobs=jobs,
             device=device,
             overrides={} if budget is None else {"budget": budget},
@@ -79,6 +85,19 @@ def reproduce(
     print(f"report: {folder / 'report.html'}")
     if any(None in values for column in measured.columns for values in column.cells.values()):
         raise SystemExit(SOME_FAILED)
+
+
+def _files(given: list[str]) -> dict[str, str]:
+    """NAME=PATH of each.
+
+    Raises:
+        ValueError: no name or no path.
+    """
+    pairs = [(each, *each.partition("=")) for each in given]
+    for each, name, _, path in pairs:
+        if not (name and path):
+            raise ValueError(f"--file is NAME=PATH, as lambada=lambada.jsonl; got {each!r}")
+    return {name: path for _, name, _, path in pairs}
 
 
 def _list() -> None:

@@ -129,6 +129,30 @@ def shift_back(x: Tensor, cached: Tensor, valid: Tensor | None = None, reset: Te
     return before, x[:, -1:].clone()
 
 
+class Constant(nn.Module):
+    """Learned numbers that are the same whatever the input: a `LowRank` of rank 0.
+
+    Args:
+        out: how many.
+        bias: their initial value.
+    """
+
+    def __init__(self, out: int, *, bias: float) -> None:
+        super().__init__()
+        self.initial = bias
+        self.bias = nn.Parameter(torch.empty(out))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """All at the initial value."""
+        nn.init.constant_(self.bias, self.initial)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., dim] -> [..., out]."""
+        return self.bias.expand(*x.shape[:-1], -1)
+
+
 class LowRank(nn.Module):
     """up(activation(down(x))) + bias: a map through `rank` channels that starts as the constant `bias`.
 

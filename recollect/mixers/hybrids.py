@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import recollect.mixers.attention
+import recollect.mixers.delta
+import recollect.mixers.mamba
 import recollect.mixers.miras
 import recollect.mixers.multi_token
 import recollect.mixers.wiring  # noqa: F401 (a pattern's mixers are registered before it)
@@ -15,6 +17,19 @@ for memory in ("moneta", "yaad", "memora"):
         summary=f"{memory} and sliding-window attention in turn, each before its SwiGLU (Samba's order)",
         source="arXiv 2504.13173",
     )
+
+register_pattern(
+    "samba",
+    ["mamba", "sliding_window"],
+    summary="Samba: Mamba and sliding-window attention in turn, each before its SwiGLU",
+    source="arXiv 2406.07522",
+)
+register_pattern(
+    "gated_delta_net-h2",
+    ["mamba2", "gated_delta_net", "sliding_window"],
+    summary="Gated DeltaNet-H2: Mamba-2, Gated DeltaNet and sliding-window attention in turn, each before its SwiGLU",
+    source="arXiv 2412.06464",
+)
 
 for memory in ("titans", "moneta", "yaad", "memora"):
     register_pattern(

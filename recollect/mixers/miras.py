@@ -11,6 +11,7 @@ import dataclasses
 import inspect
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recollect.mixers.base import MixerConfig, register
-from recollect.mixers.blocks import HeadNorm, LowRank, exact, l2_normalize
+from recollect.mixers.blocks import Constant, HeadNorm, LowRank, exact, l2_normalize
 from recollect.mixers.recurrent import Branch, Cached, RecurrentMixer, check_width, no_inputs, run_branches
 from recollect.mixers.stream import Steps
 from recollect.ops.attention import rotary
@@ -55,6 +56,8 @@ class MirasConfig(MixerConfig):
         eta_base: largest inner step size; None: `default_eta_base`.
         channel_gates: eta and alpha (and delta) for every channel instead of every head; None: where the rule allows it.
         gate_rank: middle width of the gates' low-rank maps; None: 32 up to D = 1024, else 64.
+        bias_gates: "token": the bias' own gates (Huber's threshold delta) are maps of the token; "constant": learned numbers, the
+            same for all tokens.
     Raises:
         ValueError: a number out of its range; what `spec` refuses; choices that are a mixer of their own (slots, softmax attention,
             several steps per token); channel-wise gates with a rule that takes one number per head.
@@ -75,6 +78,7 @@ class MirasConfig(MixerConfig):
     eta_base: float | None = None
     channel_gates: bool | None = None
     gate_rank: int | None = None
+    bias_gates: str = "token"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -96,7 +100,11 @@ class MirasConfig(MixerConfig):
             raise ValueError(f"eta_base is positive and finite; got {self.eta_base}")
         if self.gate_rank is not None and self.gate_rank < 1:
             raise ValueError(f"gate_rank is at least 1; got {self.gate_rank}")
+        if self.bias_gates not in ("token", "constant"):
+            raise ValueError(f"bias_gates is 'token' or 'constant'; got {self.bias_gates!r}")
         spec = self.spec()
+        if self.bias_gates == "constant" and not spec.bias.gates:
+            raise ValueError(f"bias {spec.bias.name!r} has no gates that bias_gates='constant' could fix")
         elsewhere = {"slots": "gsa", "growing": "attention"}
         if spec.memory.kind in elsewhere:
             raise ValueError(f"memory {spec.memory.name!r} has a mixer of its own: {elsewhere[spec.memory.kind]!r}")
@@ -228,7 +236,8 @@ class Miras(RecurrentMixer):
         self.eta = LowRank(dim, rank, n_gates, bias=first.eta)
         forgetting = _ramp(*first.alpha, size if self.channels else n_heads) * (n_heads if self.channels else 1)
         self.alpha = LowRank(dim, rank, n_gates, bias=forgetting) if _forgets(self.spec) else None
-        self.own = nn.ModuleDict({name: LowRank(dim, rank, n_gates, bias=0.54) for name in self.spec.bias.gates})
+        own = partial(Constant, bias=0.54) if config.bias_gates == "constant" else partial(LowRank, dim, rank, bias=0.54)
+        self.own = nn.ModuleDict({name: own(n_gates) for name in self.spec.bias.gates})
         self.rule_gates = nn.ModuleDict({name: LowRank(dim, rank, n_heads, bias=0.0) for name in self.spec.rule.gates})
         learned = not self.spec.linear
         drawn = self.spec.memory.init(n_heads, size, size, std=0.0)

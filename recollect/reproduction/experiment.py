@@ -1,14 +1,15 @@
 """What an experiment of a paper is here: which models are trained and asked what at which scale, and what was published.
 
 stages   a comparison trains the models and gives one column; questions ask the models of an earlier comparison; their kernels are
-         looked at; accuracy is drawn against the size of their states; a retrofit is trained on
+         looked at; accuracy is drawn against the size of their states, bits per byte against FLOPs and contexts; speeds are read
+         off; a retrofit is trained on
 scales   "tiny" ends in minutes on two cores, "small" in hours; "paper" is the list of commands for a cluster
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 Scale = Literal["tiny", "small", "paper"]
@@ -58,6 +59,9 @@ class Asking:
         options: its options; `data=(TEXT,)` is the user's.
         by: dimension of the suite that makes the columns; "": one column for all.
         context: tokens that the models may see at a time; None: their own limit.
+        metrics: names of the suite's metrics; none: its first.
+        file: the suite's `data` is what the user gives under this name; the stage is left out where nothing is given.
+        head: what the columns begin with.
     """
 
     of: str
@@ -65,6 +69,9 @@ class Asking:
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     by: str = ""
     context: int | None = None
+    metrics: tuple[str, ...] = ()
+    file: str = ""
+    head: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,6 +100,28 @@ class Plotting:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Scaling:
+    """Count the FLOPs that a token of training takes, and draw bits per byte against FLOPs and against the training context.
+
+    Attributes:
+        of: columns of `Training` stages that differ in the length of their texts, shortest first.
+    """
+
+    of: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Timing:
+    """Read off how many tokens a second the models of an earlier stage were trained on, `jobs` at a time.
+
+    Attributes:
+        of: column of the `Training`.
+    """
+
+    of: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Continuing:
     """Train a stock Llama on the user's text, then go on with it twice: as it is, and retrofitted. Bits per byte of held-out text.
 
@@ -117,7 +146,7 @@ class Continuing:
     more_lr: float = 5e-4
 
 
-Stage = Training | Asking | Looking | Plotting | Continuing
+Stage = Training | Asking | Looking | Plotting | Scaling | Timing | Continuing
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -131,6 +160,7 @@ class Experiment:
         tiny, small: the stages of these scales.
         paper: commands that run it as published, one per line.
         size: in words, how far the scales are from the paper's models.
+        files: name of a file that the user may give -> what it is.
     """
 
     name: str
@@ -140,6 +170,7 @@ class Experiment:
     small: tuple[Stage, ...]
     paper: tuple[str, ...]
     size: Mapping[str, str]
+    files: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def stages(self, scale: Scale) -> tuple[Stage, ...]:
         """The stages of a scale that is run here."""
@@ -155,3 +186,8 @@ class Experiment:
             if isinstance(stage, Asking) and TEXT in stage.options.get("data", ()):
                 return True
         return False
+
+
+def with_text(value: Any, text: Sequence[str]) -> Any:
+    """The same files, with the user's in the place of TEXT."""
+    return type(value)(path for item in value for path in (text if item == TEXT else [item]))

@@ -50,8 +50,8 @@ TOY = Experiment(
         Published(
             title="Table 1: error %, mean of 3 seeds; 4 layers of width 256, 100K steps, about 50 blocks",
             columns=COLUMNS,
-            rows={name: tuple(mean for mean, _ in cells) for name, cells in FIND_BLOCK.items()},
-            note="The Transformer's standard deviations are 0.4 to 50 points: some of its seeds learn the task, some do not.",
+            rows={name: tuple(f"{mean} ± {std}" for mean, std in cells) for name, cells in FIND_BLOCK.items()},
+            note="± the standard deviation of the seeds: some of the Transformer's learn the task, some do not.",
         ),
     ),
     tiny=_six(n_blocks=4, budget="600steps"),
@@ -145,10 +145,23 @@ NEEDLES = Experiment(
             model="MTA",
         ),
     ),
-    tiny=(_needles("2 needles", 2, length=240, shortest=176, budget="600steps"),),
+    tiny=(
+        _needles("2 needles", 2, length=240, shortest=176, budget="600steps"),
+        Asking(of="2 needles", suite="needles", options={"needles": (2,), "lengths": (240,), "n": 40}, by="depth"),
+    ),
     small=tuple(
-        _needles(f"{n} needles", n, length=768, shortest=320, budget="4000steps", layers=4, width=128, heads=4)
+        stage
         for n in (2, 4, 6)
+        for stage in (
+            _needles(f"{n} needles", n, length=768, shortest=320, budget="4000steps", layers=4, width=128, heads=4),
+            Asking(
+                of=f"{n} needles",
+                suite="needles",
+                options={"needles": (n,), "lengths": (768,), "n": 100},
+                by="depth",
+                head=f"{n} needles,",
+            ),
+        )
     ),
     paper=tuple(
         f"recollect evaluate runs/{name}-880m{tuned} needles -o needles=2,4,6,8,10 -o lengths={length} -o n=500 -o text=haystack.txt "
@@ -176,6 +189,12 @@ def _babilong(qa: int, *, shortest: int = 0, grow: int = 0, **rest: Any) -> Trai
     return Training(column=f"QA{qa}", request=request, names=TAUGHT)
 
 
+def _distracted(qa: int, lengths: tuple[int, ...], n: int) -> Asking:
+    """The models of `_babilong` asked where other text surrounds the facts."""
+    options = {"qa": (qa,), "lengths": lengths, "n": n, "instruction": False, "examples": False, "answer_format": False}
+    return Asking(of=f"QA{qa}", suite="babilong", options=options, by="length", context=max(lengths) + 64, head=f"QA{qa},")
+
+
 # Tokens of the stories that come first: about the shortest tenth. Those of QA4 are all as long.
 _FIRST_STORIES = {1: 40, 2: 71, 3: 123, 5: 96}
 
@@ -190,18 +209,25 @@ BABILONG = Experiment(
             model="MTA",
         ),
     ),
-    tiny=(_babilong(1, shortest=_FIRST_STORIES[1], grow=1200, budget="2000steps"),),
+    tiny=(
+        _babilong(1, shortest=_FIRST_STORIES[1], grow=1200, budget="2000steps"),
+        _distracted(1, (0, 128, 256, 512), 200),
+    ),
     small=tuple(
-        _babilong(
-            qa,
-            shortest=_FIRST_STORIES.get(qa, 0),
-            grow=4000 if qa in _FIRST_STORIES else 0,
-            budget="6000steps",
-            layers=4,
-            width=128,
-            heads=4,
-        )
+        stage
         for qa in range(1, 6)
+        for stage in (
+            _babilong(
+                qa,
+                shortest=_FIRST_STORIES.get(qa, 0),
+                grow=4000 if qa in _FIRST_STORIES else 0,
+                budget="6000steps",
+                layers=4,
+                width=128,
+                heads=4,
+            ),
+            _distracted(qa, (0, 512, 1024, 2048), 500),
+        )
     ),
     paper=tuple(
         f"recollect evaluate runs/{name}-880m-4k babilong -o lengths=0,1024,2048,4096 -o n=1000 -o facts=babi -o background=pg19 "
@@ -214,6 +240,8 @@ BABILONG = Experiment(
     },
 )
 
+_LAST_WORD = Asking(of="bits/byte", suite="lambada", file="lambada", by="file", metrics=("perplexity", "accuracy"))
+
 LAMBADA = Experiment(
     name="mta-lambada",
     about="The last word of a passage (section 4.5, Table 4)",
@@ -225,8 +253,9 @@ LAMBADA = Experiment(
             note="At small sizes the last word is beyond every model: bits per byte of the text tell more.",
         ),
     ),
-    tiny=LANGUAGE.tiny,
-    small=LANGUAGE.small,
+    tiny=(*LANGUAGE.tiny, _LAST_WORD),
+    small=(*LANGUAGE.small, _LAST_WORD),
+    files={"lambada": "LAMBADA's passages: a .jsonl file, or a folder with the standard and the OpenAI ones"},
     paper=tuple(
         f"recollect evaluate runs/{name}-880m harness -o tasks=lambada_standard,lambada_openai --device cuda --dtype bfloat16 "
         f"--out lambada/{name}"

@@ -16,7 +16,7 @@ from rich.text import Text
 from recollect import pages
 from recollect.evaluation.statistics import summarize
 from recollect.reproduction.experiment import Experiment, Published, Scale
-from recollect.reproduction.runner import Column, Measured
+from recollect.reproduction.measured import Column, Measured
 from recollect.training.checkpoint import replace_file
 
 
@@ -39,13 +39,20 @@ def write(out: Path, experiment: Experiment, scale: Scale, measured: Measured) -
 
 def cell(values: Sequence[float | None], unit: str) -> str:
     """Mean and every seed: "1.2 (0.9, 1.5)"; a run that has no result is a dash."""
-    scale, digits = (100, 1) if unit == "%" else (1, 3)
-    each = [f"{scale * value:.{digits}f}" if value is not None and math.isfinite(value) else "-" for value in values]
+    each = [_number(value, unit) for value in values]
     if len(values) == 1:
         return each[0]
     whole = [value for value in values if value is not None and math.isfinite(value)]
-    mean = f"{scale * summarize(whole).mean:.{digits}f}" if len(whole) == len(values) else "-"
+    mean = _number(summarize(whole).mean if len(whole) == len(values) else None, unit)
     return f"{mean} ({', '.join(each)})"
+
+
+def _number(value: float | None, unit: str) -> str:
+    if value is None or not math.isfinite(value):
+        return "-"
+    if unit == "%":
+        return f"{100 * value:.1f}"
+    return f"{value:.3f}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
 def notes(experiment: Experiment, scale: Scale, measured: Measured) -> list[str]:
@@ -57,6 +64,7 @@ def notes(experiment: Experiment, scale: Scale, measured: Measured) -> list[str]
         f"Measured here: {experiment.size[scale]}{f' Changed for this run: {changed}.' if changed else ''}",
         f"The models have {size} parameters; {measured.seconds / 60:.0f} minutes of training in all.",
         "In brackets: every seed. Published numbers are of other sizes and data: compare orders, not values.",
+        *measured.notes,
         *(f"Drawn: {path}" for path in measured.pictures),
     ]
 

@@ -398,6 +398,28 @@ def test_gates_stay_in_their_ranges(name: str) -> None:
     assert all(values.dim() == (4 if gate in channels else 3) for gate, values in gates.items())
 
 
+def test_a_threshold_can_be_the_same_for_every_token() -> None:
+    """Prevents a fixed threshold that still sees the token, is not learned, or acts otherwise than the same one from a map."""
+    mapped, fixed = fresh("yaad"), fresh("yaad", bias_gates="constant")
+    x = sequence(2, LENGTH, dim=DIM)
+    with torch.no_grad():
+        fixed.own["delta"].bias.normal_(std=2.0)
+        same = {name: part for name, part in fixed.state_dict().items() if not name.startswith("own")}
+        mapped.load_state_dict(same, strict=False)
+        mapped.own["delta"].up.bias.copy_(fixed.own["delta"].bias)  # of a fresh layer, whose maps are constants
+    y, wanted = fixed(x)[0], mapped(x)[0]
+    assert_near(y, wanted, EXACT, "y")
+    y.square().sum().backward()
+    wanted.square().sum().backward()
+    assert_near(fixed.own["delta"].bias.grad, mapped.own["delta"].up.bias.grad, EXACT, "gradient of the threshold")
+    with torch.no_grad():
+        mapped.own["delta"].up.weight.normal_()
+    assert torch.equal(fixed.gates(x)["delta"], fixed.gates(x.flip(0))["delta"])
+    assert not torch.allclose(mapped(x)[0], wanted)
+    fixed.reset_parameters()
+    assert float(fixed.own["delta"].bias.detach().std()) == 0.0
+
+
 def test_layers_have_the_gates_of_their_papers() -> None:
     """Prevents a TTT that forgets, a Titans without momentum, an Atlas whose window has no weights."""
     own = {"yaad": {"delta"}, "titans": {"momentum"}, "omega": {"gamma"}, "atlas": {"momentum", "gamma"}}
@@ -559,6 +581,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"eta_base": math.inf}, "eta_base is positive and finite; got inf"),
     ({"eta_base": math.nan}, "eta_base is positive and finite; got nan"),
     ({"gate_rank": 0}, "gate_rank is at least 1; got 0"),
+    ({"bias_gates": "head"}, "bias_gates is 'token' or 'constant'; got 'head'"),
+    ({"bias_gates": "constant"}, "bias 'l2' has no gates that bias_gates='constant' could fix"),
     ({"chunk_size": 0}, "chunk_size is at least 1; got 0"),
     ({"read": "rough"}, "read is 'linear' or 'exact'; got 'rough'"),
     ({"gradient_at": "next"}, "gradient_at is 'previous' or 'decayed'; got 'next'"),

@@ -18,10 +18,23 @@ from recollect.comparison.report.records import Run
 from recollect.evaluation.suites import build_suite
 from recollect.models import RecollectConfig, RecollectForCausalLM
 from recollect.reproduction import EXPERIMENTS, find, miras, mta, recall, report
+from recollect.reproduction.after import asked
 from recollect.reproduction.continuing import SAME, continue_both
-from recollect.reproduction.experiment import TEXT, Asking, Continuing, Experiment, Looking, Plotting, Scale, Training
+from recollect.reproduction.experiment import (
+    TEXT,
+    Asking,
+    Continuing,
+    Experiment,
+    Looking,
+    Plotting,
+    Scale,
+    Scaling,
+    Timing,
+    Training,
+)
+from recollect.reproduction.paper import write_paper
 from recollect.reproduction.report import cell
-from recollect.reproduction.runner import _asked, run, write_paper
+from recollect.reproduction.runner import run
 from recollect.training.recipe.check import check
 from recollect.training.recipe.load import load_run
 
@@ -61,13 +74,17 @@ def _plan(name: str, scale: Scale, text: str, smaller: dict[str, Any]) -> None:
             plan = make_plan(Request(**{**fields, **smaller}), command="")
             assert set(stage.names) <= {mixer["label"] for mixer in plan.mixers} or stage.names in NAMES
             trained.add(stage.column)
-        elif isinstance(stage, Looking):
+        elif isinstance(stage, Looking | Timing):
             assert stage.of in trained
-        elif isinstance(stage, Plotting):
+        elif isinstance(stage, Plotting | Scaling):
             assert set(stage.of) <= trained
         elif isinstance(stage, Asking):
             assert stage.of in trained
-            build_suite(stage.suite, **{**stage.options, **({"data": (text,)} if "data" in stage.options else {})})
+            assert not stage.file or stage.file in experiment.files
+            given = {"data": (text,)} if "data" in stage.options or stage.file else {}
+            suite = build_suite(stage.suite, **{**stage.options, **given})
+            assert set(stage.metrics) <= {metric.name for metric in suite.metrics}
+            assert not stage.by or stage.by in suite.dimensions
     assert experiment.size[scale]
 
 
@@ -204,9 +221,47 @@ def test_models_that_are_not_there_are_not_asked(tmp_path: Path, text: str) -> N
 
     stage = Asking(of="x", suite="perplexity", options={"data": (TEXT,), "positions": (64,), "tokens": 100}, by="position")
     runs = {"A": seeds("a", "finished", "diverged", "finished"), "B": seeds("b", "diverged")}
-    first, second = _asked(stage, runs, tmp_path / "asked", [text], None)
+    first, second = asked(stage, runs, tmp_path / "asked", text=[text]).columns
     assert [cell is None for cell in first.cells["A"]] == [False, True, False]
     assert first.cells["B"] == second.cells["B"] == [None]
+
+
+def test_what_needs_a_file_is_asked_where_it_is_given(tmp_path: Path, text: str) -> None:
+    """Prevents a table that silently lacks its main column, a file under a name that nothing reads, and the wrong metric."""
+    small = {"budget": "2steps", "width": 16, "layers": 1, "heads": 2, "batch_size": 2, "n_eval": 4, "n_eval_curve": 2}
+    experiment = Experiment(
+        name="words",
+        about="last words",
+        published=EXPERIMENTS["mta-lm"].published,
+        tiny=(
+            Training(column="bits/byte", request={"task": "text", "data": [TEXT], "mixers": ["mamba2"]}),
+            Timing(of="bits/byte"),
+            Asking(
+                of="bits/byte", suite="lambada", file="lambada", by="file", metrics=("perplexity", "accuracy"), head="words:"
+            ),
+        ),
+        small=(),
+        paper=(),
+        size={"tiny": "very small"},
+        files={"lambada": "passages"},
+    )
+    common: dict[str, Any] = {"seeds": 1, "text": [text], "jobs": 1, "overrides": small}
+    without = run(experiment, "tiny", tmp_path / "out", **common)
+    assert [column.head for column in without.columns] == ["bits/byte", "tokens/s"]
+    assert "Not asked: lambada. Give its passages: --file lambada=PATH" in without.notes
+    assert without.columns[1].cells["mamba2"][0] > 0
+    passages = tmp_path / "standard.jsonl"
+    passages.write_text('{"text": "The rain fell on the roof"}\n')
+    found = run(experiment, "tiny", tmp_path / "out", files={"lambada": str(passages)}, **common)
+    accuracy, perplexity = found.columns[-2:]
+    assert (accuracy.head, perplexity.head) == ("words: file standard accuracy", "words: file standard perplexity")
+    assert (accuracy.unit, accuracy.cells) == ("%", {"mamba2": [0.0]})
+    assert perplexity.cells["mamba2"][0] > 1
+    assert (accuracy.higher_is_better, perplexity.higher_is_better) == (True, False)
+    with pytest.raises(ValueError, match=r"words reads no file 'lambda'; it reads lambada \(passages\)"):
+        run(experiment, "tiny", tmp_path / "out", files={"lambda": str(passages)}, **common)
+    with pytest.raises(ValueError, match="no such file or folder"):
+        run(experiment, "tiny", tmp_path / "out", files={"lambada": str(tmp_path / "none")}, **common)
 
 
 def test_a_retrofit_is_trained_on_beside_the_model_as_it_is(tmp_path: Path, text: str) -> None:
@@ -238,6 +293,7 @@ def test_text_is_asked_for_and_paper_is_not_run(tmp_path: Path) -> None:
         ([0.1, 0.3], "%", "20.0 (10.0, 30.0)"),
         ([2.5, 2.6], "", "2.550 (2.500, 2.600)"),
         ([2.5, None], "", "- (2.500, -)"),
+        ([12345.6, 99.5], "", "6,223 (12,346, 99.500)"),
     ],
 )
 def test_a_cell_shows_every_seed(values: list[float | None], unit: str, expected: str) -> None:

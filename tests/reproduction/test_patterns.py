@@ -9,9 +9,9 @@ import torch
 
 from recollect.comparison.report.records import Run
 from recollect.models import RecollectForCausalLM
+from recollect.reproduction.after import looked
 from recollect.reproduction.experiment import Looking
 from recollect.reproduction.patterns import draw, learned, shares
-from recollect.reproduction.runner import _looked
 from tests.inspection.small import model_of
 
 
@@ -64,13 +64,13 @@ def test_columns_are_kinds_and_failed_runs_are_open(tmp_path: Path) -> None:
     def run(seed: int, status: str) -> Run:
         return Run(label="mta", seed=seed, steps=1, points=(), status=status, reason="", folder=tmp_path / "runs" / "mta")  # type: ignore[arg-type]
 
-    columns, pictures = _looked(Looking(of="error", head="toy"), {"MTA": [run(0, "finished"), run(1, "failed")]}, tmp_path)
+    columns, pictures, _ = looked(Looking(of="error", head="toy"), {"MTA": [run(0, "finished"), run(1, "failed")]}, tmp_path)
     assert columns[0].head == "toy: kernels before"
     assert columns[0].cells == {"identity": [0.5, None], "diagonal": [0.5, None]}
     assert [path.name for path in pictures] == ["MTA-seed0.png"]
     assert pictures[0].read_bytes().startswith(b"\x89PNG")
     two = {"MTA": [run(0, "finished")], "other": [run(0, "finished")]}
-    assert set(_looked(Looking(of="error", head="toy"), two, tmp_path)[0][1].cells) == {
+    assert set(looked(Looking(of="error", head="toy"), two, tmp_path)[0][1].cells) == {
         "MTA: identity",
         "other: identity",
     }

@@ -6,9 +6,10 @@ from pathlib import Path
 
 from recollect.comparison.report.records import Point as Evaluation
 from recollect.comparison.report.records import Run
+from recollect.reproduction.after import plotted
 from recollect.reproduction.experiment import Plotting
+from recollect.reproduction.measured import Trained
 from recollect.reproduction.plot import Point, draw, points
-from recollect.reproduction.runner import _plotted
 
 
 def run(seed: int, error: float, state: int, status: str = "finished") -> Run:
@@ -48,7 +49,8 @@ def test_the_picture_has_a_line_per_mixer() -> None:
 
 def test_the_sizes_are_columns(tmp_path: Path) -> None:
     """Prevents sizes under another comparison's head."""
-    columns, (path,) = _plotted(Plotting(of=("wide error", "narrow error")), [WIDE, NARROW], tmp_path)
+    trained = [Trained(WIDE, 8), Trained(NARROW, 8)]
+    columns, (path,), _ = plotted(Plotting(of=("wide error", "narrow error")), trained, tmp_path)
     assert [column.head for column in columns] == ["wide state, KiB", "narrow state, KiB"]
     assert columns[1].cells == {"A": [1.0, 1.0], "B": [0.25]}
     assert path.read_bytes().startswith(b"\x89PNG")
