@@ -6,7 +6,8 @@ Axis legend: B batch, T time, m scored tokens, C vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from itertools import zip_longest
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -14,13 +15,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
+from recollect.evaluation.rolling import Row, blocks, packed, windows
 from recollect.models import RecollectCache, RecollectForCausalLM
 from recollect.models.memory import growing_mixers
 from recollect.tasks.base import IGNORE
-from recollect.training.loss import labelled_logits
+from recollect.training.loss import labelled
 
 BATCH_TOKENS = 8192
-LOGITS_AT_ONCE = 1 << 26  # numbers of one batch's logits
+LOGITS_AT_ONCE = 1 << 26  # numbers
+
+Scored: TypeAlias = tuple[NDArray[np.float64], NDArray[np.bool_]]
+"""Log-probabilities of tokens in nats, and whether each was the likeliest one: both [n]."""
 
 
 class TextCoder(Protocol):
@@ -113,8 +118,7 @@ class LanguageModel:
         Raises:
             ValueError: an empty continuation, one longer than the model's context, or logits that are not finite.
         """
-        rows: list[list[int]] = []
-        scored: list[int] = []
+        rows: list[Row] = []
         for context, continuation in pairs:
             before, after = self._split(context, continuation)
             if not after:
@@ -123,17 +127,13 @@ class LanguageModel:
                 raise ValueError(
                     f"a continuation has {len(after)} tokens; the model's context is {self.max_length}: score it in a rolling way"
                 )
-            row = before + after
-            rows.append(row if self.max_length is None else row[-(self.max_length + 1) :])
-            scored.append(len(after))
-        results: list[Likelihood | None] = [None] * len(rows)
-        for chosen in self._batches([len(row) for row in rows]):
-            for index, (values, greedy) in zip(
-                chosen, self._score([rows[i] for i in chosen], [scored[i] for i in chosen]), strict=True
-            ):
-                text = len(pairs[index][1].encode())
-                results[index] = Likelihood(float(values.sum()), bool(greedy.all()), len(values), text)
-        return [result for result in results if result is not None]
+            tokens = before + after
+            rows.append(Row(tokens if self.max_length is None else tokens[-(self.max_length + 1) :], len(after)))
+        results: dict[int, Likelihood] = {}
+        for chosen in self._batches([len(row.tokens) for row in rows], self._scored_at_once):
+            for index, found in zip(chosen, self._score([rows[i] for i in chosen]), strict=True):
+                results[index] = _summed(found, pairs[index][1])
+        return [results[i] for i in range(len(rows))]
 
     def rolling(self, texts: Sequence[str]) -> list[Likelihood]:
         """Of whole texts, every token scored once. A model with a limited context reads disjoint windows, as is usual.
@@ -141,27 +141,33 @@ class LanguageModel:
         Raises:
             ValueError: an empty text, or logits that are not finite.
         """
-        results = []
-        for text in texts:
-            total, n_tokens, is_greedy = 0.0, 0, True
-            for values, greedy in self.stream([np.asarray(self.encode(text), np.int64)]):
-                total += float(values.sum())
-                n_tokens += len(values)
-                is_greedy = is_greedy and bool(greedy.all())
-            if not n_tokens:
-                raise ValueError("an empty text has no likelihood")
-            results.append(Likelihood(total, is_greedy, n_tokens, len(text.encode())))
-        return results
+        tokens = [self.encode(text) for text in texts]
+        if not all(tokens):
+            raise ValueError("an empty text has no likelihood")
+        found = self.log_probs([np.asarray(each, np.int64) for each in tokens])
+        return [_summed(each, text) for each, text in zip(found, texts, strict=True)]
 
-    @torch.no_grad()
-    def stream(
-        self, parts: Iterable[NDArray[Any]], *, piece: int = 1024, overlap: int = 0
-    ) -> Iterator[tuple[NDArray[np.float64], NDArray[np.bool_]]]:
+    def log_probs(self, texts: Sequence[NDArray[Any]], *, piece: int = 1024, overlap: int = 0) -> list[Scored]:
+        """Of several texts what `stream` gives of each: those of alike lengths are read together.
+
+        Args:
+            texts: tokens of each.
+            piece, overlap: as in `stream`.
+        Raises:
+            ValueError: as `stream`.
+        """
+        found = [[(np.empty(0), np.empty(0, np.bool_))] for _ in texts]
+        for chosen in self._batches([len(self._lead) + len(text) for text in texts], self._scored_at_once):
+            for i, scored in self._read([[texts[i]] for i in chosen], piece, overlap):
+                found[chosen[i]].append(scored)
+        return [(np.concatenate([v for v, _ in each]), np.concatenate([g for _, g in each])) for each in found]
+
+    def stream(self, parts: Iterable[NDArray[Any]], *, piece: int = 1024, overlap: int = 0) -> Iterator[Scored]:
         """Log-probabilities of one text's tokens, however long, in order.
 
         Without a limit on the context the model's state is carried from piece to piece, so every token is predicted from all
         before it; memory is constant where the states are. With a limit the text is read in windows of `max_length` tokens, each of
-        which sees `overlap` tokens of the one before.
+        which sees `overlap` tokens of the one before; a batch of them is held at a time.
 
         Args:
             parts: tokens of the text in stretches of any lengths; after the prefix, or `start` where there is none.
@@ -172,13 +178,8 @@ class LanguageModel:
         Raises:
             ValueError: an overlap as long as the context, or logits that are not finite.
         """
-        if self.max_length is not None and not 0 <= overlap < self.max_length:
-            raise ValueError(f"overlap is 0 to {self.max_length - 1}, less than the context; got {overlap}")
-        lead = self.coder.prefix or [self.coder.start]
-        if self.max_length is None:
-            yield from self._carried(lead, parts, piece)
-        else:
-            yield from self._windows(lead, parts, self.max_length, overlap)
+        for _, scored in self._read([parts], piece, overlap):
+            yield scored
 
     @torch.no_grad()
     def generate(
@@ -208,7 +209,7 @@ class LanguageModel:
         options: dict[str, Any] = (
             {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
         )
-        for chosen in self._batches([len(row) + max_new_tokens for row in rows]):
+        for chosen in self._batches([len(row) + max_new_tokens for row in rows], self.batch_tokens):
             longest = max(len(rows[i]) for i in chosen)
             ids = torch.full((len(chosen), longest), self.coder.start)
             mask = torch.zeros_like(ids)
@@ -240,91 +241,92 @@ class LanguageModel:
         after = self.encode(context + continuation)[len(before) :]
         return (self.coder.prefix or ([] if before else [self.coder.start])) + before, after
 
-    def _batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
+    @property
+    def _lead(self) -> list[int]:
+        """What is read before a text's first token."""
+        return self.coder.prefix or [self.coder.start]
+
+    @property
+    def _scored_at_once(self) -> int:
+        """Tokens of a batch that is scored: models of others give the logits of all its positions together."""
+        return self.batch_tokens if self.is_recollect else min(self.batch_tokens, self._logits_at_once)
+
+    @property
+    def _logits_at_once(self) -> int:
+        """Positions whose logits are in memory together."""
+        return LOGITS_AT_ONCE // int(self.model.config.vocab_size)
+
+    def _batches(self, lengths: Sequence[int], at_most: int) -> Iterator[list[int]]:
         """Indices in batches of alike lengths, the longest first: what does not fit fails at once."""
-        order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-        batch: list[int] = []
-        for index in order:
-            if batch and (len(batch) + 1) * lengths[batch[0]] > self.batch_tokens:
-                yield batch
-                batch = []
-            batch.append(index)
-        if batch:
-            yield batch
+        return packed(sorted(range(len(lengths)), key=lambda i: -lengths[i]), lambda i: lengths[i], at_most)
+
+    def _read(self, texts: Sequence[Iterable[NDArray[Any]]], piece: int, overlap: int) -> Iterator[tuple[int, Scored]]:
+        """(which text, its next tokens), of texts that are given in parts and read together."""
+        if self.max_length is None:
+            yield from self._carried(texts, piece)
+            return
+        if not 0 <= overlap < self.max_length:
+            raise ValueError(f"overlap is 0 to {self.max_length - 1}, less than the context; got {overlap}")
+        length = self.max_length
+        rows = ((i, row) for i, parts in enumerate(texts) for row in windows(self._lead, parts, length, overlap))
+        for batch in packed(rows, lambda each: len(each[1].tokens), self._scored_at_once):
+            yield from zip((i for i, _ in batch), self._score([row for _, row in batch]), strict=True)
+
+    def _carried(self, texts: Sequence[Iterable[NDArray[Any]]], piece: int) -> Iterator[tuple[int, Scored]]:
+        """All texts in step. One that has ended goes on with padding: its state is spoilt when no more is asked of it."""
+        carry = _Carry(RecollectCache([None] * self.model.config.num_hidden_layers) if self.is_recollect else None)
+        before = [self._lead] * len(texts)
+        for together in zip_longest(*(blocks(parts, piece) for parts in texts), fillvalue=[]):
+            rows = [Row(held + block, len(block)) for held, block in zip(before, together, strict=True)]
+            yield from enumerate(self._score(rows, carry))
+            before = [row.tokens[-1:] for row in rows]
 
     @torch.no_grad()
-    def _score(self, rows: list[list[int]], scored: list[int]) -> list[tuple[NDArray[np.float64], NDArray[np.bool_]]]:
-        """Log-probability and greediness of the last `scored` tokens of each row, which are at least one fewer than the row."""
-        longest = max(len(row) for row in rows)
-        inputs = torch.full((len(rows), longest - 1), self.coder.start)
-        labels = torch.full((len(rows), longest - 1), IGNORE)
-        for b, (row, n) in enumerate(zip(rows, scored, strict=True)):
-            inputs[b, : len(row) - 1] = torch.tensor(row[:-1])  # padding on the right: nothing before it sees it
-            labels[b, len(row) - 1 - n : len(row) - 1] = torch.tensor(row[-n:])
-        values, greedy = self._gather(inputs, labels)
-        cuts = np.cumsum(scored)[:-1]
+    def _score(self, rows: Sequence[Row], carry: _Carry | None = None) -> list[Scored]:
+        """Of the scored tokens of each row. The last token of a row is not read: it is only predicted."""
+        longest = max(len(row.tokens) for row in rows) - 1
+        inputs = torch.full((len(rows), longest), self.coder.start)
+        labels = torch.full((len(rows), longest), IGNORE)
+        for b, (tokens, n) in enumerate(rows):
+            end = len(tokens) - 1
+            inputs[b, :end] = torch.tensor(tokens[:-1])  # padding on the right: nothing before it sees it
+            labels[b, end - n : end] = torch.tensor(tokens[end + 1 - n :])
+        values, greedy = self._gather(inputs, labels, carry)
+        cuts = np.cumsum([row.n_scored for row in rows])[:-1]
         return list(zip(np.split(values, cuts), np.split(greedy, cuts), strict=True))
 
-    def _gather(self, inputs: Tensor, labels: Tensor) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    def _gather(self, inputs: Tensor, labels: Tensor, carry: _Carry | None) -> Scored:
         """Both [m], in row-major order of the labelled positions."""
-        if self.is_recollect:
-            return _compare(*labelled_logits(self.model, inputs, labels))
-        asked = labels != IGNORE
-        values, greedy = [], []
-        rows = max(1, LOGITS_AT_ONCE // max(1, inputs.shape[1] * self.model.config.vocab_size))
-        for some, wanted, where in zip(inputs.split(rows), labels.split(rows), asked.split(rows), strict=True):
-            logits = self.model(input_ids=some.to(self.device), use_cache=False).logits
-            v, g = _compare(logits[where.to(logits.device)], wanted[where].to(logits.device))
-            values.append(v)
-            greedy.append(g)
-        return np.concatenate(values), np.concatenate(greedy)
-
-    def _carried(
-        self, lead: list[int], parts: Iterable[NDArray[Any]], piece: int
-    ) -> Iterator[tuple[NDArray[np.float64], NDArray[np.bool_]]]:
-        cache: Any = RecollectCache([None] * self.model.config.num_hidden_layers) if self.is_recollect else None
-        last: Tensor | None = None  # logits [1, C] after everything read so far
-        pending = list(lead)
-        n_lead = len(lead)
-        for block in _blocks(parts, piece):
-            tokens = np.concatenate([np.asarray(pending, np.int64), block])
-            pending = []
-            out = self.model(input_ids=torch.from_numpy(tokens)[None].to(self.device), past_key_values=cache, use_cache=True)
-            cache = getattr(out, "past_key_values", None)
-            if cache is None:
+        ask = self.model.base_model if self.is_recollect else self.model
+        options = {"use_cache": False} if carry is None else {"use_cache": True, "past_key_values": carry.cache}
+        out = ask(input_ids=inputs.to(self.device), **options)
+        if carry is not None:
+            carry.cache = getattr(out, "past_key_values", None)
+            if carry.cache is None:
                 raise ValueError(
                     f"the state of {type(self.model).__name__} cannot be carried on; give --context N to read windows of N tokens"
                 )
-            logits = out.logits[0, n_lead - 1 : -1] if last is None else torch.cat([last, out.logits[0, :-1]])
-            last = out.logits[0, -1:].clone()
-            yield _compare(logits, torch.from_numpy(block).to(logits.device))
-
-    def _windows(
-        self, lead: list[int], parts: Iterable[NDArray[Any]], length: int, overlap: int
-    ) -> Iterator[tuple[NDArray[np.float64], NDArray[np.bool_]]]:
-        # As in lm-evaluation-harness: a window's first target is predicted from the one token before it, which was the last target of
-        # the window before (`overlap` adds more than that); the last window, if it is short, is filled up with what came before.
-        context = list(lead)
-        for block in _blocks(parts, length - overlap):
-            room = length + 1 - len(block)
-            row = context[-(overlap + 1 if len(block) == length - overlap else room) :] + block.tolist()
-            yield self._score([row], [len(block)])[0]
-            context = (context + block.tolist())[-length:]
+        hidden, targets = labelled(out.last_hidden_state if self.is_recollect else out.logits, labels)
+        if not self.is_recollect:
+            return _compare(hidden, targets)
+        some = zip(hidden.split(self._logits_at_once), targets.split(self._logits_at_once), strict=True)
+        found = [_compare(self.model.lm_head(hidden), targets) for hidden, targets in some]
+        return np.concatenate([values for values, _ in found]), np.concatenate([greedy for _, greedy in found])
 
 
-def _blocks(parts: Iterable[NDArray[Any]], size: int) -> Iterator[NDArray[np.int64]]:
-    """Tokens in blocks of `size`, the last one shorter."""
-    held = np.empty(0, np.int64)
-    for part in parts:
-        held = np.concatenate([held, np.asarray(part, np.int64)])
-        while len(held) >= size:
-            yield held[:size]
-            held = held[size:]
-    if len(held):
-        yield held
+class _Carry:
+    """A batch's cache from call to call."""
+
+    def __init__(self, cache: Any) -> None:
+        self.cache = cache
 
 
-def _compare(logits: Tensor, targets: Tensor) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+def _summed(scored: Scored, text: str) -> Likelihood:
+    values, greedy = scored
+    return Likelihood(float(values.sum()), bool(greedy.all()), len(values), len(text.encode()))
+
+
+def _compare(logits: Tensor, targets: Tensor) -> Scored:
     """Log-probabilities of targets [m] under logits [m, C], and whether each was the likeliest."""
     _check_finite(torch.isfinite(logits))
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))

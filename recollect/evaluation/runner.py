@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from recollect import state
 from recollect.evaluation.language_model import LanguageModel
-from recollect.evaluation.suites.base import Item, Result, Suite
+from recollect.evaluation.suites.base import Item, Result, Suite, slices
 from recollect.training.checkpoint import replace_file
 from recollect.training.folder import changes, locked
 from recollect.training.journal import append_line, drop_partial_line, read_lines
@@ -51,7 +51,7 @@ def evaluate(
         out: folder for evaluation.json (what was evaluated) and rows.jsonl (one line per item); a run that was interrupted goes on.
             None: evaluations/SUITE-HASH, which the same evaluation finds again.
         about: what else identifies the run, such as the model's path; it is written down and shown.
-        at_once: items between two writes; None: the suite's.
+        at_once: items between two writes; None: the suite's batches.
         limit: ask the first n items only; a later run without it goes on.
         progress: called with (answered, total).
     Raises:
@@ -59,9 +59,9 @@ def evaluate(
         Busy: another process writes there.
         OSError: `out` cannot be written.
     """
-    at_once = suite.at_once if at_once is None else at_once
-    if at_once < 1 or (limit is not None and limit < 1):
-        raise ValueError(f"limit is at least 1; got {limit}" if at_once >= 1 else f"at_once is at least 1; got {at_once}")
+    for name, value in (("at_once", at_once), ("limit", limit)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is at least 1; got {value}")
     plan = describe(model, suite.name, suite.fingerprint(), about)
     items = suite.items(model)[:limit]  # before the folder is claimed: what is refused leaves none behind
     if not items:
@@ -71,12 +71,13 @@ def evaluate(
         known = {row["id"]: row for row in read_lines(out / ROWS)}
         begun = time.monotonic()
         todo = [item for item in items if item.id not in known]
-        progress(len(items) - len(todo), len(items))
-        for first in range(0, len(todo), at_once):
-            batch = todo[first : first + at_once]
+        n_done = len(items) - len(todo)
+        progress(n_done, len(items))
+        for batch in slices(todo, at_once) if at_once else suite.batches(model, todo):
             for item, results in zip(batch, suite.answer(model, batch), strict=True):
                 known[item.id] = _keep(out, item, results)
-            progress(len(items) - len(todo) + first + len(batch), len(items))
+            n_done += len(batch)
+            progress(n_done, len(items))
         results = [Result(**result) for item in items for result in known[item.id]["results"]]
     return Evaluation(out, results, len(todo), len(items) - len(todo), time.monotonic() - begun)
 

@@ -75,6 +75,27 @@ def pooled(rates: Sequence[float], counts: Sequence[int], *, confidence: float =
     return wilson(min(successes, total), total, confidence=confidence)
 
 
+def interval_of_mean(values: Sequence[float], intervals: Sequence[Interval]) -> Interval:
+    """Interval of the mean of independent quantities, each counting alike, from the intervals of theirs.
+
+    Distances from value to end add like standard errors, below and above apart; so, unlike mean +- 2 standard errors, it lies
+    between the means of the lower and of the upper ends, and of one quantity it is that one's own.
+
+    Args:
+        values: one per quantity, at least one.
+        intervals: theirs, all of one confidence, which is that of the result.
+    Raises:
+        ValueError: no values, or another number of intervals.
+    Source: Zou and Donner 2008, Statistics in Medicine 27 (10), for sums; of Wilson intervals: Newcombe 1998, ibid. 17 (8).
+    """
+    if not values or len(values) != len(intervals):
+        raise ValueError(f"need one interval per value, at least one; got {len(values)} values and {len(intervals)} intervals")
+    mean, n = fmean(values), len(values)
+    below = math.hypot(*(value - each.low for value, each in zip(values, intervals, strict=True)))
+    above = math.hypot(*(each.high - value for value, each in zip(values, intervals, strict=True)))
+    return Interval(mean - below / n, mean + above / n)
+
+
 def summarize(values: Sequence[float]) -> Summary:
     """Mean, range and sample standard deviation of one finite value per seed.
 

@@ -93,7 +93,7 @@ class Ruler(TextTask):
         templates: JSON file with some of `RULER_TEMPLATES` in other words.
         answer_tokens: RULER allows 128.
         chance: a uniform guess among the values in the text, n_queries / n_keys; 0 where all of them are asked for, and for
-            "needle", where it depends on the length: n_queries n_values / tags["n_needles"].
+            "needle", where it depends on the length and only `chance_at` knows it: n_queries n_values / tags["n_needles"].
     Raises:
         ValueError: an option outside its range, or a file that cannot be used.
     Source: Hsieh et al. 2024, arXiv 2404.06654; NVIDIA/RULER, scripts/data/synthetic/niah.py and scripts/synthetic.yaml.
@@ -195,6 +195,11 @@ class Ruler(TextTask):
     def score(self, said: str, question: Question) -> float:
         """RULER's string_match_all."""
         return string_match_all(said, question.answers)
+
+    def chance_at(self, question: Question) -> float:
+        """A uniform guess among the values in the text; 0 where all of them are asked for."""
+        n_asked, n_told = len(question.answers), question.tags["n_needles"]
+        return n_asked / n_told if n_asked < n_told else 0.0
 
     def target(self, question: Question) -> str:
         """A blank, the answers joined by commas, a full stop."""

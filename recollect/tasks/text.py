@@ -59,6 +59,10 @@ class TextTask(abc.ABC):
     def score(self, said: str, question: Question) -> float:
         """The published metric, in [0, 1], of what a model wrote after the prompt."""
 
+    def chance_at(self, question: Question) -> float:
+        """`chance` at this one question, for tasks that have it differ from question to question."""
+        return self.chance
+
     @abc.abstractmethod
     def target(self, question: Question) -> str:
         """The continuation to train on: it scores 1, and ends so that a reader knows that it has ended."""

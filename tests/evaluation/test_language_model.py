@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,29 @@ def log_probs(lm: LanguageModel, ids: list[int]) -> Tensor:
     with torch.no_grad():
         logits = lm.model(input_ids=torch.tensor([ids])).logits[0, :-1]
     return logits.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+
+
+def windowed(lm: LanguageModel, ids: list[int], length: int, overlap: int) -> list[float]:
+    """`log_probs` in windows of `length` tokens, each read by itself in a plain loop."""
+    expected: list[float] = []
+    at = 1
+    while at < len(ids):
+        size = min(length - overlap, len(ids) - at)
+        begin = max(0, at - overlap - 1 if size == length - overlap else at + size - 1 - length)
+        expected += log_probs(lm, ids[begin : at + size])[-size:].tolist()
+        at += size
+    return expected
+
+
+@contextmanager
+def calls(lm: LanguageModel) -> Iterator[list[tuple[int, ...]]]:
+    """Shapes [B, T] that the model is called with."""
+    shapes: list[tuple[int, ...]] = []
+    hook = lm.model.base_model.register_forward_pre_hook(
+        lambda module, args, options: shapes.append(tuple(options["input_ids"].shape)), with_kwargs=True
+    )
+    yield shapes
+    hook.remove()
 
 
 PAIRS = [("It was a", " dark"), ("", "It was"), ("the rain fell ", "in torrents"), ("night;", " x")]
@@ -103,13 +128,69 @@ def test_windows_are_those_of_a_plain_loop(overlap: int) -> None:
     lm = own("attention", context=32)
     ids = list(TEXT.encode()[:100])
     found = np.concatenate([values for values, _ in lm.stream([np.array(ids)], overlap=overlap)])
-    row, expected, at = [256, *ids], [], 1
-    while at < len(row):
-        size = min(32 - overlap, len(row) - at)
-        begin = max(0, at - overlap - 1 if size == 32 - overlap else at + size - 1 - 32)
-        expected += log_probs(lm, row[begin : at + size])[-size:].tolist()
-        at += size
-    np.testing.assert_allclose(found, expected, rtol=1e-9)
+    np.testing.assert_allclose(found, windowed(lm, [256, *ids], 32, overlap), rtol=1e-9)
+
+
+LENGTHS = (3, 150, 1, 40, 0, 41, 90, 7)  # of texts that are asked together
+
+
+def check_together(lm: LanguageModel, expected: list[Any], **options: int) -> None:
+    """The model's log-probabilities of texts of `LENGTHS` tokens are those expected, in fewer calls than there are texts."""
+    texts = [np.arange(n) * 37 % 250 for n in LENGTHS]
+    with calls(lm) as shapes:
+        found = lm.log_probs(texts, **options)
+    assert [len(greedy) for _, greedy in found] == list(LENGTHS)
+    np.testing.assert_allclose(np.concatenate([values for values, _ in found]), np.concatenate(expected), rtol=1e-9, atol=1e-11)
+    alone = [[np.concatenate(each) for each in zip(*lm.stream([text], **options), strict=True)] for text in texts if len(text)]
+    np.testing.assert_array_equal(np.concatenate([greedy for _, greedy in found]), np.concatenate([g for _, g in alone]))
+    assert len(shapes) < len(LENGTHS)
+    assert max(b * t for b, t in shapes) <= lm.batch_tokens
+
+
+@pytest.mark.parametrize("layers", [("yaad",), ("gated_delta_net", "sliding_window"), ("titans", "mamba2"), ("mta",)])
+@pytest.mark.parametrize("piece", [50, 1024])
+def test_texts_whose_state_is_carried_may_be_read_together(layers: tuple[str, ...], piece: int) -> None:
+    """Prevents padding from reaching a convolution, a chunk or a state that goes on, and rows from being mixed up."""
+    lm = own(*layers, batch_tokens=512)
+    lm.max_length = None
+    rows = [[256, *(np.arange(n) * 37 % 250).tolist()] for n in LENGTHS]
+    check_together(lm, [log_probs(lm, row) for row in rows], piece=piece)
+
+
+@pytest.mark.parametrize("overlap", [0, 5])
+def test_windows_of_several_texts_are_read_together(overlap: int) -> None:
+    """Prevents a window from being scored as another text's, and one call of the model per window."""
+    lm = own("attention", context=32, batch_tokens=512)
+    rows = [[256, *(np.arange(n) * 37 % 250).tolist()] for n in LENGTHS]
+    check_together(lm, [windowed(lm, row, 32, overlap) for row in rows], overlap=overlap)
+
+
+@pytest.mark.parametrize("context", [None, 32])
+def test_a_model_of_others_reads_texts_together(context: int | None, tmp_path: Path) -> None:
+    """Prevents another library's positions or cache from being shifted by padding."""
+    lm = load_language_model(llama(tmp_path), batch_tokens=512)
+    lm.model.double()
+    lm.max_length = context
+    rows = [[lm.coder.start, *(np.arange(n) * 37 % 250).tolist()] for n in LENGTHS]
+    check_together(lm, [windowed(lm, row, context or 1000, 0) for row in rows])
+
+
+def test_a_long_text_is_held_a_batch_at_a_time() -> None:
+    """Prevents a book from being read whole before its first window is scored, and window by window."""
+    lm = own("attention", context=8, batch_tokens=64)
+    n_taken = 0
+
+    def parts() -> Iterator[Any]:
+        nonlocal n_taken
+        for n_taken in range(1, 4097):
+            yield np.array([n_taken % 250])
+
+    with calls(lm) as shapes:
+        stream = lm.stream(parts())
+        next(stream)
+        assert n_taken <= 64 + 8
+        assert sum(len(values) for values, _ in stream) == 4096 - 8
+    assert len(shapes) <= 4096 / 56 + 1
 
 
 def test_rolling_sums_the_stream() -> None:
@@ -185,6 +266,8 @@ def test_what_cannot_be_evaluated_is_refused(tmp_path: Path) -> None:
         lm.model.lm_head.weight.fill_(float("nan"))
     with pytest.raises(ValueError, match="logits are not finite"):
         lm.log_likelihoods([("a", "b")])
+    with pytest.raises(ValueError, match="logits are not finite"):
+        lm.rolling(["a", "a longer text"])
     with pytest.raises(ValueError, match="logits are not finite"):
         lm.generate(["a"], 2)
     with pytest.raises(ValueError, match="nothing holds no model"):

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from recollect.evaluation.statistics import pooled, summarize, wilson
+from recollect.evaluation.statistics import interval_of_mean, pooled, summarize, wilson
 
 
 @pytest.mark.parametrize(
@@ -46,6 +46,23 @@ def test_wilson_covers_as_promised() -> None:
     weights = np.array([[math.comb(n, k) * p**k * (1 - p) ** (n - k) for k in range(n + 1)] for p in rates])
     inside = np.array([[low <= p <= high for low, high in intervals] for p in rates])
     assert (weights * inside).sum(axis=1).mean() == pytest.approx(0.95, abs=0.01)
+
+
+def test_interval_of_mean_matches_newcombe() -> None:
+    """Newcombe 1998, Statistics in Medicine 17, Table II, method 10: of 56/70 - 48/80, as twice the mean of 56/70 and 32/80, less 1."""
+    low, high = interval_of_mean([56 / 70, 32 / 80], [wilson(56, 70), wilson(32, 80)])
+    assert (2 * low - 1, 2 * high - 1) == pytest.approx((0.0524, 0.3339), abs=5e-5)
+
+
+def test_interval_of_mean_of_one_is_its_own_and_of_many_stays_a_share() -> None:
+    """Ends outside [0, 1], or an interval that a single data set has not, would show that mean +- 2 standard errors came back."""
+    assert interval_of_mean([0.3], [wilson(3, 10)]) == pytest.approx(wilson(3, 10))
+    assert interval_of_mean([1.0] * 5, [wilson(9, 9)] * 5).high == 1.0
+    low, high = interval_of_mean([0.0] * 5, [wilson(0, 9)] * 5)
+    assert low == 0.0
+    assert high == pytest.approx(wilson(0, 9).high / math.sqrt(5))
+    with pytest.raises(ValueError, match="one interval per value"):
+        interval_of_mean([0.5, 0.5], [wilson(1, 2)])
 
 
 def test_pooled_equals_one_large_sample() -> None:

@@ -1,4 +1,4 @@
-"""Evaluations from end to end with models that know everything, nothing, or guess."""
+"""Evaluations from end to end: what is asked, kept, summed and shown. What a model scores that knows or guesses is in `test_floors`."""
 
 from __future__ import annotations
 
@@ -8,19 +8,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from recollect.data.tokenizer import ByteTokenizer
 from recollect.evaluation import report
-from recollect.evaluation.language_model import LanguageModel, Likelihood
+from recollect.evaluation.language_model import LanguageModel
 from recollect.evaluation.loading import OwnCoder, load_language_model
 from recollect.evaluation.report import figure, table
 from recollect.evaluation.report.summary import lines, with_margins
 from recollect.evaluation.runner import evaluate
 from recollect.evaluation.suites import SUITES, Item, Result, Suite, build_suite
-from recollect.evaluation.suites.questions import Questions
 from recollect.models import RecollectConfig, RecollectForCausalLM
 from recollect.training.folder import locked
 
@@ -60,36 +58,6 @@ def tiny(*, context: int | None = None, symbols: int = 257) -> LanguageModel:
     return LanguageModel(RecollectForCausalLM(config), OwnCoder(ByteTokenizer()), max_length=context)
 
 
-class Knowing(LanguageModel):
-    """Says what is right: it is given the suite's answers."""
-
-    answers: dict[str, str]
-
-    def generate(self, prompts: Sequence[str], max_new_tokens: int, until: Sequence[str] = (), **_: Any) -> list[str]:
-        return [self.answers[prompt] for prompt in prompts]
-
-    def log_likelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[Likelihood]:
-        known = [self.answers.get(context) == continuation for context, continuation in pairs]
-        return [Likelihood(-0.5 if right else -50.0, right, 1, len(pair[1])) for right, pair in zip(known, pairs, strict=True)]
-
-
-def knowing(suite: Suite) -> Knowing:
-    model = tiny()
-    model.__class__ = Knowing
-    assert isinstance(model, Knowing)
-    model.answers = {}
-    for item in suite.items(model):
-        if isinstance(suite, Questions):
-            _, task, question = item.ask
-            model.answers[question.prompt] = task.solve(question.prompt)
-        elif suite.name == "commonsense":
-            choice = item.ask[1]
-            model.answers[choice.contexts[choice.gold]] = choice.continuations[choice.gold]
-        else:
-            model.answers[item.ask[1]] = item.ask[2]
-    return model
-
-
 @pytest.mark.parametrize("name", sorted(SUITES))
 def test_every_suite_runs_and_reports(name: str, tmp_path: Path) -> None:
     """Prevents a suite that no model can be asked, or whose results cannot be shown."""
@@ -118,6 +86,8 @@ def test_symbols_are_scored_as_their_task_does(name: str, tmp_path: Path) -> Non
             said = model.model(input_ids=inputs[None]).logits.argmax(-1)
         expected.append(float(task.correct(said, labels[None])[0]))
     assert [result.values["score"] for result in done.results] == expected
+    model.batch_tokens = 40  # one or two rows
+    assert evaluate(model, suite, tmp_path / "smaller", about={}).results == done.results
     assert all(result.group["state_bytes"] > 0 for result in done.results)
     if name == "find-block":  # recall takes the model's own vocabulary
         with pytest.raises(ValueError, match="the model has 257 symbols"):
@@ -136,37 +106,6 @@ def test_a_model_of_symbols_is_told_from_one_of_text(tmp_path: Path) -> None:
 def _a_question() -> tuple[Any, Any]:
     (item,) = build_suite("babilong", qa="1", lengths="0", n=1).items(tiny())
     return item.ask[1], item.ask[2]
-
-
-@pytest.mark.parametrize("name", sorted(SUITES.keys() - {"perplexity", *SYMBOLS}))
-def test_a_model_that_knows_scores_everything(name: str, tmp_path: Path) -> None:
-    """Prevents answers that are marked against another question, and metrics that no model can satisfy."""
-    suite = suite_of(name, tmp_path)
-    done = evaluate(knowing(suite), suite, tmp_path / "out", about={})
-    assert lines(suite, done.results)[-1].cells[0].value == 1.0
-
-
-class Guessing(LanguageModel):
-    """Finds every option as likely as a random number says."""
-
-    def log_likelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[Likelihood]:
-        draw = np.random.default_rng(0)
-        return [Likelihood(-float(draw.random()) * len(text), False, 1, len(text)) for _, text in pairs]
-
-
-def test_a_guess_scores_chance(tmp_path: Path) -> None:
-    """Prevents a bias towards the first, last or shortest option: three options, a third right."""
-    rows = [{"query": f"Question: q{i}\nAnswer:", "choices": ["aaaa", "bbbb", "cccc"], "gold": i % 3} for i in range(1500)]
-    file = tmp_path / "arc_easy.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    suite = build_suite("commonsense", data=(str(file),))
-    model = tiny()
-    model.__class__ = Guessing
-    done = evaluate(model, suite, tmp_path / "out", about={}, at_once=1500)
-    (line,) = lines(suite, done.results)
-    for cell in line.cells:
-        assert cell.interval is not None
-        assert cell.interval.low < 1 / 3 < cell.interval.high
 
 
 @pytest.mark.parametrize("context", [None, 64])
@@ -287,24 +226,47 @@ def test_what_is_refused_leaves_no_folder(tmp_path: Path) -> None:
     assert evaluate(tiny(), build_suite("babilong", qa="1", lengths="0", n=2), tmp_path / "out", about={}).n_asked == 2
 
 
-def test_every_document_is_kept_as_soon_as_it_is_read(tmp_path: Path) -> None:
+def test_every_long_document_is_kept_as_soon_as_it_is_read(tmp_path: Path) -> None:
     """Prevents hours of reading books from being lost with the one that was interrupted."""
 
     class Stopped(LanguageModel):
         n_read = 0
 
-        def stream(self, *given: Any, **options: Any) -> Any:
+        def log_probs(self, *given: Any, **options: Any) -> Any:
             self.n_read += 1
             if self.n_read == 3:
                 raise KeyboardInterrupt
-            return super().stream(*given, **options)
+            return super().log_probs(*given, **options)
 
     suite = build_suite("perplexity", data=str(_write(tmp_path, [{"text": f"Call me {i}. " * 4} for i in range(5)])))
     model = tiny()
     model.__class__ = Stopped
+    model.batch_tokens = 16
     with pytest.raises(KeyboardInterrupt):
         evaluate(model, suite, tmp_path / "out", about={})
     assert len((tmp_path / "out" / "rows.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("context", [None, 32])
+def test_documents_that_are_read_together_give_the_rows_of_each(context: int | None, tmp_path: Path) -> None:
+    """Prevents documents of one batch from being mixed up, rows in another order, and documents left out when a run goes on."""
+    words = "It was a dark and stormy night; the rain fell in torrents. " * 9
+    data = _write(tmp_path, [{"text": words[i : i + n]} for i, n in enumerate((9, 400, 3, 80, 80, 200, 1, 33))])
+    suite = build_suite("perplexity", data=str(data), positions="16,100", overlap=5 if context else 0)
+    model = tiny(context=context)
+    model.model.double()
+    alone = evaluate(model, suite, tmp_path / "alone", about={}, at_once=1)
+    n_done: list[int] = []
+    evaluate(model, suite, tmp_path / "together", about={}, limit=2)
+    together = evaluate(model, suite, tmp_path / "together", about={}, progress=lambda done, total: n_done.append(done))
+    assert n_done == [2, 8]
+    for one, other in zip(alone.results, together.results, strict=True):
+        assert one._replace(values={}, guess=None) == other._replace(values={}, guess=None)
+        assert one.values == pytest.approx(other.values, rel=1e-12)
+    ids = [[json.loads(line)["id"] for line in (run.out / "rows.jsonl").open()] for run in (alone, together)]
+    assert ids[0] == ids[1] == [item.id for item in suite.items(model)]
+    model.batch_tokens = 60  # 240 bytes: documents end at 9, 409, 412, 492, 572, 772, 773 and 806
+    assert [len(batch) for batch in suite.batches(model, suite.items(model))] == [1, 2, 2, 3]
 
 
 def test_a_folder_that_has_changed_is_another_evaluation(tmp_path: Path) -> None:

@@ -1,4 +1,8 @@
-"""The results in one picture: curves over positions, else a heat map over two numeric dimensions, else bars with their intervals."""
+"""The results in one picture: curves over positions, else a heat map over two numeric dimensions, else bars with their intervals.
+
+What guesses score is a dotted line at every bar and a second number in the cells of a heat map. Curves are without: in bits per byte
+a guess is so far off that beside it all models look alike.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from recollect.evaluation.report.summary import Line, lines, varying
+from recollect.evaluation.report.summary import Line, lines, number, total, varying
 from recollect.evaluation.suites.base import Metric, Result, Suite
 
 PANELS, CURVES = 5, 10  # panels of heat maps side by side; curves that have colours
@@ -50,16 +54,19 @@ def _heat_maps(figure: Figure, suite: Suite, results: Sequence[Result], axes: li
         for i, j in np.ndindex(*values.shape):
             if np.isfinite(values[i, j]):
                 dark = metric.unit == "%" and values[i, j] < 50
-                panel.text(
-                    j, i, f"{values[i, j]:.0f}", ha="center", va="center", fontsize=7, color="white" if dark else "black"
-                )
+                style: Any = {"ha": "center", "va": "center", "color": "white" if dark else "black"}
+                panel.text(j, i, f"{values[i, j]:.0f}", fontsize=7, **style)
+                floor = cells[rows[i], columns[j]].chance
+                if floor is not None:
+                    panel.text(j, i, f"\n\n{number(metric, floor)}", fontsize=5, **style)
         panel.set_xticks(range(len(columns)), [f"{column:,}" for column in columns], rotation=45, fontsize=7)
         panel.set_yticks(range(len(rows)), [str(row) for row in rows], fontsize=7)
         panel.set_xlabel(across, fontsize=8)
         panel.set_title(name, fontsize=8)
     for row in grid:
         row[0].set_ylabel(down, fontsize=8)
-    figure.colorbar(image, ax=list(grid.flat), label=_label(metric))
+    can_be_guessed = any(result.guess is not None for result in results)
+    figure.colorbar(image, ax=list(grid.flat), label=_label(metric) + (" (small: of a guess)" if can_be_guessed else ""))
 
 
 def _curves(figure: Figure, suite: Suite, results: Sequence[Result], others: list[str]) -> None:
@@ -86,14 +93,16 @@ def _curves(figure: Figure, suite: Suite, results: Sequence[Result], others: lis
 def _bars(figure: Figure, suite: Suite, found: Sequence[Line]) -> None:
     panel: Any = figure.subplots()
     metric, scale = suite.metrics[0], 100 if suite.metrics[0].unit == "%" else 1
-    names = [" ".join(str(value) for value in line.group.values()) or "all" for line in found]
+    names = [" ".join(str(value) for value in line.group.values()) or total(suite) for line in found]
     values = [scale * line.cells[0].value for line in found]
     panel.bar(range(len(found)), values, color=matplotlib.colormaps["tab10"](0), width=0.7)
     for i, line in enumerate(found):
         if line.cells[0].interval is not None:
             panel.vlines(i, scale * line.cells[0].interval.low, scale * line.cells[0].interval.high, color="black", linewidth=1)
-    if suite.chance is not None:
-        panel.axhline(scale * suite.chance, color="grey", linestyle=":", label="chance")
+    floors = {i: scale * line.chance for i, line in enumerate(found) if line.chance is not None}
+    if floors:
+        begins, ends = [i - 0.45 for i in floors], [i + 0.45 for i in floors]
+        panel.hlines(list(floors.values()), begins, ends, color="black", linestyle=":", label="chance")
         panel.legend(fontsize=8, frameon=False)
     panel.set_xticks(
         range(len(found)), names, rotation=30 if len(found) > 4 else 0, ha="right" if len(found) > 4 else "center", fontsize=7

@@ -8,7 +8,7 @@ from typing import Any
 
 from recollect import pages
 from recollect.evaluation.report import table
-from recollect.evaluation.report.summary import Line, show
+from recollect.evaluation.report.summary import Line, number, show
 from recollect.evaluation.suites.base import Metric, Result, Suite
 
 EXAMPLES = 12
@@ -25,8 +25,10 @@ def html(
     notes = [f"{metric.name}: {'higher' if metric.higher_is_better else 'lower'} is better."]
     if last.cells[0].interval is not None:
         notes.append("In brackets: 95 % Wilson intervals over the examples. They say nothing of other training seeds.")
-    if suite.chance is not None:
-        notes.append(f"Guessing gives {100 * suite.chance:.1f} %.")
+    if last.chance is not None:
+        notes.append(
+            f"Uniform guesses among the admissible answers score {number(metric, last.chance)} {metric.unit}".strip() + "."
+        )
     name = f"{metric.name} %" if metric.unit == "%" else metric.name
     lines = [pages.row(first, others) for first, *others in (table.cells(suite, found, line) for line in found)]
     return pages.page(

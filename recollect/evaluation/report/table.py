@@ -9,14 +9,15 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from recollect.evaluation.report.summary import ALL, Line, show
+from recollect.evaluation.report.summary import ALL, Line, number, show, total
 from recollect.evaluation.suites.base import Suite
 
 
 def titles(suite: Suite, found: Sequence[Line]) -> list[str]:
-    """The heads of the columns."""
+    """The heads of the columns. "chance" is what guesses score in the first metric; it is there if anything can be guessed at."""
     names = [f"{metric.name} %" if metric.unit == "%" else metric.name for metric in suite.metrics]
-    return [*_dimensions(found), "n", *names]
+    chance = f"chance {suite.metrics[0].unit}".strip()
+    return [*_dimensions(found), "n", *names, *([chance] if _can_be_guessed(found) else [])]
 
 
 def cells(suite: Suite, found: Sequence[Line], line: Line) -> list[str]:
@@ -24,8 +25,11 @@ def cells(suite: Suite, found: Sequence[Line], line: Line) -> list[str]:
     keys = _dimensions(found)
     rest = [key for key in keys if key not in (*line.group, *suite.measured)]
     shown = rest if line.group else keys[:1]  # of everything, one word is enough
-    group = [str(line.group.get(key, ALL if key in shown else "")) for key in keys]
-    return [*group, f"{line.n:,}", *(show(metric, cell) for metric, cell in zip(suite.metrics, line.cells, strict=True))]
+    name = ALL if line.group else total(suite)
+    group = [str(line.group.get(key, name if key in shown else "")) for key in keys]
+    numbers = [show(metric, cell) for metric, cell in zip(suite.metrics, line.cells, strict=True)]
+    chance = [number(suite.metrics[0], line.chance)] if _can_be_guessed(found) else []
+    return [*group, f"{line.n:,}", *numbers, *chance]
 
 
 def table(suite: Suite, found: Sequence[Line]) -> Table:
@@ -56,3 +60,7 @@ def markdown(suite: Suite, found: Sequence[Line]) -> str:
 
 def _dimensions(found: Sequence[Line]) -> list[str]:
     return max((list(line.group) for line in found), key=len)
+
+
+def _can_be_guessed(found: Sequence[Line]) -> bool:
+    return any(line.chance is not None for line in found)

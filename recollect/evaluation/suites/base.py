@@ -7,7 +7,7 @@ import dataclasses
 import difflib
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar, get_type_hints
 
@@ -34,11 +34,14 @@ class Result(NamedTuple):
     group: the dimensions that tables are made by, such as {"length": 2048, "depth": 25}.
     values: numbers that the metrics are computed from.
     shown: texts for whoever looks at the row: what was asked, said and right.
+    guess: the values, as far as the headline metric needs them, that a uniform guess among the admissible answers is expected to
+        have; None where nobody could list these.
     """
 
     group: dict[str, Any]
     values: dict[str, float]
     shown: dict[str, str]
+    guess: dict[str, float] | None = None
 
 
 class Metric(NamedTuple):
@@ -98,7 +101,8 @@ class Suite(abc.ABC):
         dimensions: keys of a result's group, in the order of the table's columns.
         along: the one that pictures are curves over, if there is one.
         measured: those of them that are measured on the model, and so shown even where all results have the same.
-        at_once: items between two writes; 1 where an item may take minutes.
+        average: the one over whose values a total is the mean, each counting alike; "": a total pools its results.
+        at_once: items of a batch, unless `batches` has its own rule.
     """
 
     name: ClassVar[str]
@@ -106,6 +110,7 @@ class Suite(abc.ABC):
     dimensions: ClassVar[tuple[str, ...]]
     along: ClassVar[str] = ""
     measured: ClassVar[tuple[str, ...]] = ()
+    average: ClassVar[str] = ""
     at_once: ClassVar[int] = 32
 
     @abc.abstractmethod
@@ -120,14 +125,18 @@ class Suite(abc.ABC):
     def answer(self, model: LanguageModel, items: Sequence[Item]) -> list[list[Result]]:
         """The results of each item: a pure function of model and items, whatever items are asked together."""
 
-    @property
-    def chance(self) -> float | None:
-        """Expected headline metric of guessing; None where that has no meaning."""
-        return None
+    def batches(self, model: LanguageModel, items: Sequence[Item]) -> Iterator[Sequence[Item]]:
+        """Items, in their order, in batches that are answered together and then written."""
+        return slices(items, self.at_once)
 
     def fingerprint(self) -> dict[str, Any]:
         """What the results depend on besides the model: the options. Suites that read files add what is in them."""
         return dataclasses.asdict(self)  # type: ignore[call-overload]
+
+
+def slices(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
+    """Consecutive ones, `size` together."""
+    return (items[first : first + size] for first in range(0, len(items), size))
 
 
 def digests(paths: Iterable[str | Path]) -> list[list[str]]:

@@ -34,6 +34,7 @@ class Commonsense(Suite):
     name: ClassVar[str] = "commonsense"
     metrics: ClassVar[tuple[Metric, ...]] = (share("accuracy", "acc"), share("normalised", "acc_norm"))
     dimensions: ClassVar[tuple[str, ...]] = ("dataset",)
+    average: ClassVar[str] = "dataset"  # as in the papers' tables: HellaSwag asks 20 times as much as OpenBookQA
     data: tuple[str, ...]
     dataset: str | None = None
     convention: str = "harness"
@@ -69,7 +70,9 @@ class Commonsense(Suite):
                 "said": choice.continuations[best],
                 "right": choice.continuations[choice.gold],
             }
-            results.append([Result({"dataset": dataset}, dict(pick(choice, log_probs)._asdict()), shown)])
+            picked = pick(choice, log_probs)
+            guess = dict.fromkeys(picked._fields, 1 / len(log_probs))
+            results.append([Result({"dataset": dataset}, dict(picked._asdict()), shown, guess)])
         return results
 
     def fingerprint(self) -> dict[str, Any]:
@@ -79,7 +82,7 @@ class Commonsense(Suite):
 @register_suite
 @dataclass(frozen=True, kw_only=True)
 class Lambada(Suite):
-    """LAMBADA: the last word of a passage.
+    """LAMBADA: the last word of a passage. A guess is one of the different words before it, as in the paper.
 
     Attributes:
         data: JSON-lines files of {"text"}, folders of them or globs; the file's name tells the standard set from the OpenAI one.
@@ -103,17 +106,15 @@ class Lambada(Suite):
 
     def answer(self, model: LanguageModel, items: Sequence[Item]) -> list[list[Result]]:
         found = model.log_likelihoods([(item.ask[1], item.ask[2]) for item in items])
-        # The perplexity is of words: a word counts once, however many tokens it has.
-        return [
-            [
-                Result(
-                    {"file": item.ask[0]},
-                    {"greedy": float(each.greedy), "log_prob": each.log_prob, "n_tokens": 1.0},
-                    {"passage": item.ask[1], "right": item.ask[2]},
-                )
-            ]
-            for item, each in zip(items, found, strict=True)
-        ]
+        results = []
+        for item, each in zip(items, found, strict=True):
+            file, passage, right = item.ask
+            # The perplexity is of words: a word counts once, however many tokens it has.
+            values = {"greedy": float(each.greedy), "log_prob": each.log_prob, "n_tokens": 1.0}
+            words = set(passage.split())
+            guess = {"greedy": (right.strip() in words) / max(1, len(words))}
+            results.append([Result({"file": file}, values, {"passage": passage, "right": right}, guess)])
+        return results
 
     def fingerprint(self) -> dict[str, Any]:
         return {"data": digests(find_files(self.data, suffixes=SUFFIXES))}

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from recollect.data.files import ALL_SUFFIXES, find_files, read_documents
-from recollect.evaluation.language_model import LanguageModel
+from recollect.evaluation.language_model import LanguageModel, Scored
 from recollect.evaluation.suites.base import Item, Metric, Result, Suite, digests, per_byte, per_token, register_suite
+
+TOKEN_BYTES = 4  # about
 
 
 @register_suite
@@ -21,7 +25,8 @@ class Perplexity(Suite):
     """Perplexity and bits per byte of documents of any length.
 
     A recollect model carries its state through a document, so that its tokens are predicted from all before them; a model with a
-    limited context (or --context) reads windows of that length, each of which sees `overlap` tokens of the one before.
+    limited context (or --context) reads windows of that length, each of which sees `overlap` tokens of the one before. A guess gives
+    every token of the vocabulary the same probability.
 
     Attributes:
         data: files, folders or globs; a domain is a file, or the folder below one that is given.
@@ -41,7 +46,6 @@ class Perplexity(Suite):
     metrics: ClassVar[tuple[Metric, ...]] = (per_byte(), per_token("perplexity", math.exp), per_token("nats/token"))
     dimensions: ClassVar[tuple[str, ...]] = ("domain", "position")
     along: ClassVar[str] = "position"
-    at_once: ClassVar[int] = 1  # a book takes long
     data: tuple[str, ...]
     field: str = "text"
     overlap: int = 0
@@ -70,7 +74,15 @@ class Perplexity(Suite):
         return found
 
     def answer(self, model: LanguageModel, items: Sequence[Item]) -> list[list[Result]]:
-        return [self._read(model, *item.ask) for item in items]
+        texts = [self._tokens(model, item.ask[1]) for item in items]
+        found = model.log_probs(texts, piece=self.piece, overlap=self.overlap)
+        return [self._stretches(model, *item.ask, *each) for item, *each in zip(items, texts, found, strict=True)]
+
+    def batches(self, model: LanguageModel, items: Sequence[Item]) -> Iterator[Sequence[Item]]:
+        """Short documents together, about as many tokens as a batch holds; two long ones, which may take hours, never."""
+        ends = accumulate(min(len(item.ask[1]) / TOKEN_BYTES, self.tokens or math.inf) for item in items)
+        for _, alike in groupby(zip(items, ends, strict=True), lambda pair: pair[1] // model.batch_tokens):
+            yield [item for item, _ in alike]
 
     def fingerprint(self) -> dict[str, Any]:
         return {"data": digests(file for _, file in self._files())} | {
@@ -87,19 +99,23 @@ class Perplexity(Suite):
                 found.append((domain, file))
         return found
 
-    def _read(self, model: LanguageModel, domain: str, document: bytes) -> list[Result]:
+    def _tokens(self, model: LanguageModel, document: bytes) -> NDArray[np.int64]:
+        """Those that are asked."""
         tokens = np.asarray(model.encode(document.decode("utf-8")), np.int64)
-        if self.tokens:
-            tokens = tokens[-self.tokens :] if self.ends else tokens[: self.tokens]
+        return tokens[-self.tokens :] if self.ends else tokens[: self.tokens or None]
+
+    def _stretches(
+        self, model: LanguageModel, domain: str, document: bytes, tokens: NDArray[np.int64], scored: Scored
+    ) -> list[Result]:
+        values, _ = scored
         n_bytes = len(document) if not self.tokens else len(model.coder.decode(tokens.tolist()).encode())
-        values = np.concatenate([part for part, _ in model.stream([tokens], piece=self.piece, overlap=self.overlap)])
-        ends = [end for end in self.positions if end < len(values)] + [len(values)]
         results, begin = [], 0
-        for end in ends:
+        for end in sorted({min(end, len(values)) for end in (*self.positions, len(values))} - {0}):
             # Bytes of the document are shared out by tokens: which bytes a token stands for not every tokenizer can say.
             part = n_bytes * (end - begin) / len(values)
             numbers = {"log_prob": float(values[begin:end].sum()), "n_tokens": end - begin, "n_bytes": part}
-            results.append(Result({"domain": domain, "position": self._stretch(begin)}, numbers, {}))
+            guess = numbers | {"log_prob": -math.log(model.model.config.vocab_size) * (end - begin)}
+            results.append(Result({"domain": domain, "position": self._stretch(begin)}, numbers, {}, guess))
             begin = end
         return results
 

@@ -40,12 +40,6 @@ class Questions(Suite):
         """Dimensions that only the question knows, such as its depth."""
         return {}
 
-    @property
-    def chance(self) -> float | None:
-        """The mean over the settings."""
-        each = [task.chance for _, task in self.tasks()]
-        return sum(each) / len(each)
-
     def items(self, model: LanguageModel) -> list[Item]:
         """One per question: (group, task, question). Lengths are measured in the model's own tokens.
 
@@ -271,7 +265,7 @@ class ClutrrSuite(Questions):
 
 def _result(group: dict[str, Any], task: TextTask, question: Question, said: str) -> Result:
     shown = {"prompt": _ends(question.prompt), "said": said, "right": " | ".join(question.answers)}
-    return Result(group, {"score": task.score(said, question)}, shown)
+    return Result(group, {"score": task.score(said, question)}, shown, {"score": task.chance_at(question)})
 
 
 def _check_fits(model: LanguageModel, n_tokens: int, what: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from recollect.evaluation.language_model import LanguageModel
 from recollect.evaluation.metrics import spread
-from recollect.evaluation.suites.base import Item, Metric, Result, Suite, register_suite, share
+from recollect.evaluation.suites.base import Item, Metric, Result, Suite, register_suite, share, slices
 from recollect.models import RecollectCache
 from recollect.tasks import FindBlock, Recall, Task, stream_seed
 from recollect.training.loss import labelled_logits
@@ -48,12 +49,9 @@ class Symbols(Suite):
     @torch.no_grad()
     def answer(self, model: LanguageModel, items: Sequence[Item]) -> list[list[Result]]:
         results = []
-        for item in items:
-            group, task, inputs, labels = item.ask
-            logits, _ = labelled_logits(model.model, inputs[None], labels[None])
-            said = spread(logits.argmax(-1).cpu(), labels[None])
-            shown = {"prompt": task.text(inputs), "said": task.text(said[0]), "right": task.text(labels)}
-            results.append([Result(group, {"score": float(task.correct(said, labels[None])[0])}, shown)])
+        for task, alike in groupby(items, lambda item: item.ask[1]):
+            for some in slices(list(alike), max(1, model.batch_tokens // task.length)):
+                results += _scored(model, task, some)
         return results
 
 
@@ -110,6 +108,18 @@ class FindBlockSuite(Symbols):
         for n_blocks in self.blocks:
             task = FindBlock(n_blocks=n_blocks, n_letters=self.letters, n_question=self.question, answer=self.say)
             yield {"blocks": n_blocks}, task
+
+
+def _scored(model: LanguageModel, task: Task, items: Sequence[Item]) -> list[list[Result]]:
+    """The results of examples of one task."""
+    inputs, labels = (torch.stack([item.ask[i] for item in items]) for i in (2, 3))
+    logits, _ = labelled_logits(model.model, inputs, labels)
+    said = spread(logits.argmax(-1).cpu(), labels)
+    results = []
+    for item, score, *row in zip(items, task.correct(said, labels).tolist(), inputs, said, labels, strict=True):
+        shown = dict(zip(("prompt", "said", "right"), map(task.text, row), strict=True))
+        results.append([Result(item.ask[0], {"score": score}, shown, {"score": task.chance})])
+    return results
 
 
 @torch.no_grad()
