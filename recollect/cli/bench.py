@@ -144,9 +144,9 @@ def _settings(
     import torch
 
     from recollect.bench.setting import DTYPES, LIMITS, SIZES, Setting
-    from recollect.comparison.plan import resolve_device
+    from recollect.training.world import find_device
 
-    where = resolve_device(device)
+    where = find_device(device)
     kind = torch.device(where).type
     if kind not in LIMITS:
         raise ValueError(f"--device is a CPU or a CUDA GPU; got {device!r}")

@@ -31,7 +31,7 @@ def inspect(
     pool: Annotated[
         str, typer.Option(help="What a cell of the map of a long text shows: max (the strongest entry in it) or mean.")
     ] = "max",
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "cpu",
     imports: Annotated[
         list[str] | None, typer.Option("--import", help="Module or .py file that registers the model's mixers; repeatable.")
     ] = None,

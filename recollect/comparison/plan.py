@@ -25,6 +25,7 @@ from recollect.mixers.base import option_names
 from recollect.mixers.patterns import with_options
 from recollect.training.config import TrainingConfig
 from recollect.training.folder import changes
+from recollect.training.world import find_device
 from recollect.user_modules import import_user_modules
 
 VERSION = 3
@@ -235,7 +236,7 @@ def make_plan(request: Request, *, command: str = "") -> Plan:
         n_eval_curve=min(_or(request.n_eval_curve, defaults.n_eval_curve), _or(request.n_eval, defaults.n_eval)),
         precision=request.precision,
         threads=request.threads,
-        device=resolve_device(request.device),
+        device=find_device(request.device),
         command=command,
         machine=machine(),
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -281,21 +282,6 @@ def _difference(name: str, old: Any, new: Any) -> str:
 def _short(value: Any) -> str:
     text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def resolve_device(name: str) -> str:
-    """The device to run on: "auto" is the GPU where there is one.
-
-    Raises:
-        ValueError: a device that torch does not know or this machine does not have.
-    """
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
-    return name
 
 
 def machine() -> dict[str, Any]:

@@ -14,6 +14,7 @@ from recollect.data.tokenizer import ByteTokenizer, Tokenizer, tokenizer_file
 from recollect.evaluation.language_model import BATCH_TOKENS, LanguageModel, TextCoder
 from recollect.inference.text_model import load_saved, tokenizer_of
 from recollect.models.configuration import model_folder
+from recollect.training.world import find_device
 from recollect.user_modules import import_user_modules
 
 
@@ -88,16 +89,16 @@ def load_language_model(
     Args:
         path: OUT of a `recollect train`, OUT/runs/LABEL-seedK of a compare, a folder of `save_pretrained`, or a name on the hub.
         imports: modules that register the model's mixers.
-        device: cpu, cuda, cuda:1, ...
+        device: auto, cpu, cuda, cuda:1, ...; see `find_device`.
         dtype: of the weights: auto (as saved), float32, bfloat16, float16.
         max_length: tokens that the model may see at a time; None: see `LanguageModel`.
         batch_tokens: tokens of a batch.
     Raises:
-        ValueError: no model there, a damaged or unknown one, one without a tokenizer, an unknown dtype.
+        ValueError: no model there, a damaged or unknown one, one without a tokenizer, an unknown dtype, a device that is not here.
     """
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise ValueError(f"dtype is auto, float32, bfloat16 or float16; got {dtype!r}")
-    place_on(device)
+    device = find_device(device)
     import_user_modules(imports)
     transformers_logging.set_verbosity_error()  # it warns of contexts that the caller has chosen
     transformers_logging.disable_progress_bar()
@@ -121,19 +122,6 @@ def load_language_model(
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"{path} is no causal language model with a tokenizer: {first}") from error
     return LanguageModel(other.to(device), coder, max_length=max_length, batch_tokens=batch_tokens)
-
-
-def place_on(device: str) -> None:
-    """See that a device is there.
-
-    Raises:
-        ValueError: it is not, or no device is called so.
-    """
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ValueError(f"--device {device} cannot be used here: {first}; cpu always can") from error
 
 
 def _is_ours(folder: Path) -> bool:

@@ -29,6 +29,21 @@ def alone(device: torch.device | str = "cpu") -> World:
     return World(0, 1, torch.device(device))
 
 
+def find_device(name: str) -> str:
+    """The device of one process: "auto" is the GPU where there is one.
+
+    Raises:
+        ValueError: a device that torch does not know or this machine does not have.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device {name!r} cannot be used here: {str(error).strip().splitlines()[0]}; cpu always can") from error
+    return name
+
+
 @contextmanager
 def joined(device: str = "auto") -> Iterator[World]:
     """Join the processes that torchrun has started, or be alone; leave them at the end.
@@ -43,7 +58,7 @@ def joined(device: str = "auto") -> Iterator[World]:
         if n_found <= int(device.partition(":")[2] or 0):
             found = f"{n_found} GPU{'s' * (n_found != 1)}" if n_found else "no GPU"
             raise ValueError(f"engine.device is {device}, but torch finds {found} here; set engine.device=cpu")
-    kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    kind = find_device(device) if device == "auto" else device
     if not dist.is_torchelastic_launched():
         yield alone(kind)
         return
