@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import shlex
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -23,6 +25,27 @@ HARNESS = "harness"
 _MODEL = (
     "OUT of a `recollect train`, OUT/runs/LABEL-seedK of a compare, a saved model's folder, or a name on the Hugging Face hub."
 )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HarnessOptions:
+    """Tasks of lm-evaluation-harness, by name or YAML file.
+
+    Attributes:
+        tasks: names or files, with commas between them.
+        include_path: folder of further tasks' YAML files.
+        shots: solved examples before each question.
+        metadata: what generated tasks are told, such as {max_seq_lengths: [4096]}; tokenizer, if it is not there, is the model's.
+        essays, facts, books: files in place of the hub's, see `recollect.evaluation.harness.LocalData`.
+    """
+
+    tasks: str
+    include_path: str | None = None
+    shots: int | None = None
+    metadata: dict[str, Any] | None = None
+    essays: str | None = None
+    facts: str | None = None
+    books: str | None = None
 
 
 @app.command()
@@ -47,7 +70,7 @@ def evaluate(
         ),
     ] = None,
     batch_tokens: Annotated[int, typer.Option(help="Tokens of a batch.")] = 8192,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    device: Annotated[str, typer.Option(help="auto (the GPU where there is one), cpu, cuda, cuda:1, ...")] = "auto",
     dtype: Annotated[str, typer.Option(help="Of the weights: auto (as saved), float32, bfloat16, float16.")] = "auto",
     imports: Annotated[
         list[str] | None, typer.Option("--import", help="Module or .py file that registers mixers or suites; repeatable.")
@@ -76,13 +99,14 @@ def evaluate(
         if suite == HARNESS:
             if data:
                 raise ValueError(
-                    "suite 'harness' has no --data: its tasks read the hub, or files that a YAML file of yours names"
+                    "suite 'harness' has no --data: its tasks read the hub, files that a YAML file of yours names, or those of its "
+                    "options essays, facts and books"
                 )
-            options: dict[str, Any] = parse_options(option or [], of="--option")
-            return _harness(model, options, out, limit, context, batch_tokens, device, dtype, progress)
+            told = _harness_options(model, parse_options(option or [], of="--option"))
+            return _harness(str(model), told, out, limit, context, batch_tokens, device, dtype, progress, command)
         if model is None or suite is None:
             raise ValueError("give a model and a suite: recollect evaluate MODEL SUITE; --suites lists the suites")
-        options = parse_options(option or [], of="--option")
+        options: dict[str, Any] = parse_options(option or [], of="--option")
         if data:
             options["data"] = tuple(data)
         asked = build_suite(suite, **options)
@@ -129,9 +153,25 @@ def _bar(name: str, console: Any) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
+def _harness_options(model: str | None, given: dict[str, Any]) -> HarnessOptions:
+    from recollect.comparison.options import check_types
+
+    known = [field.name for field in dataclasses.fields(HarnessOptions)]
+    unknown = sorted(given.keys() - set(known))
+    if model is None or unknown or "tasks" not in given:
+        wrong = f"it has no option {unknown[0]!r}" if unknown else "give a model and --option tasks=piqa,arc_easy"
+        raise ValueError(f"suite 'harness' asks tasks of lm-evaluation-harness: {wrong}. Its options: {', '.join(known)}")
+    check_types(HarnessOptions, given, of=f"suite {HARNESS!r}")
+    if not isinstance(given.get("metadata", {}), dict):
+        raise ValueError(
+            f"option metadata is names and values, as metadata='{{max_seq_lengths: [1024]}}'; got {given['metadata']!r}"
+        )
+    return HarnessOptions(**given)
+
+
 def _harness(
-    path: str | None,
-    options: dict[str, Any],
+    path: str,
+    options: HarnessOptions,
     out: Path | None,
     limit: int | None,
     context: int | None,
@@ -139,53 +179,55 @@ def _harness(
     device: str,
     dtype: str,
     console: Any,
+    command: str,
 ) -> None:
-    """Tasks of lm-evaluation-harness: its own results in OUT/results.json, a row per example in OUT/samples.jsonl, a table.
+    """Tasks of lm-evaluation-harness: its own results in OUT/results.json, a row per example in OUT/samples.jsonl, and a report.
 
-    Its cache knows requests but not models, so OUT, as for our suites, belongs to one model and one set of options.
+    Its cache knows requests but not models, so OUT, as for our suites, belongs to one model and one set of options and files.
     """
     from rich.console import Console
-    from rich.table import Table
 
-    unknown = sorted(options.keys() - {"tasks", "include_path", "shots"})
-    if path is None or unknown or "tasks" not in options:
-        wrong = f"it has no option {unknown[0]!r}" if unknown else "give a model and --option tasks=piqa,arc_easy"
-        raise ValueError(
-            f"suite 'harness' asks tasks of lm-evaluation-harness: {wrong}. Its options: tasks, include_path, shots"
-        )
     try:
-        from recollect.evaluation.harness import run_harness, write_harness
+        from recollect.evaluation.harness import LocalData, run_harness, tokenizer_of
     except ImportError as error:
         raise ValueError(str(error)) from error
     from recollect.evaluation.loading import load_language_model
+    from recollect.evaluation.report import harness as report
     from recollect.evaluation.runner import claimed, describe
+    from recollect.evaluation.suites.base import digests
     from recollect.training.folder import Busy
 
-    tasks, shots = str(options["tasks"]).split(","), options.get("shots")
-    if shots is not None and (not isinstance(shots, int) or isinstance(shots, bool)):
-        raise ValueError(f"option shots is a whole number; got {shots!r}")
+    # Its resampling's workers would inherit our handler of SIGTERM, by which they are ended, and print that they were interrupted.
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")
+    tasks = options.tasks.split(",")
+    local = LocalData(options.essays, options.facts, options.books)
+    said = {key: value for key, value in dataclasses.asdict(options).items() if value is not None}
+    files = {key: digests([value]) for key, value in local._asdict().items() if value is not None}
     model = load_language_model(path, device=device, dtype=dtype, max_length=context, batch_tokens=batch_tokens)
-    plan = describe(model, HARNESS, options, {"path": path, "dtype": dtype})
+    plan = describe(model, HARNESS, said | files, {"path": path, "dtype": dtype})
     named = "-".join(Path(task).stem for task in tasks)
     try:
-        with claimed(out, f"{HARNESS}-{named}", plan) as folder, _bar(HARNESS, console) as advance:
+        with (
+            claimed(out, f"{HARNESS}-{named}", plan) as folder,
+            tempfile.TemporaryDirectory() as copy,
+            _bar(HARNESS, console) as advance,
+        ):
             results = run_harness(
                 model,
                 tasks,
-                include_path=None if options.get("include_path") is None else Path(options["include_path"]),
+                include_path=None if options.include_path is None else Path(options.include_path),
                 limit=limit,
-                n_shots=shots,
+                n_shots=options.shots,
+                metadata={"tokenizer": tokenizer_of(model.coder, Path(copy))} | (options.metadata or {}),
+                local=local,
                 cache=folder / "answers",
                 progress=advance,
             )
-            lines = write_harness({"model": plan["model"] | {"path": path}, **results}, folder)
+            table = report.write(folder, {"model": plan["model"] | {"path": path}, **results}, command=command)
     except Busy as error:
         raise ValueError(str(error)) from error
-    table = Table("task", "metric", "value", "standard error", box=None)
-    for line in lines:
-        table.add_row(*line)
     Console().print(table)
-    print(f"results: {folder / 'results.json'}")
+    print(f"report: {folder / 'report.html'}")
 
 
 def _list_suites() -> None:
@@ -195,8 +237,8 @@ def _list_suites() -> None:
     from recollect.evaluation.suites.base import REQUIRED, SUITES, options_of
 
     table = Table("suite", "what", "options")
-    for name, suite in sorted(SUITES.items()):
+    suites: dict[str, Any] = {**SUITES, HARNESS: HarnessOptions}
+    for name, suite in sorted(suites.items()):
         options = [f"{key}={'...' if value is REQUIRED else value}" for key, value in options_of(suite).items()]
         table.add_row(name, (suite.__doc__ or "").strip().splitlines()[0], ", ".join(options))
-    table.add_row(HARNESS, "Tasks of lm-evaluation-harness, by name or YAML file.", "tasks=..., include_path=None, shots=None")
     Console().print(table)

@@ -5,17 +5,30 @@ Needs the package lm-eval; nothing else of the library imports this module.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+import random
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
+from unittest import mock
 
+import numpy as np
+import tokenizers
+from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from recollect.data.tokenizer import FileTokenizer
 from recollect.evaluation.language_model import Likelihood, cut
-from recollect.training.checkpoint import replace_file
+from recollect.tasks.babilong import BabiLong
+from recollect.tasks.babilong_prompts import default_parts
+from recollect.tasks.files import read_text
 
 try:
+    import datasets
     from lm_eval import simple_evaluate
     from lm_eval.api.instance import Instance
     from lm_eval.api.model import LM
@@ -28,6 +41,8 @@ except ImportError as error:
 AT_ONCE = 256  # requests between two entries in the cache
 ANSWER_TOKENS = 256  # of an answer whose task sets no limit, as the harness's own models have it
 _LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the first that is given counts
+# What the harness's tasks `niah_*` and `babilong_qa*` ask the hub for, and rows per task and length of the second.
+ESSAYS, BABILONG, BABILONG_ROWS = "baber/paul_graham_essays", "RMT-team/babilong-1k-samples", 1000
 
 
 class Asked(Protocol):
@@ -40,6 +55,9 @@ class Asked(Protocol):
 
     max_length: int | None
     tokenizer_name: str
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a text, without those that a tokenizer puts around it."""
 
     def log_likelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[Likelihood]:
         """Of each continuation after its context, which may be empty."""
@@ -134,6 +152,19 @@ class HarnessModel(LM):
         return answers
 
 
+class LocalData(NamedTuple):
+    """Files in place of what the harness's RULER and BabiLong ask the Hugging Face hub for.
+
+    essays: a text, in which RULER's tasks hide their needles. facts: a folder with bAbI's qa1_train.jsonl to qa5_train.jsonl (see
+    `recollect.tasks.babi.read_stories`), books: a text or a folder of *.txt, of which `recollect.tasks.babilong.BabiLong` mixes the
+    rows of babilong_qa1 to babilong_qa5; their lengths ("4k": 4,000, of them 300 for the prompt) are in the model's tokens.
+    """
+
+    essays: str | None = None
+    facts: str | None = None
+    books: str | None = None
+
+
 def run_harness(
     model: Asked,
     tasks: Sequence[str],
@@ -142,6 +173,7 @@ def run_harness(
     limit: int | None = None,
     n_shots: int | None = None,
     metadata: Mapping[str, Any] | None = None,
+    local: LocalData | None = None,
     cache: Path | None = None,
     bootstrap_iters: int = 1000,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -166,7 +198,9 @@ def run_harness(
         include_path: folders of YAML files besides the harness's own.
         limit: rows of each task, at most; None: all.
         n_shots: solved examples before each question, for tasks that do not fix their number; None: each task's own.
-        metadata: what generated tasks need, such as {"tokenizer": PATH, "max_seq_lengths": [4096]} of the RULER tasks.
+        metadata: what generated tasks need: {"tokenizer": PATH, "max_seq_lengths": [4096]} for RULER's, for BabiLong's
+            {"max_seq_lengths": "4k"}.
+        local: files in place of data sets of the hub.
         cache: start of the name of a database that keeps the answers; the same call with the same model goes on from there.
         bootstrap_iters: resamplings behind the standard errors of metrics that have no formula (perplexity); 0: no standard errors.
         progress: see `HarnessModel`.
@@ -174,8 +208,8 @@ def run_harness(
         The harness's results: ["results"][task]["acc,none"] and so on; ["samples"][task] has a dict per row. Empty in processes
         other than the first of a torchrun.
     Raises:
-        ValueError: no tasks, an unknown one (the nearest is named), one whose file or data cannot be read, limit or n_shots out of
-            range, a task that needs sampling, or a model that gives nan.
+        ValueError: no tasks, an unknown one (the nearest is named), one whose file or data cannot be read, local files that no task
+            reads, limit or n_shots out of range, a task that needs sampling, or a model that gives nan.
     """
     names = list(tasks)
     if not names:
@@ -183,9 +217,14 @@ def run_harness(
     if (limit is not None and limit < 1) or (n_shots is not None and n_shots < 0) or bootstrap_iters < 0:
         raise ValueError(f"limit is at least 1, n_shots and bootstrap_iters 0; got {limit}, {n_shots}, {bootstrap_iters}")
     manager = _manager(names, include_path, dict(metadata or {}))
+    # As the harness seeds them before it loads tasks: RULER's questions are drawn while loading, and a second run must find them again.
+    random.seed(0)
+    np.random.seed(1234)  # noqa: NPY002  # the harness's generators are the global ones
+    with _in_place_of_the_hub(local or LocalData(), model.encode, min(BABILONG_ROWS, limit or BABILONG_ROWS)):
+        loaded = [each for name in names for each in _load(manager, name)]
     results = simple_evaluate(
         model=HarnessModel(model, progress=progress),
-        tasks=[each for name in names for each in _load(manager, name)],
+        tasks=loaded,
         task_manager=manager,
         num_fewshot=n_shots,
         limit=limit,
@@ -195,30 +234,26 @@ def run_harness(
     return dict(results or {})
 
 
-def write_harness(results: Mapping[str, Any], out: Path) -> list[tuple[str, str, str, str]]:
-    """Write results.json (all but the samples) and samples.jsonl (one line per example) of `run_harness`, each whole or not at all.
+def tokenizer_of(coder: object, folder: Path) -> str:
+    """A copy of a model's tokenizer in a folder, for tasks that make texts of so many tokens and load it with transformers.
 
-    Returns:
-        Lines of a table: task, metric, value, standard error.
-    Raises:
-        OSError: a file cannot be written.
+    RULER's load it with `trust_remote_code`; a copy names no code, so none of the model's is run.
+
+    Args:
+        coder: the loaded model's; without a tokenizer of files, it counts bytes and a start.
+        folder: written.
     """
-    samples = [{"task": task, **row} for task, rows in results.get("samples", {}).items() for row in rows]
-    rest = {key: value for key, value in results.items() if key != "samples"}
-    replace_file(out / "results.json", json.dumps(rest, indent=2, default=str, ensure_ascii=False).encode())
-    replace_file(
-        out / "samples.jsonl", "".join(json.dumps(row, default=str, ensure_ascii=False) + "\n" for row in samples).encode()
-    )
-    found = []
-    for task, values in results.get("results", {}).items():
-        for key, value in values.items():
-            name, comma, how = key.partition(",")
-            if not comma or name.endswith("_stderr") or not isinstance(value, (int, float)):
-                continue
-            error = values.get(f"{name}_stderr,{how}")
-            metric = name if how == "none" else f"{name} ({how})"
-            found.append((task, metric, f"{value:.4g}", f"{error:.2g}" if isinstance(error, float) else "-"))
-    return found
+    own = getattr(coder, "tokenizer", None)
+    if isinstance(own, FileTokenizer):
+        own = PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer.from_str(own.description))
+    elif not isinstance(own, PreTrainedTokenizerBase):
+        own = ByT5Tokenizer()
+    own.save_pretrained(folder)
+    config = folder / "tokenizer_config.json"
+    said = json.loads(config.read_text(encoding="utf-8"))
+    said.pop("auto_map", None)
+    config.write_text(json.dumps(said), encoding="utf-8")
+    return str(folder)
 
 
 def _manager(names: Sequence[str], include_path: Path | Sequence[Path] | None, metadata: dict[str, Any]) -> TaskManager:
@@ -260,12 +295,85 @@ def _load(manager: TaskManager, name: str) -> list[Any]:
             "files: a YAML file with `dataset_path: json`, see recollect.evaluation.harness.run_harness"
         )
         is_download = isinstance(error, OSError)
+        reason = str(error).strip() or type(error).__name__
+        if "nltk.download('punkt_tab')" in reason:
+            reason = "NLTK's rules for splitting sentences are missing: python -m nltk.downloader punkt_tab"
         raise ValueError(
-            f"task {name!r} cannot {'get its data' if is_download else 'be loaded'}: "
-            f"{str(error).strip() or type(error).__name__}{where if is_download else ''}"
+            f"task {name!r} cannot {'get its data' if is_download else 'be loaded'}: {reason}{where if is_download else ''}"
         ) from error
     groups = list(loaded.get("groups", {}).values())
     return groups[:1] or list(loaded["tasks"].values())  # a group comes before the groups in it
+
+
+@contextlib.contextmanager
+def _in_place_of_the_hub(local: LocalData, encode: Callable[[str], Sequence[int]], n_rows: int) -> Iterator[None]:
+    """While tasks are loaded inside, `datasets.load_dataset` gives local files for the names `ESSAYS` and `BABILONG`.
+
+    The harness offers no other way: both names are written into its functions, beside what makes the tasks.
+
+    Raises:
+        ValueError: books without facts, or files that none of the tasks has read.
+    """
+    if local.books is not None and local.facts is None:
+        raise ValueError("option books is the text between bAbI's facts; give their folder, too: facts=FOLDER")
+    hub, unread = datasets.load_dataset, {name for name, path in local._asdict().items() if path is not None} - {"books"}
+
+    def load(path: str, name: str | None = None, *more: Any, split: Any = None, **options: Any) -> Any:
+        if path == ESSAYS and local.essays is not None:
+            unread.discard("essays")
+            return {"text": [read_text("essays", local.essays)]}
+        if path == BABILONG and local.facts is not None:
+            unread.discard("facts")
+            return datasets.Dataset.from_list(_babilong_rows(local, str(split), str(name), encode, n_rows))
+        return hub(path, name, *more, split=split, **options)
+
+    _forget_essays()
+    try:
+        with mock.patch.object(datasets, "load_dataset", load):
+            yield
+    finally:
+        _forget_essays()
+    if unread:
+        raise ValueError(
+            f"no task reads {' or '.join(sorted(unread))}: essays are for RULER's (niah_single_2, niah_multivalue, ...), facts and "
+            "books for BabiLong's (babilong_qa1 to babilong_qa5)"
+        )
+
+
+def _forget_essays() -> None:
+    """The harness keeps the essays that it has read first, whatever is to be read next."""
+    if module := sys.modules.get("lm_eval.tasks.ruler.prepare_niah"):
+        module.get_haystack.cache_clear()
+
+
+def _babilong_rows(
+    local: LocalData, split: str, name: str, encode: Callable[[str], Sequence[int]], n: int
+) -> list[dict[str, str]]:
+    """Rows as the hub has them, of a split ("qa1") at a length ("4k"): the prompt around them is the harness's."""
+    qa, length = re.fullmatch(r"qa([1-5])", split), re.fullmatch(r"(\d+)k", name)
+    if qa is None:
+        raise ValueError("of facts and books, babilong_qa1 to babilong_qa5 can be made (all of them: babilong_longctx)")
+    if length is None or (int(length[1]) > 0 and local.books is None):
+        raise ValueError(
+            f"max_seq_lengths of BabiLong is 0k, the facts alone, or with books=... one such as 4k; got {name!r}"
+            + ("" if local.books else " and no books")
+        )
+    task = BabiLong(
+        qa=int(qa[1]),
+        length=1000 * int(length[1]),
+        facts=str(Path(str(local.facts)) / f"{split}_train.jsonl"),
+        background=local.books,
+        instruction=False,
+        examples=False,
+        answer_format=False,
+    )
+    before, behind = default_parts(task.qa)["frame"].split("{context}")
+    rows = []
+    for question in task.sample(n, seed=0, measure=lambda text: len(encode(text))):
+        asked = question.tags["question"]
+        context = question.prompt.removeprefix(before).removesuffix(behind.format(question=asked))
+        rows.append({"input": context.strip(), "question": asked, "target": question.answers[0]})
+    return rows
 
 
 class _Stop(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from recollect import state
 from recollect.evaluation.language_model import LanguageModel
 from recollect.evaluation.suites.base import Item, Result, Suite, slices
 from recollect.training.checkpoint import replace_file
-from recollect.training.folder import changes, locked
+from recollect.training.folder import LOCK, changes, locked
 from recollect.training.journal import append_line, drop_partial_line, read_lines
 
 PLAN, ROWS = "evaluation.json", "rows.jsonl"
@@ -102,17 +103,24 @@ def _keep(out: Path, item: Item, results: Sequence[Result]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def claimed(out: Path | None, name: str, plan: dict[str, Any]) -> Iterator[Path]:
-    """The folder of an evaluation, locked: `out`, or evaluations/NAME-HASH, with its plan in it.
+    """The folder of an evaluation, locked: `out`, or evaluations/NAME-HASH, with its plan in it. What is refused before it wrote
+    anything leaves no folder behind.
 
     Raises:
         ValueError: it holds another evaluation, or other files.
         Busy: another process writes there.
     """
     out = out or Path("evaluations") / f"{name}-{state.fingerprint(plan)[:8]}"
+    is_new = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
     with locked(out):
         _claim(out, plan)
-        yield out
+        try:
+            yield out
+        except ValueError:
+            if is_new and {file.name for file in out.iterdir()} <= {PLAN, LOCK}:
+                shutil.rmtree(out)
+            raise
 
 
 def _claim(out: Path, plan: dict[str, Any]) -> None:

@@ -40,7 +40,9 @@ def find_device(name: str) -> str:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device {name!r} cannot be used here: {str(error).strip().splitlines()[0]}; cpu always can") from error
+        raise ValueError(
+            f"device {name!r} cannot be used here: {str(error).strip().splitlines()[0]}; cpu always can"
+        ) from error
     return name
 
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 import math
+import re
+import sys
+import types
 from collections.abc import Sequence
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import lm_eval
@@ -14,18 +19,26 @@ import numpy as np
 import pytest
 import yaml
 from lm_eval.tasks import TaskManager
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from recollect.cli import app
+from recollect.data.tokenizer import START as START_TEXT
+from recollect.data.tokenizer import load_tokenizer, train_tokenizer
 from recollect.evaluation import harness
 from recollect.evaluation.choices import few_shot, to_choices
-from recollect.evaluation.harness import HarnessModel, run_harness
+from recollect.evaluation.harness import HarnessModel, LocalData, run_harness, tokenizer_of
 from recollect.evaluation.lambada import last_word
 from recollect.evaluation.language_model import Likelihood
+from recollect.evaluation.loading import HuggingFaceCoder, OwnCoder
+from recollect.evaluation.report import harness as report
 from recollect.evaluation.report.summary import lines
 from recollect.evaluation.suites import build_suite
 from recollect.models import RecollectConfig, RecollectForCausalLM
+from recollect.tasks.haystack import grammar_sentences
+from recollect.tasks.needle_words import ADJECTIVES, NOUNS
 from tests.evaluation.test_choices import mean_pick
+from tests.evaluation.test_floors import Player
 from tests.test_package import modules_after
 
 THEIRS = Path(lm_eval.__file__).parent / "tasks"
@@ -317,6 +330,19 @@ def test_generation_stops_where_the_task_says(task: Tasks) -> None:
     assert sorted(model.asked, key=lambda each: each[1]) == [(prompts, 7, [","]), (prompts, 9, ["\n"]), (prompts, 256, [])]
 
 
+def test_who_knows_scores_everything_and_who_guesses_chance(task: Tasks) -> None:
+    """Prevents an adapter that answers another question, or favours an option: the harness itself scores both."""
+    golds = [Random(i).randrange(4) for i in range(200)]
+    rows = [arc(f"Which is {i}?", *(f"{letter}{i}" for letter in "pqrs"), gold=gold) for i, gold in enumerate(golds)]
+    right = {f"Question: Which is {i}?\nAnswer: {'pqrs'[gold]}{i}" for i, gold in enumerate(golds)}
+    path = task("arc_local", rows, include=str(THEIRS / "arc/arc_easy.yaml"))
+    oracle = Player(finds=lambda context, text: 0.0 if context + text in right else -99.0)
+    guesser = Player(finds=lambda context, text: -Random(context + text).random())
+    known, guessed = (run_harness(each, [path], bootstrap_iters=0)["results"]["arc_local"] for each in (oracle, guesser))
+    assert known["acc,none"] == known["acc_norm,none"] == 1
+    assert abs(guessed["acc,none"] - 1 / 4) <= 4 * math.sqrt(1 / 4 * 3 / 4 / 200)
+
+
 @pytest.mark.parametrize("options", [{"do_sample": True, "temperature": 0.7}, {"do_sample": False, "num_beams": 4}])
 def test_sampling_is_refused(task: Tasks, options: dict[str, Any]) -> None:
     """A greedy answer passed off as a sampled one is another benchmark."""
@@ -471,6 +497,225 @@ def test_answers_are_of_the_model_that_is_asked(task: Tasks, monkeypatch: pytest
     status, said = ask("other", "--out", "here")
     assert status == 2
     assert "holds another evaluation" in said
+
+
+def test_a_run_writes_its_report(task: Tasks, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prevents results that nobody can look at, and a page that a task's or a model's text breaks."""
+    monkeypatch.chdir(task.folder)
+    config = RecollectConfig(hidden_size=16, num_attention_heads=2, layers=["gated_delta_net"], mlp=False)
+    RecollectForCausalLM(config).save_pretrained(task.folder / "model")
+    rows = [{"goal": "<b>Open</b> a jar", "sol1": "Twist", "sol2": "Eat </pre>", "label": 0}]
+    path = task("piqa_local", rows, include=str(THEIRS / "piqa/piqa.yaml"))
+    words = ["evaluate", "model", "harness", "-o", f"tasks={path}", "--out", "out"]
+    monkeypatch.setattr("sys.argv", ["recollect", *words])
+    for _ in range(2):  # the second finds every answer in the cache
+        done = CliRunner().invoke(app, words)
+        assert done.exit_code == 0, done.output
+        files = ("results.json", "samples.jsonl", "table.txt", "table.md", "figure.png", "figure.svg", "report.html")
+        assert all((task.folder / "out" / name).stat().st_size for name in files)
+    page = (task.folder / "out" / "report.html").read_text()
+    assert "default-src 'none'" in page
+    assert not any(word in page for word in ("<script", "http://", "https://", "<b>", "Eat </pre>"))
+    assert "Question: &lt;b&gt;Open&lt;/b&gt; a jar" in page
+    assert all(f"<span>{word}</span>" in page for word in words)
+    assert "<h1>piqa_local acc: " in page
+
+
+def test_scores_are_the_harnesss(task: Tasks, tmp_path: Path) -> None:
+    """Every metric with its error and number of examples; RULER's -1 for "not asked" is no score, its lengths are all of interest."""
+    path = piqa_task(task)
+    found = report.scores(run_harness(Bigram(), [path], limit=3))
+    theirs = run_harness(Bigram(), [path], limit=3)["results"]["piqa_local"]
+    assert [(score.metric, score.value, score.error, score.n, score.higher_is_better, score.is_main) for score in found] == [
+        (name, theirs[f"{name},none"], theirs[f"{name}_stderr,none"], 3, True, name == "acc") for name in ("acc", "acc_norm")
+    ]
+    ruler = {"alias": "r", "4096,none": -1, "4096_stderr,none": "N/A", "1024,none": 0.5, "2048,strict": 0.25}
+    found = report.scores({"results": {"r": ruler}})
+    assert [(*score.cells, score.is_main) for score in found] == [
+        ("r", "length 1024", "0.5", "-", "-", True),
+        ("r", "length 2048 (strict)", "0.25", "-", "-", True),
+    ]
+    nowhere = [found[0]._replace(value=value, error=value) for value in (math.nan, math.inf)]
+    for some in ([], nowhere):
+        report.draw(some, "a picture").savefig(tmp_path / "picture.png")
+
+
+def test_samples_are_shown_as_question_said_and_right(task: Tasks) -> None:
+    """Prevents a page that shows another option than the model took, for each of the harness's kinds of requests."""
+
+    def shown(path: str, model: Bigram | None = None) -> list[dict[str, str]]:
+        (rows,) = run_harness(model or Bigram(), [path], bootstrap_iters=0)["samples"].values()
+        return [report.shown(row) for row in sorted(rows, key=lambda row: row["doc_id"])]
+
+    for dataset, texts_of in (
+        ("piqa", lambda choice: choice.continuations),
+        ("winogrande", lambda choice: map("".join, choice.pairs)),
+    ):
+        file, rows = ROWS[dataset]
+        for row, choice in zip(
+            shown(task(f"{dataset}_here", rows, include=str(THEIRS / file))), to_choices(rows, dataset), strict=True
+        ):
+            found, texts = [each.log_prob for each in Bigram().log_likelihoods(choice.pairs)], list(texts_of(choice))
+            assert row.pop("said") == texts[found.index(max(found))]
+            asked = {"question": choice.contexts[0], "right": texts[choice.gold]}
+            assert row == (asked if dataset == "piqa" else {"options": "\n".join(texts)})
+
+    line = task("line", [{"say": "turn abc", "want": "cba"}], **GENERATE, generation_kwargs={"until": ["\n"]})
+    assert shown(line) == [{"question": "turn abc", "said": "cba", "right": "cba"}]
+    model = Bigram()
+    for before, byte in itertools.pairwise(b"e sun"):
+        model.table[before, byte] = 0.0
+    texts = [{"text": "she sang to the sun"}, {"text": "he ran to the sea"}]
+    word = task("word", texts, include=str(THEIRS / "lambada/lambada_openai.yaml"))
+    assert shown(word, model) == [
+        {"question": "she sang to the", "said": " sun", "right": " sun"},
+        {"question": "he ran to the", "said": "(something else)", "right": " sea"},
+    ]
+    page = task("wikitext_here", [{"page": "One two."}], include=str(THEIRS / "wikitext/wikitext.yaml"))
+    assert shown(page) == [{"text": "One two."}]
+
+
+@pytest.fixture
+def ruler(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The path of RULER's niah_single_2, of three samples: with words of ours for the package wonderwords, and NLTK's Punkt without
+    its model."""
+    nltk = pytest.importorskip(
+        "nltk", minversion="3.9.1", reason="the harness's RULER needs NLTK >= 3.9.1, which lm-eval brings"
+    )
+    words = types.ModuleType("wonderwords")
+    lists = {"nouns": NOUNS, "adjectives": ADJECTIVES, "verbs": ()}
+    words.RandomWord = type("RandomWord", (), {"_categories": lists})  # type: ignore[attr-defined]
+    for name in ("prepare_niah", "niah_utils"):  # are imported anew, with these words, and forgotten after the test
+        monkeypatch.setitem(sys.modules, f"lm_eval.tasks.ruler.{name}", words)
+        del sys.modules[f"lm_eval.tasks.ruler.{name}"]
+    monkeypatch.setitem(sys.modules, "wonderwords", words)
+    monkeypatch.setattr(nltk, "sent_tokenize", nltk.PunktSentenceTokenizer().tokenize)
+    monkeypatch.setattr(nltk.data, "find", lambda name: name)  # else Punkt's model would be fetched
+    niah = importlib.import_module("lm_eval.tasks.ruler.prepare_niah")
+    monkeypatch.setattr(
+        niah, "generate_samples", lambda *of, how=niah.generate_samples, **more: how(*of, **more | {"num_samples": 3})
+    )
+    return str(THEIRS / "ruler/niah_single_2.yaml")
+
+
+def test_ruler_hides_its_needles_in_local_essays(ruler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prevents a haystack that only the hub has, lengths in another tokenizer's tokens, and questions that change from run to run."""
+    monkeypatch.chdir(tmp_path)
+    config = RecollectConfig(hidden_size=16, num_attention_heads=2, layers=["gated_delta_net"], mlp=False)
+    RecollectForCausalLM(config).save_pretrained(tmp_path / "model")
+    for seed, name in enumerate(("one.txt", "other.txt")):
+        (tmp_path / name).write_text("\n".join(grammar_sentences(700, seed=seed)))
+
+    def documents(essays: str) -> list[dict[str, Any]]:
+        options = ("-o", f"tasks={ruler}", "-o", "metadata={max_seq_lengths: [4096]}", "-o", f"essays={essays}")
+        done = CliRunner().invoke(app, ["evaluate", "model", "harness", *options, "--limit", "2", "--out", f"of {essays}"])
+        assert done.exit_code == 0, done.output
+        lines = (tmp_path / f"of {essays}" / "samples.jsonl").read_text().splitlines()
+        return [json.loads(line)["doc"] for line in lines]
+
+    one = documents("one.txt")
+    for doc in one:
+        words = doc["input"].split("\n")[1].split(f"One of the special magic numbers for {doc['gen_prefix'].split()[5]} is")[0]
+        assert words.strip() in (tmp_path / "one.txt").read_text().replace("\n", " ")
+        assert doc["length"] == len(doc["input"].encode()) + 1 + 128 <= 4096
+    assert documents("one.txt") == one
+    assert {doc["input"] for doc in documents("other.txt")}.isdisjoint(doc["input"] for doc in one)
+
+
+def test_a_missing_sentence_splitter_is_told(ruler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NLTK's own words on it fill a screen."""
+
+    def missing(text: str) -> list[str]:
+        raise LookupError("***\n  Resource 'punkt_tab' not found.\n  >>> nltk.download('punkt_tab')\n***")
+
+    monkeypatch.setattr(sys.modules["lm_eval.tasks.ruler.prepare_niah"], "sent_tokenize", missing)
+    (tmp_path / "essay.txt").write_text("One day. " * 400)
+    options: dict[str, Any] = {"local": LocalData(essays=str(tmp_path / "essay.txt"))}
+    options["metadata"] = {"tokenizer": tokenizer_of(Bigram(), tmp_path / "tokenizer"), "max_seq_lengths": [4096]}
+    with pytest.raises(ValueError, match=r"be loaded: NLTK's rules .* are missing: python -m nltk\.downloader punkt_tab$"):
+        run_harness(Bigram(), [ruler], **options)
+
+
+def test_the_copy_of_a_tokenizer_counts_alike_and_names_no_code(tmp_path: Path) -> None:
+    """Prevents code beside a downloaded model from being run by RULER, which trusts it, and other lengths than the model's."""
+    text = "One of the special magic numbers for loud-mouth is 8493. "
+    (tmp_path / "text.txt").write_text("\n".join(grammar_sentences(200, seed=0)) + text)
+    file = train_tokenizer(tmp_path / "text.txt", vocab_size=400, out=tmp_path)
+    theirs = PreTrainedTokenizerFast(tokenizer_file=str(file), eos_token=START_TEXT)
+    theirs.init_kwargs["auto_map"] = {"AutoTokenizer": ["evil.Tokenizer", None]}
+    own = OwnCoder(load_tokenizer(str(file)))
+    for i, coder in enumerate((HuggingFaceCoder(theirs, where="here"), own, Bigram())):
+        folder = tmp_path / str(i)
+        assert tokenizer_of(coder, folder) == str(folder)
+        assert "evil" not in "".join(path.read_text() for path in folder.iterdir())
+        copy = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+        assert len(copy(text, add_special_tokens=False).input_ids) == len(coder.encode(text))
+
+
+@pytest.fixture
+def babi(tmp_path: Path) -> LocalData:
+    """12 stories of two to thirteen facts, and a book."""
+    rooms = ["garden", "kitchen", "office"]
+    rows = []
+    for n in range(2, 14):
+        facts = [f"Mary went to the {rooms[(n + i) % 3]}." for i in range(n)]
+        rows.append({"facts": facts, "question": "Where is Mary?", "answer": rooms[(n + n - 1) % 3], "support": [n - 1]})
+    (tmp_path / "qa1_train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "book.txt").write_text(" ".join(grammar_sentences(400, seed=2)))
+    return LocalData(facts=str(tmp_path), books=str(tmp_path / "book.txt"))
+
+
+BABILONG = str(THEIRS / "babilong/babilong_qa1.yaml")
+
+
+@pytest.mark.parametrize(("length", "room"), [("0k", 0), ("2k", 1700)])
+def test_babilong_mixes_local_facts_and_books(babi: LocalData, length: str, room: int) -> None:
+    """Prevents rows that lack a fact, say the question twice, have another length, or depend on how many are asked."""
+
+    def docs(limit: int) -> list[dict[str, Any]]:
+        results = run_harness(Bigram(), [BABILONG], local=babi, metadata={"max_seq_lengths": length}, limit=limit)
+        samples = sorted(results["samples"]["babilong_qa1"], key=lambda sample: sample["doc_id"])
+        for sample in samples:
+            assert sample["arguments"][0][0].endswith("\n\n{input}\n{question}".format(**sample["doc"]))
+        return [sample["doc"] for sample in samples]
+
+    found = docs(12)
+    assert found[:3] == docs(3)
+    rows = [json.loads(line) for line in Path(str(babi.facts), "qa1_train.jsonl").read_text().splitlines()]
+    told = {tuple(row["facts"]): (row["question"], row["answer"]) for row in rows}
+    book, fact = Path(str(babi.books)).read_text(), re.compile(r"Mary went to the \w+\.")
+    for doc in found:
+        assert (doc["question"], doc["target"]) == told.pop(tuple(fact.findall(doc["input"])))
+        background = fact.sub("\n", doc["input"]).strip()
+        assert bool(background) == bool(room)
+        assert all(sentence.strip() in book for sentence in re.findall(r"[^.?!\n]+[.?!]?", background))
+        assert not room or room - 2 <= len(doc["input"].encode()) <= room
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "length", "message"),
+    [
+        ("piqa", {"essays"}, "0k", "no task reads essays: essays are for RULER's"),
+        ("babilong_qa1", {"books"}, "0k", "give their folder, too: facts=FOLDER"),
+        ("babilong_qa1", {"facts"}, "4k", "with books=... one such as 4k; got '4k' and no books"),
+        ("babilong_qa1", {"facts", "books"}, "4096", "0k, the facts alone, or with books=... one such as 4k; got '4096'"),
+        (
+            "babilong_qa2",
+            {"facts"},
+            "0k",
+            r"task '.*qa2\.yaml' cannot be loaded: cannot read the facts file '.*qa2_train\.jsonl'",
+        ),
+        ("babilong_qa6", {"facts"}, "0k", "babilong_qa1 to babilong_qa5 can be made"),
+        ("babilong_qa11", {"facts"}, "0k", "babilong_qa1 to babilong_qa5 can be made"),
+    ],
+)
+def test_local_files_that_cannot_be_used(babi: LocalData, name: str, given: set[str], length: str, message: str) -> None:
+    """Prevents files that are taken for read, and other rows than were asked for."""
+    paths = babi._replace(essays=babi.books)._asdict()
+    local = LocalData(**{key: path for key, path in paths.items() if key in given})
+    path = piqa_task(Tasks(Path(str(babi.facts)))) if name == "piqa" else str(THEIRS / f"babilong/{name}.yaml")
+    with pytest.raises(ValueError, match=message):
+        run_harness(Bigram(), [path], local=local, metadata={"max_seq_lengths": length})
 
 
 def test_progress_counts_generation_over_all_groups(task: Tasks, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -223,7 +223,25 @@ def test_what_is_refused_leaves_no_folder(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="longer than the 300 tokens"):
         evaluate(tiny(context=300), wrong, tmp_path / "out", about={})
     assert not (tmp_path / "out").exists()
-    assert evaluate(tiny(), build_suite("babilong", qa="1", lengths="0", n=2), tmp_path / "out", about={}).n_asked == 2
+    suite = build_suite("babilong", qa="1", lengths="0", n=2)
+    broken = tiny()
+    torch.nn.init.constant_(broken.model.lm_head.weight, math.nan)  # is found when it answers
+    with pytest.raises(ValueError, match="not finite"):
+        evaluate(broken, suite, tmp_path / "out", about={})
+    assert not (tmp_path / "out").exists()
+    assert evaluate(tiny(), suite, tmp_path / "out", about={}).n_asked == 2
+    with pytest.raises(ValueError, match="holds another evaluation"):
+        evaluate(broken, suite, tmp_path / "out", about={})
+    assert (tmp_path / "out" / "rows.jsonl").exists()
+
+
+def test_a_token_before_every_text_does_not_shorten_stories(tmp_path: Path) -> None:
+    """Prevents texts that fall short of their length by a token per sentence, each of which is measured by itself."""
+    (item,) = build_suite("babilong", qa="1", lengths="3000", n=1, examples=False).items(tiny())
+    prompt = item.ask[2].prompt
+    assert 2700 - 120 < len(prompt.encode()) <= 3000
+    without = item.ask[1].sample(1, seed=0, measure=lambda text: len(text.encode()))[0]
+    assert without.prompt == prompt
 
 
 def test_every_long_document_is_kept_as_soon_as_it_is_read(tmp_path: Path) -> None:

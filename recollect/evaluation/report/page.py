@@ -44,14 +44,15 @@ def html(
                 pages.notes(notes),
             ),
             pages.section("picture", "Picture", pages.picture(picture, f"{name} by {', '.join(suite.dimensions)}")),
-            pages.section("rows", "Examples", *_examples(results)),
+            pages.section("rows", "Examples", *examples(results)),
             pages.section("plan", "Configuration", pages.folded("What was evaluated (evaluation.json)", plan)),
         ],
         css=pages.asset(__package__, "evaluation.css"),
     )
 
 
-def _examples(results: Sequence[Result]) -> list[str]:
+def examples(results: Sequence[Result]) -> list[str]:
+    """Some of the rows, evenly over all that have a text."""
     return [_example(result) for result in _spread(results)] or [pages.note("This suite shows no texts.")]
 
 

@@ -13,7 +13,7 @@ from recollect.evaluation.suites.base import Item, Metric, Result, Suite, digest
 from recollect.tasks.babilong import BabiLong
 from recollect.tasks.kinship import Kinship
 from recollect.tasks.needle import RULER, Needles, Ruler
-from recollect.tasks.text import Question, TextTask
+from recollect.tasks.text import Measure, Question, TextTask
 
 SHOWN = 2000  # characters of a prompt that are kept at either end
 
@@ -40,6 +40,10 @@ class Questions(Suite):
         """Dimensions that only the question knows, such as its depth."""
         return {}
 
+    def measure(self, model: LanguageModel) -> Measure:
+        """What a length is: tokens of the prompt, with those that a tokenizer puts before it."""
+        return model.n_tokens
+
     def items(self, model: LanguageModel) -> list[Item]:
         """One per question: (group, task, question). Lengths are measured in the model's own tokens.
 
@@ -50,7 +54,7 @@ class Questions(Suite):
         for group, task in self.tasks():
             _check_fits(model, getattr(task, "length", 0), f"length {getattr(task, 'length', 0)}")
             name = ",".join(f"{key}={value}" for key, value in group.items())
-            for i, question in enumerate(task.sample(self.n, seed=self.seed, measure=model.n_tokens)):
+            for i, question in enumerate(task.sample(self.n, seed=self.seed, measure=self.measure(model))):
                 if model.max_length is not None:  # a prompt that lost its beginning would be scored as if it were whole
                     n_tokens = model.n_tokens(question.prompt) + task.answer_tokens
                     _check_fits(model, n_tokens, f"question {i} of {name}, {n_tokens} tokens with room for its answer,")
@@ -203,6 +207,10 @@ class BabiLongSuite(Questions):
 
     def __post_init__(self) -> None:
         _check_n(self.n, self.lengths, least=0)
+
+    def measure(self, model: LanguageModel) -> Measure:
+        """Tokens, none put before: sentence by sentence is measured."""
+        return lambda text: len(model.encode(text))
 
     def tasks(self) -> Iterator[tuple[dict[str, Any], TextTask]]:
         for qa in self.qa:
