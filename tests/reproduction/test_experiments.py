@@ -29,6 +29,7 @@ from recollect.reproduction.experiment import (
     Plotting,
     Scale,
     Scaling,
+    Stage,
     Timing,
     Training,
 )
@@ -39,6 +40,7 @@ from recollect.training.recipe.check import check
 from recollect.training.recipe.load import load_run
 
 NAMES = (mta.NAMES, miras.NAMES, recall.NAMES)  # of all that their experiments train
+SMALL = {"budget": "2steps", "width": 16, "layers": 1, "heads": 2, "batch_size": 2, "n_eval": 4, "n_eval_curve": 2}
 STAGES = [(name, scale) for name in EXPERIMENTS for scale in ("tiny", "small")]
 
 
@@ -175,14 +177,18 @@ def test_the_published_toy_model_is_that_of_the_paper() -> None:
     assert counts == [3_418_368, 3_418_512]
 
 
+def of_stages(name: str, stages: tuple[Stage, ...], **rest: Any) -> Experiment:
+    """An experiment at tiny scale alone."""
+    published = EXPERIMENTS["mta-lm"].published
+    size = {"tiny": "very small"}
+    return Experiment(name=name, about=f"a <{name}>", published=published, tiny=stages, small=(), paper=(), size=size, **rest)
+
+
 def test_an_experiment_runs_to_its_page_and_is_not_run_again(tmp_path: Path, text: str) -> None:
     """Prevents results in another column, a page without its published table, and work that is done twice."""
-    small = {"budget": "2steps", "width": 16, "layers": 1, "heads": 2, "batch_size": 2, "n_eval": 4, "n_eval_curve": 2}
-    experiment = Experiment(
-        name="toy",
-        about="a <toy>",
-        published=EXPERIMENTS["mta-lm"].published,
-        tiny=(
+    experiment = of_stages(
+        "toy",
+        (
             Training(
                 column="bits/byte",
                 request={"task": "text", "data": [TEXT], "mixers": ["attention", "mamba2"]},
@@ -192,12 +198,9 @@ def test_an_experiment_runs_to_its_page_and_is_not_run_again(tmp_path: Path, tex
                 of="bits/byte", suite="perplexity", options={"data": (TEXT,), "positions": (64,), "tokens": 100}, by="position"
             ),
         ),
-        small=(),
-        paper=(),
-        size={"tiny": "very small"},
     )
     for _ in range(2):
-        measured = run(experiment, "tiny", tmp_path / "out", seeds=2, text=[text], jobs=1, overrides=small)
+        measured = run(experiment, "tiny", tmp_path / "out", seeds=2, text=[text], jobs=1, overrides=SMALL)
         assert [column.head for column in measured.columns] == ["bits/byte", "position 0-64", "position 64-"]
         assert {name: len(values) for name, values in measured.columns[1].cells.items()} == {"attention": 2, "Mamba": 2}
     report.write(tmp_path / "out", experiment, "tiny", measured)
@@ -228,24 +231,18 @@ def test_models_that_are_not_there_are_not_asked(tmp_path: Path, text: str) -> N
 
 def test_what_needs_a_file_is_asked_where_it_is_given(tmp_path: Path, text: str) -> None:
     """Prevents a table that silently lacks its main column, a file under a name that nothing reads, and the wrong metric."""
-    small = {"budget": "2steps", "width": 16, "layers": 1, "heads": 2, "batch_size": 2, "n_eval": 4, "n_eval_curve": 2}
-    experiment = Experiment(
-        name="words",
-        about="last words",
-        published=EXPERIMENTS["mta-lm"].published,
-        tiny=(
+    experiment = of_stages(
+        "words",
+        (
             Training(column="bits/byte", request={"task": "text", "data": [TEXT], "mixers": ["mamba2"]}),
             Timing(of="bits/byte"),
             Asking(
                 of="bits/byte", suite="lambada", file="lambada", by="file", metrics=("perplexity", "accuracy"), head="words:"
             ),
         ),
-        small=(),
-        paper=(),
-        size={"tiny": "very small"},
         files={"lambada": "passages"},
     )
-    common: dict[str, Any] = {"seeds": 1, "text": [text], "jobs": 1, "overrides": small}
+    common: dict[str, Any] = {"seeds": 1, "text": [text], "jobs": 1, "overrides": SMALL}
     without = run(experiment, "tiny", tmp_path / "out", **common)
     assert [column.head for column in without.columns] == ["bits/byte", "tokens/s"]
     assert "Not asked: lambada. Give its passages: --file lambada=PATH" in without.notes

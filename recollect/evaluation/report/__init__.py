@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,17 +33,12 @@ def write(out: Path, suite: Suite, results: Sequence[Result], *, command: str = 
     plan = json.loads((out / PLAN).read_text(encoding="utf-8"))
     found = with_margins(suite, results)
     drawn = figure.draw(suite, results, f"{suite.name}: {plan.get('path', '')}")
-    pictures = {}
-    for kind in ("png", "svg"):
-        buffer = io.BytesIO()
-        drawn.savefig(buffer, format=kind, dpi=150)
-        pictures[kind] = buffer.getvalue()
+    pictures = figure.files(drawn)
     files = {
         "table.txt": table.plain(suite, found).encode(),
         "table.md": table.markdown(suite, found).encode(),
-        "figure.png": pictures["png"],
-        "figure.svg": pictures["svg"],
-        "report.html": page.html(suite, results, found, plan, pictures["svg"], command).encode(),
+        **pictures,
+        "report.html": page.html(suite, results, found, plan, pictures["figure.svg"], command).encode(),
     }
     for name, data in files.items():
         replace_file(out / name, data)

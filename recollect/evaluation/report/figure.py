@@ -6,6 +6,7 @@ a guess is so far off that beside it all models look alike.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -33,6 +34,16 @@ def draw(suite: Suite, results: Sequence[Result], title: str) -> Figure:
     else:
         _bars(figure, suite, lines(suite, results))
     return figure
+
+
+def files(drawn: Figure) -> dict[str, bytes]:
+    """A picture as figure.png and figure.svg."""
+    found = {}
+    for kind in ("png", "svg"):
+        buffer = io.BytesIO()
+        drawn.savefig(buffer, format=kind, dpi=150)
+        found[f"figure.{kind}"] = buffer.getvalue()
+    return found
 
 
 def _heat_maps(figure: Figure, suite: Suite, results: Sequence[Result], axes: list[str], others: list[str]) -> None:

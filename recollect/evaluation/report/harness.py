@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from recollect import pages
+from recollect.evaluation.report import figure
 from recollect.evaluation.report.page import examples
 from recollect.evaluation.runner import PLAN
 from recollect.evaluation.suites.base import Result
@@ -65,20 +66,15 @@ def write(out: Path, results: Mapping[str, Any], *, command: str = "") -> Table:
     found, samples = scores(results), results.get("samples", {})
     _record(out, results, samples)
     drawn = draw(found, f"lm-evaluation-harness: {plan.get('path', '')}")
-    pictures = {}
-    for kind in ("png", "svg"):
-        buffer = io.BytesIO()
-        drawn.savefig(buffer, format=kind, dpi=150)
-        pictures[kind] = buffer.getvalue()
+    pictures = figure.files(drawn)
     table = _table(found)
     console = Console(file=io.StringIO(), width=160, color_system=None)
     console.print(table)
     files = {
         "table.txt": console.file.getvalue().encode(),  # type: ignore[attr-defined]  # the StringIO above
         "table.md": _markdown(found).encode(),
-        "figure.png": pictures["png"],
-        "figure.svg": pictures["svg"],
-        "report.html": html(found, samples, plan, pictures["svg"], command).encode(),
+        **pictures,
+        "report.html": html(found, samples, plan, pictures["figure.svg"], command).encode(),
     }
     for name, data in files.items():
         replace_file(out / name, data)
