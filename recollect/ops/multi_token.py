@@ -96,7 +96,8 @@ def multi_token_attention(
         head_pre, head_post: [G, c_h, c_h], H = G c_h; row = output head inside the group.
         scale: factor on the logits; default K^(-1/2).
         document_ids: int [B, S], equal within a contiguous document: attention and convolutions stay inside it. None: one document.
-        start: int [B, T], first visible key of each query, instead of document_ids (non-decreasing, at most the query's position).
+        start: int [B, T], first visible key of each query, instead of document_ids (non-decreasing, at most the query's position);
+            of a sliding window over w keys, max(0, position - w + 1).
         pad_key: keys reached: "both" j - c_k // 2 .. j + c_k // 2 (c_k odd), "left" j - c_k + 1 .. j, "right" j .. j + c_k - 1.
         dropout_p: dropout of the final weights, in [0, 1).
         seed: of the dropout; None draws one from torch's global generator.

@@ -60,6 +60,17 @@ def test_every_part_equals_the_oracle_over_blocks(case: Case, small_blocks: None
     assert_equal(*results)
 
 
+def test_a_sliding_window_equals_the_oracle(small_blocks: None) -> None:
+    """Prevents first keys that move with every query from being read from another row, or taken for documents."""
+    named = module_inputs(19)
+    start = (torch.arange(19) - 4).clamp(min=0).expand(2, -1)
+    results = [
+        everything(named, lambda form=form: [multi_token_attention(**named, start=start, backend=form)])
+        for form in ("triton", "materialized")
+    ]
+    assert_equal(*results)
+
+
 @pytest.mark.parametrize("cuts", [[9], [16, 17]])
 def test_carried_rows_equal_one_call(cuts: list[int], small_blocks: None) -> None:
     """Prevents a decoder whose earlier rows or their gradients are lost at the border."""

@@ -40,6 +40,20 @@ def test_blocks_of_any_size_equal_the_oracle(block: int, documents: bool) -> Non
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("window", [1, 3, 9])
+def test_sliding_windows_equal_the_oracle(window: int, form: str) -> None:
+    """Prevents first keys that move with every query from being taken for documents: outputs and every gradient."""
+    named = module_inputs(29)
+    start = (torch.arange(29) - window + 1).clamp(min=0).expand(2, -1)
+    results = []
+    for name in (form, "materialized"):
+        out = multi_token_attention(**named, start=start, backend=name)
+        results.append([out, *torch.autograd.grad(out.sin().sum(), list(named.values()))])
+    for name, a, b in zip(("out", *named), *results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("cuts", [[9], [1, 2, 12], list(range(1, 21))], ids=["two", "four", "token-by-token"])
 def test_carried_rows_equal_one_call(cuts: list[int], form: str) -> None:
     """Prevents a decoder whose earlier rows, keys or gradients are lost at the border."""
