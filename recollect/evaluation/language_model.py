@@ -111,29 +111,34 @@ class LanguageModel:
         """Of each continuation after its context. White space at a context's end counts as the continuation's: tokenizers join
         it with what follows.
 
-        Too long a pair loses the beginning of its context.
+        Too long a pair loses the beginning of its context. A continuation that is longer than the model's context is read in
+        windows, each of which sees half a context of what came before it.
 
         Args:
             pairs: (context, continuation); a continuation has at least one token.
         Raises:
-            ValueError: an empty continuation, one longer than the model's context, or logits that are not finite.
+            ValueError: an empty continuation, or logits that are not finite.
         """
         rows: list[Row] = []
-        for context, continuation in pairs:
+        of: list[int] = []  # the pair that a row belongs to
+        for index, (context, continuation) in enumerate(pairs):
             before, after = self._split(context, continuation)
             if not after:
                 raise ValueError(f"the continuation {continuation!r} has no token to score")
-            if self.max_length is not None and len(after) > self.max_length:
-                raise ValueError(
-                    f"a continuation has {len(after)} tokens; the model's context is {self.max_length}: score it in a rolling way"
-                )
-            tokens = before + after
-            rows.append(Row(tokens if self.max_length is None else tokens[-(self.max_length + 1) :], len(after)))
-        results: dict[int, Likelihood] = {}
+            length = self.max_length
+            if length is None or len(after) <= length:
+                tokens = before + after
+                rows.append(Row(tokens if length is None else tokens[-(length + 1) :], len(after)))
+            else:
+                rows += windows(before, [np.asarray(after)], length, length // 2)
+            of += [index] * (len(rows) - len(of))
+        scored: dict[int, Scored] = {}
         for chosen in self._batches([len(row.tokens) for row in rows], self._scored_at_once):
-            for index, found in zip(chosen, self._score([rows[i] for i in chosen]), strict=True):
-                results[index] = _summed(found, pairs[index][1])
-        return [results[i] for i in range(len(rows))]
+            scored |= zip(chosen, self._score([rows[i] for i in chosen]), strict=True)
+        found: list[list[Scored]] = [[] for _ in pairs]
+        for i, index in enumerate(of):
+            found[index].append(scored[i])
+        return [_summed(_joined(each), continuation) for each, (_, continuation) in zip(found, pairs, strict=True)]
 
     def rolling(self, texts: Sequence[str]) -> list[Likelihood]:
         """Of whole texts, every token scored once. A model with a limited context reads disjoint windows, as is usual.
@@ -156,11 +161,11 @@ class LanguageModel:
         Raises:
             ValueError: as `stream`.
         """
-        found = [[(np.empty(0), np.empty(0, np.bool_))] for _ in texts]
+        found: list[list[Scored]] = [[] for _ in texts]
         for chosen in self._batches([len(self._lead) + len(text) for text in texts], self._scored_at_once):
             for i, scored in self._read([[texts[i]] for i in chosen], piece, overlap):
                 found[chosen[i]].append(scored)
-        return [(np.concatenate([v for v, _ in each]), np.concatenate([g for _, g in each])) for each in found]
+        return [_joined(each) for each in found]
 
     def stream(self, parts: Iterable[NDArray[Any]], *, piece: int = 1024, overlap: int = 0) -> Iterator[Scored]:
         """Log-probabilities of one text's tokens, however long, in order.
@@ -310,8 +315,7 @@ class LanguageModel:
         if not self.is_recollect:
             return _compare(hidden, targets)
         some = zip(hidden.split(self._logits_at_once), targets.split(self._logits_at_once), strict=True)
-        found = [_compare(self.model.lm_head(hidden), targets) for hidden, targets in some]
-        return np.concatenate([values for values, _ in found]), np.concatenate([greedy for _, greedy in found])
+        return _joined([_compare(self.model.lm_head(hidden), targets) for hidden, targets in some])
 
 
 class _Carry:
@@ -319,6 +323,11 @@ class _Carry:
 
     def __init__(self, cache: Any) -> None:
         self.cache = cache
+
+
+def _joined(scored: Sequence[Scored]) -> Scored:
+    values, greedy = ([each[i] for each in scored] for i in range(2))
+    return np.concatenate([np.empty(0), *values]), np.concatenate([np.empty(0, np.bool_), *greedy])
 
 
 def _summed(scored: Scored, text: str) -> Likelihood:

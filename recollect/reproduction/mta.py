@@ -211,7 +211,7 @@ BABILONG = Experiment(
     ),
     tiny=(
         _babilong(1, shortest=_FIRST_STORIES[1], grow=1200, budget="2000steps"),
-        _distracted(1, (0, 128, 256, 512), 200),
+        _distracted(1, (0, 512, 1024, 2048), 200),
     ),
     small=tuple(
         stage

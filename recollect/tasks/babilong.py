@@ -280,9 +280,13 @@ class BabiLong(TextTask):
         around = measure(prompt_of(""))
         total = self.length - max(PROMPT_TOKENS, around)
         if total <= 0:
+            taken = (
+                f"the prompt around it takes {around}"
+                if around > PROMPT_TOKENS
+                else f"the prompt has {PROMPT_TOKENS} to itself"
+            )
             raise ValueError(
-                f"length={self.length} leaves no room for a text: the prompt around it takes {max(PROMPT_TOKENS, around)}; raise "
-                "length or leave out instruction, examples or answer_format"
+                f"length={self.length} leaves no room for a text: {taken}; raise length, or leave out parts of the prompt"
             )
         facts_size = sum(measure(" " + fact) for fact in story.facts)
         start, end = self.window or (0.0, 1.0)

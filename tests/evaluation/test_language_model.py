@@ -53,10 +53,10 @@ def log_probs(lm: LanguageModel, ids: list[int]) -> Tensor:
     return logits.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
 
 
-def windowed(lm: LanguageModel, ids: list[int], length: int, overlap: int) -> list[float]:
-    """`log_probs` in windows of `length` tokens, each read by itself in a plain loop."""
+def windowed(lm: LanguageModel, ids: list[int], length: int, overlap: int, *, start: int = 1) -> list[float]:
+    """`log_probs` of the tokens from `start` on in windows of `length` tokens, each read by itself in a plain loop."""
     expected: list[float] = []
-    at = 1
+    at = start
     while at < len(ids):
         size = min(length - overlap, len(ids) - at)
         begin = max(0, at - overlap - 1 if size == length - overlap else at + size - 1 - length)
@@ -91,6 +91,19 @@ def test_log_likelihoods_equal_those_of_one_text_at_a_time(layers: tuple[str, ..
         assert found.log_prob == pytest.approx(float(expected.sum()), rel=1e-10)
         assert found.n_tokens == n
         assert found.n_bytes == len(continuation.encode())
+
+
+def test_a_continuation_longer_than_the_context_is_read_in_windows() -> None:
+    """Prevents a long choice from stopping an evaluation, from losing its beginning, or from taking its neighbours' numbers."""
+    lm = own("attention", context=16)
+    pairs = [("It was a", " dark"), ("The night was", TEXT[8:61]), ("", TEXT[:17]), ("the rain", TEXT[:16])]
+    for (context, continuation), found in zip(pairs, lm.log_likelihoods(pairs), strict=True):
+        ids = [256, *(context + continuation).encode()]
+        start = 1 + len(context)
+        fits = len(continuation) <= 16
+        expected = log_probs(lm, ids[-17:])[-len(continuation) :].tolist() if fits else windowed(lm, ids, 16, 8, start=start)
+        assert len(expected) == found.n_tokens == len(continuation)
+        assert found.log_prob == pytest.approx(sum(expected), rel=1e-10)
 
 
 def test_greedy_means_that_the_model_would_have_written_it() -> None:
@@ -254,8 +267,6 @@ def test_what_cannot_be_evaluated_is_refused(tmp_path: Path) -> None:
     lm = own("attention", context=16)
     with pytest.raises(ValueError, match="no token to score"):
         lm.log_likelihoods([("a", "")])
-    with pytest.raises(ValueError, match="the model's context is 16"):
-        lm.log_likelihoods([("a", "b" * 40)])
     with pytest.raises(ValueError, match="overlap is 0 to 15"):
         list(lm.stream([np.array([1])], overlap=16))
     with pytest.raises(ValueError, match="below the context of 16"):

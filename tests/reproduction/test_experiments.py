@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 import subprocess
 from pathlib import Path
@@ -13,9 +14,12 @@ import typer
 from recollect.cli import app
 from recollect.comparison import Request
 from recollect.comparison.options import parse_mixer
-from recollect.comparison.plan import make_plan
+from recollect.comparison.plan import Plan, make_plan
 from recollect.comparison.report.records import Run
-from recollect.evaluation.suites import build_suite
+from recollect.comparison.workload import make_workload
+from recollect.evaluation.language_model import LanguageModel
+from recollect.evaluation.loading import OwnCoder
+from recollect.evaluation.suites import Questions, build_suite
 from recollect.models import RecollectConfig, RecollectForCausalLM
 from recollect.reproduction import EXPERIMENTS, find, miras, mta, recall, report
 from recollect.reproduction.after import asked
@@ -66,7 +70,7 @@ def test_every_stage_can_be_planned_at_its_size(name: str, scale: Scale, text: s
 
 def _plan(name: str, scale: Scale, text: str, smaller: dict[str, Any]) -> None:
     experiment = EXPERIMENTS[name]
-    trained = set()
+    trained: dict[str, Plan] = {}
     for stage in experiment.stages(scale):
         if isinstance(stage, Training):
             fields = {
@@ -75,11 +79,11 @@ def _plan(name: str, scale: Scale, text: str, smaller: dict[str, Any]) -> None:
             }
             plan = make_plan(Request(**{**fields, **smaller}), command="")
             assert set(stage.names) <= {mixer["label"] for mixer in plan.mixers} or stage.names in NAMES
-            trained.add(stage.column)
+            trained[stage.column] = plan
         elif isinstance(stage, Looking | Timing):
             assert stage.of in trained
         elif isinstance(stage, Plotting | Scaling):
-            assert set(stage.of) <= trained
+            assert set(stage.of) <= set(trained)
         elif isinstance(stage, Asking):
             assert stage.of in trained
             assert not stage.file or stage.file in experiment.files
@@ -87,7 +91,17 @@ def _plan(name: str, scale: Scale, text: str, smaller: dict[str, Any]) -> None:
             suite = build_suite(stage.suite, **{**stage.options, **given})
             assert set(stage.metrics) <= {metric.name for metric in suite.metrics}
             assert not stage.by or stage.by in suite.dimensions
+            if isinstance(suite, Questions):
+                assert dataclasses.replace(suite, n=1).items(_reader(trained[stage.of], stage.context))
     assert experiment.size[scale]
+
+
+def _reader(plan: Plan, context: int | None) -> LanguageModel:
+    """A model with the tokenizer that those of the plan have: lengths are in its tokens."""
+    tokenizer = make_workload(plan.task, plan.task_options, plan.data).tokenizer  # type: ignore[attr-defined]
+    sizes: dict[str, Any] = {"hidden_size": 8, "num_attention_heads": 1, "layers": ["attention"], "mlp": False}
+    model = RecollectForCausalLM(RecollectConfig(vocab_size=tokenizer.vocab_size, **sizes))
+    return LanguageModel(model, OwnCoder(tokenizer), max_length=context)
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
