@@ -83,10 +83,7 @@ def asked(
         ).results
         for line in lines(suite, results, by=[stage.by] if stage.by else []):
             if line.group or not stage.by:  # not the line of everything
-                for i in wanted:
-                    answers[-1][1][_head(stage, suite, line, i if len(wanted) > 1 or not stage.by else None), i] = line.cells[
-                        i
-                    ].value
+                answers[-1][1].update({(_head(stage, suite, line, i), i): line.cells[i].value for i in wanted})
     columns = []
     for head, i in dict.fromkeys(key for _, values in answers for key in values):
         cells: dict[str, list[float | None]] = {}
@@ -96,10 +93,10 @@ def asked(
     return Made(columns)
 
 
-def _head(stage: Asking, suite: Suite, line: Line, metric: int | None) -> str:
-    """Of a column: what the stage says, the group, and the metric where there are several."""
+def _head(stage: Asking, suite: Suite, line: Line, metric: int) -> str:
+    """Of a column: what the stage says, the group, the metric."""
     group = f"{stage.by} {line.group[stage.by]}" if stage.by else suite.name
-    return " ".join(filter(None, (stage.head, group, "" if metric is None else suite.metrics[metric].name)))
+    return " ".join(filter(None, (stage.head, group, suite.metrics[metric].name)))
 
 
 def looked(stage: Looking, runs: Runs, folder: Path) -> Made:

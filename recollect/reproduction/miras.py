@@ -194,9 +194,9 @@ NEEDLES = Experiment(
     about="RULER's single needle (section 6, Table 3)",
     published=(TABLE_3,),
     tiny=(
-        _key("PK", haystack="noise", answer_tokens=12, shortest=144, length=256, grow=750, budget="1500steps"),
+        _key("PK error", haystack="noise", answer_tokens=12, shortest=144, length=256, grow=750, budget="1500steps"),
         Asking(
-            of="PK",
+            of="PK error",
             suite="ruler",
             options={"only": ("niah_single_1",), "lengths": (256, 512, 1024), "n": 100},
             by="length",
@@ -215,9 +215,9 @@ NEEDLES = Experiment(
             names=NAMES,
         )
         for column, options in (
-            ("PK", {"haystack": "noise"}),
-            ("N", {"haystack": "essay", "start": "random"}),
-            ("W", {"haystack": "essay", "values": "words", "start": "random"}),
+            ("PK error", {"haystack": "noise"}),
+            ("N error", {"haystack": "essay", "start": "random"}),
+            ("W error", {"haystack": "essay", "values": "words", "start": "random"}),
         )
     ),
     paper=tuple(

@@ -146,16 +146,16 @@ NEEDLES = Experiment(
         ),
     ),
     tiny=(
-        _needles("2 needles", 2, length=240, shortest=176, budget="600steps"),
-        Asking(of="2 needles", suite="needles", options={"needles": (2,), "lengths": (240,), "n": 40}, by="depth"),
+        _needles("2 needles, error", 2, length=240, shortest=176, budget="600steps"),
+        Asking(of="2 needles, error", suite="needles", options={"needles": (2,), "lengths": (240,), "n": 40}, by="depth"),
     ),
     small=tuple(
         stage
         for n in (2, 4, 6)
         for stage in (
-            _needles(f"{n} needles", n, length=768, shortest=320, budget="4000steps", layers=4, width=128, heads=4),
+            _needles(f"{n} needles, error", n, length=768, shortest=320, budget="4000steps", layers=4, width=128, heads=4),
             Asking(
-                of=f"{n} needles",
+                of=f"{n} needles, error",
                 suite="needles",
                 options={"needles": (n,), "lengths": (768,), "n": 100},
                 by="depth",
@@ -186,13 +186,15 @@ def _babilong(qa: int, *, shortest: int = 0, grow: int = 0, **rest: Any) -> Trai
         **({"shortest": shortest, "grow": grow} if grow else {}),
     }
     request = {"task": "babilong", "task_options": options, **TEACHING, **rest}
-    return Training(column=f"QA{qa}", request=request, names=TAUGHT)
+    return Training(column=f"QA{qa} error", request=request, names=TAUGHT)
 
 
 def _distracted(qa: int, lengths: tuple[int, ...], n: int) -> Asking:
     """The models of `_babilong` asked where other text surrounds the facts."""
     options = {"qa": (qa,), "lengths": lengths, "n": n, "instruction": False, "examples": False, "answer_format": False}
-    return Asking(of=f"QA{qa}", suite="babilong", options=options, by="length", context=max(lengths) + 64, head=f"QA{qa},")
+    return Asking(
+        of=f"QA{qa} error", suite="babilong", options=options, by="length", context=max(lengths) + 64, head=f"QA{qa},"
+    )
 
 
 # Tokens of the stories that come first: about the shortest tenth. Those of QA4 are all as long.
