@@ -53,7 +53,7 @@ def make(
     if isinstance(stage, Timing):
         return timed(stage, trained[stage.of].runs)
     some = [trained[name] for name in stage.of]
-    return plotted(stage, some, folder) if isinstance(stage, Plotting) else scaled(stage, some, folder)
+    return plotted(stage, some, folder) if isinstance(stage, Plotting) else scaled(some, folder)
 
 
 def asked(
@@ -125,13 +125,13 @@ def plotted(stage: Plotting, trained: Sequence[Trained], folder: Path) -> Made:
     return Made(columns, [_save(figure, folder / "state.png")])
 
 
-def scaled(stage: Scaling, trained: Sequence[Trained], folder: Path) -> Made:
+def scaled(trained: Sequence[Trained], folder: Path) -> Made:
     """Columns with the million FLOPs of a token's training, and the picture."""
     columns, counts = [], []
-    for of, (runs, length) in zip(stage.of, trained, strict=True):
+    for runs, length in trained:
         count = {name: scaling.flops(seeds, length) for name, seeds in runs.items()}
         cells = {name: [None if n is None else n / 1e6] for name, n in count.items()}
-        columns.append(Column(f"{of}: MFLOP/token", "", cells, higher_is_better=False))
+        columns.append(Column(f"MFLOP/token, context {length}", "", cells, higher_is_better=False))
         counts.append(count)
     return Made(columns, [_save(scaling.draw(trained, counts), folder / "scaling.png")], [scaling.NOTE])
 

@@ -150,7 +150,7 @@ def _contexts(
     drawn: bool = False,
 ) -> tuple[Stage, ...]:
     """Language models trained on texts of several lengths, `tokens` a step; `drawn`: over FLOPs and lengths."""
-    columns = tuple(f"context {length}" for length in lengths)
+    columns = tuple(f"bits/byte, context {length}" for length in lengths)
     trained = (
         Training(
             column=column,

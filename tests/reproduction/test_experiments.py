@@ -215,7 +215,11 @@ def test_an_experiment_runs_to_its_page_and_is_not_run_again(tmp_path: Path, tex
     )
     for _ in range(2):
         measured = run(experiment, "tiny", tmp_path / "out", seeds=2, text=[text], jobs=1, overrides=SMALL)
-        assert [column.head for column in measured.columns] == ["bits/byte", "position 0-64 bits/byte", "position 64- bits/byte"]
+        assert [column.head for column in measured.columns] == [
+            "bits/byte",
+            "position 0-64 bits/byte",
+            "position 64- bits/byte",
+        ]
         assert {name: len(values) for name, values in measured.columns[1].cells.items()} == {"attention": 2, "Mamba": 2}
     report.write(tmp_path / "out", experiment, "tiny", measured)
     page = (tmp_path / "out" / "report.html").read_text()

@@ -10,7 +10,6 @@ import pytest
 from recollect.comparison.report.records import Point, Run
 from recollect.models import RecollectConfig, RecollectForCausalLM
 from recollect.reproduction.after import scaled
-from recollect.reproduction.experiment import Scaling
 from recollect.reproduction.measured import Trained
 from recollect.reproduction.scaling import draw, flops
 
@@ -80,8 +79,8 @@ def test_the_counts_are_columns(tmp_path: Path) -> None:
     """Prevents counts under another comparison's head."""
     folder = saved(tmp_path / "m", "attention")
     trained = [Trained({"A": [run(folder, 2.0)], "B": [run(folder, status="failed")]}, length) for length in (8, 64)]
-    columns, (path,), notes = scaled(Scaling(of=("context 8", "context 64")), trained, tmp_path)
-    assert [column.head for column in columns] == ["context 8: MFLOP/token", "context 64: MFLOP/token"]
+    columns, (path,), notes = scaled(trained, tmp_path)
+    assert [column.head for column in columns] == ["MFLOP/token, context 8", "MFLOP/token, context 64"]
     assert columns[0].cells["A"][0] < columns[1].cells["A"][0]
     assert columns[0].cells["B"] == [None]
     assert path.read_bytes().startswith(b"\x89PNG")
