@@ -337,11 +337,19 @@ def _summed(scored: Scored, text: str) -> Likelihood:
 
 def _compare(logits: Tensor, targets: Tensor) -> Scored:
     """Log-probabilities of targets [m] under logits [m, C], and whether each was the likeliest."""
+    values = target_log_probs(logits, targets)
+    return values.double().cpu().numpy(), (logits.argmax(dim=1) == targets).cpu().numpy()
+
+
+def target_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
+    """Log-probabilities [m] in nats of targets [m] under logits [m, C], in fp32 or finer.
+
+    Raises:
+        ValueError: logits that are not finite.
+    """
     _check_finite(torch.isfinite(logits))
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    chosen = logits.gather(1, targets[:, None]).squeeze(1)
-    values = chosen - logits.logsumexp(dim=1)
-    return values.double().cpu().numpy(), (logits.argmax(dim=1) == targets).cpu().numpy()
+    return logits.gather(1, targets[:, None]).squeeze(1) - logits.logsumexp(dim=1)
 
 
 def _check_finite(are: Tensor) -> None:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from recollect.evaluation.language_model import TextCoder
+from recollect.evaluation.language_model import TextCoder, target_log_probs
 from recollect.inspection.stock import Caught, caught
 from recollect.mixers import Mixer
 from recollect.models import RecollectForCausalLM
@@ -143,10 +143,6 @@ def _bits(logits: Iterable[Tensor], ids: Tensor) -> Tensor:
     than the model."""
     values, done = [torch.full((1,), math.nan)], 1
     for some in logits:
-        if not torch.isfinite(some).all():
-            raise ValueError("the model gives logits that are not finite: it has diverged, or its precision is too low")
-        some = some.to(torch.promote_types(some.dtype, torch.float32))
-        chosen = some.gather(1, ids[done : done + len(some), None]).squeeze(1)
-        values.append(((some.logsumexp(1) - chosen) / math.log(2)).float().cpu())
+        values.append((target_log_probs(some, ids[done : done + len(some)]) / -math.log(2)).float().cpu())
         done += len(some)
     return torch.cat(values)

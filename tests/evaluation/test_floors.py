@@ -186,18 +186,20 @@ def recall(folder: Path) -> Players:
     return in_symbols(build_suite("recall", slices=("16x2", "32x4", "64x8"), n=300), 128, look_up, guess)
 
 
-def find_block(folder: Path) -> Players:
-    def say(row: list[int], pick: Callable[[list[list[int]], set[int]], list[int]]) -> list[int]:
+def find_block(folder: Path, *, say: str = "all") -> Players:
+    cut = {"all": slice(None), "first": slice(1), "last": slice(4, None)}[say]
+
+    def write(row: list[int], pick: Callable[[list[list[int]], set[int]], list[int]]) -> list[int]:
         mark = row.index(MARK)
         blocks = [row[begin : begin + 5] for begin in range(1, mark, 6)]
         assert [row[begin] for begin in range(6, mark, 6)] == [SEPARATOR] * (len(blocks) - 1)
-        return [0] * (mark + 2) + pick(blocks, set(row[mark + 1 : mark + 3])) + [END]
+        return [0] * (mark + 2) + pick(blocks, set(row[mark + 1 : mark + 3]))[cut] + [END]
 
     return in_symbols(
-        build_suite("find-block", blocks=(2, 5), n=300),
+        build_suite("find-block", blocks=(2, 5), say=say, n=300),
         32,
-        lambda row: say(row, lambda blocks, asked: next(block for block in blocks if asked <= set(block))),
-        lambda row: say(row, lambda blocks, asked: Random(str(row)).choice(blocks)),
+        lambda row: write(row, lambda blocks, asked: next(block for block in blocks if asked <= set(block))),
+        lambda row: write(row, lambda blocks, asked: Random(str(row)).choice(blocks)),
     )
 
 
@@ -206,6 +208,8 @@ PLAYERS: dict[str, Callable[[Path], Players]] = {
     "clutrr": clutrr,
     "commonsense": commonsense,
     "find-block": find_block,
+    "find-block first": functools.partial(find_block, say="first"),
+    "find-block last": functools.partial(find_block, say="last"),
     "lambada": lambada,
     "needles": needles,
     "perplexity": perplexity,
@@ -242,7 +246,7 @@ def play(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Played]:
     return played
 
 
-@pytest.mark.parametrize("name", sorted(SUITES))
+@pytest.mark.parametrize("name", sorted({*SUITES, *PLAYERS}))
 def test_who_knows_scores_everything(name: str, play: Callable[[str], Played]) -> None:
     """Prevents answers that are marked against another question, and metrics that no model can satisfy."""
     suite, known, _ = play(name)
@@ -250,7 +254,7 @@ def test_who_knows_scores_everything(name: str, play: Callable[[str], Played]) -
         assert [cell.value for cell in line.cells] == [BEST.get(metric.name, 1.0) for metric in suite.metrics]
 
 
-@pytest.mark.parametrize("name", sorted(SUITES))
+@pytest.mark.parametrize("name", sorted({*SUITES, *PLAYERS}))
 def test_who_guesses_scores_chance(name: str, play: Callable[[str], Played]) -> None:
     """Prevents a floor in the report that is not that of a guess, of any group; and metrics that favour the first, last or shortest
     answer. Within 4 binomial standard errors of a few hundred questions."""
