@@ -12,6 +12,7 @@ on few-shot examples. Elsewhere:
     social_iqa    Q: {context} {question}\\nA:          Question: {context} {question}\\nAnswer:
 
 "oe_eval_letters" is OLMo's other form: the options are listed under the question as " A. ...", and their letters are scored.
+MMLU has the harness's form alone, which is such a one, after a sentence that names the subject.
 
 A row is either as its data set was published (on the Hugging Face hub or by its authors), or has the fields query, choices and
 gold (WinoGrande: sentence, choices, gold), its query worded as by oe_eval. Such a HellaSwag query breaks off in a sentence that
@@ -39,7 +40,8 @@ class Choice(NamedTuple):
     contexts: what is read before each option; usually the same text.
     continuations: what is scored, one per option, each with the blank that it begins with.
     gold: index of the right one.
-    tags: what is known of the question: its data set, the convention, the row's own id if it has one.
+    tags: what is known of the question: its data set, the convention, the row's own id if it has one, "heading": what stands before
+        solved examples.
     """
 
     contexts: tuple[str, ...]
@@ -83,7 +85,7 @@ WORDINGS: dict[str, dict[str, Wording]] = {
     "oe_eval": _OE_EVAL,
     "oe_eval_letters": {name: _OE_EVAL[name]._replace(letters="\n ") for name in _WITH_LETTERS},
 }
-DATASETS = (*sorted(_OE_EVAL), "winogrande")
+DATASETS = (*sorted(_OE_EVAL), "mmlu", "winogrande")
 
 
 def to_choice(
@@ -95,7 +97,7 @@ def to_choice(
         row: see the top of this module.
         dataset: one of DATASETS, named as in the harness.
         convention: one of WORDINGS.
-        wording: another way to put the question, instead of the convention's; not for winogrande, which puts none.
+        wording: another way to put the question, instead of the convention's; not for winogrande, which puts none, and mmlu.
         shots: text before every context, such as `few_shot` makes; it ends with what separates it from the question.
     Raises:
         ValueError: an unknown data set or convention, one that the other does not have, or a row that is not of that data set,
@@ -111,17 +113,20 @@ def to_choice(
         if wording is not None or convention == "oe_eval_letters":
             raise ValueError("winogrande fills a blank, it puts no question: it has neither a wording nor letters")
         return _fill_blank(row, shots, tags)
+    if dataset == "mmlu":
+        if wording is not None or convention != "harness":
+            raise ValueError(
+                "mmlu has one form, that of the harness: options with letters under the question, after its subject"
+            )
+        return _of_subject(row, shots, tags)
     if wording is None and dataset not in WORDINGS[convention]:
         raise ValueError(f"{convention} has no form of {dataset}; it has {', '.join(WORDINGS[convention])}")
     question, options, gold = _read(row, dataset)
     if dataset == "boolq" and options == ("yes", "no") and convention == "harness":
         options, gold = ("no", "yes"), 1 - gold
-    before, after, letters = WORDINGS[convention][dataset] if wording is None else wording
-    if letters is not None:
-        question += "".join(f"{letters}{letter}. {option}" for letter, option in zip(ascii_uppercase, options, strict=False))
-        options = tuple(ascii_uppercase[: len(options)])
-    context = shots + before + question + after
-    return Choice((context,) * len(options), tuple(f" {option}" for option in options), gold, tags)
+    return _worded(
+        _Question(question, options, gold), WORDINGS[convention][dataset] if wording is None else wording, shots, tags
+    )
 
 
 def to_choices(rows: Iterable[Row], dataset: str, **options: Any) -> list[Choice]:
@@ -141,7 +146,10 @@ def to_choices(rows: Iterable[Row], dataset: str, **options: Any) -> list[Choice
 
 def few_shot(examples: Iterable[Choice]) -> str:
     """Solved examples (which have no shots themselves) as the text before a question: both conventions separate them alike."""
-    return "".join(f"{context}{continuation}\n\n" for context, continuation in (each.pairs[each.gold] for each in examples))
+    solved = (
+        each.contexts[each.gold].removeprefix(each.tags.get("heading", "")) + each.continuations[each.gold] for each in examples
+    )
+    return "".join(f"{each}\n\n" for each in solved)
 
 
 class Picked(NamedTuple):
@@ -185,6 +193,16 @@ class _Question(NamedTuple):
     text: str
     options: tuple[str, ...]
     gold: int
+
+
+def _worded(question: _Question, wording: Wording, shots: str, tags: dict[str, Any]) -> Choice:
+    text, options, gold = question
+    before, after, letters = wording
+    if letters is not None:
+        text += "".join(f"{letters}{letter}. {option}" for letter, option in zip(ascii_uppercase, options, strict=False))
+        options = tuple(ascii_uppercase[: len(options)])
+    context = shots + before + text + after
+    return Choice((context,) * len(options), tuple(f" {option}" for option in options), gold, tags)
 
 
 def _read(row: Row, dataset: str) -> _Question:
@@ -292,6 +310,18 @@ def _fill_blank(row: Row, shots: str, tags: dict[str, Any]) -> Choice:
         gold = _gold(row, "gold", len(options))
     contexts = tuple(shots + before + option for option in options)
     return Choice(contexts, (f" {after.strip()}",) * len(options), gold, tags)
+
+
+def _of_subject(row: Row, shots: str, tags: dict[str, Any]) -> Choice:
+    """MMLU: one sentence on the subject, the examples, the question with its four options, of which the letter is scored."""
+    options, answer = _texts(row.get("choices"), "choices"), row.get("answer")
+    if isinstance(answer, str) and answer.strip() in ascii_uppercase[: len(options)]:
+        row = {**row, "answer": ascii_uppercase.index(answer.strip())}
+    question = _Question(_text(row, "question").strip(), options, _gold(row, "answer", len(options)))
+    subject = _text(row, "subject").replace("_", " ")
+    heading = f"The following are multiple choice questions (with answers) about {subject}.\n\n"
+    tags |= {"subject": subject, "heading": heading}
+    return _worded(question, Wording("", "\nAnswer:", "\n"), heading + shots, tags)
 
 
 def _text(row: Row, name: str) -> str:

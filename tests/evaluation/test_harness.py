@@ -121,6 +121,10 @@ def winogrande(sentence: str, first: str, second: str, answer: str) -> dict[str,
     return {"sentence": sentence, "option1": first, "option2": second, "answer": answer}
 
 
+def mmlu(question: str, *options: str, answer: int) -> dict[str, Any]:
+    return {"question": question, "subject": "high_school_us_history", "choices": list(options), "answer": answer}
+
+
 def siqa(context: str, question: str, a: str, b: str, c: str, label: str) -> dict[str, Any]:
     return {"context": context, "question": question, "answerA": a, "answerB": b, "answerC": c, "label": label}
 
@@ -184,6 +188,15 @@ ROWS: dict[str, tuple[str, list[dict[str, Any]]]] = {
             siqa("Eve won.", "What next?", "a party", "a loss", "a nap", "1"),
         ],
     ),
+    "mmlu": (
+        "mmlu/default/mmlu_high_school_us_history.yaml",
+        [
+            mmlu("Who was first?\n", "Adams", "Washington", "Polk", "Grant", answer=1),
+            mmlu("Which came last", "1812", "1776", "1861", "1790", answer=2),
+            mmlu("Tea was thrown into the harbor of", "Boston", "Salem", "Lynn", "Gloucester", answer=0),
+            mmlu("{{Gold}} was found in", "Ohio", "Maine", "Iowa", "California", answer=3),
+        ],
+    ),
     "winogrande": (
         "winogrande/default.yaml",
         [
@@ -202,17 +215,20 @@ def test_our_pairs_and_scores_equal_the_harnesss(task: Tasks, dataset: str, n_sh
     """The local path and the harness must be one convention: same characters asked, same accuracies computed."""
     file, rows = ROWS[dataset]
     train = rows[::-1]
-    path = task(f"{dataset}_local", rows, train=train, include=str(THEIRS / file))
+    split = {"fewshot_split": "train"} if dataset == "mmlu" else {}  # its own is called dev
+    path = task(f"{dataset}_local", rows, train=train, include=str(THEIRS / file), **split)
     model = Bigram()
     results = run_harness(model, [path], n_shots=n_shots)
 
     choices = to_choices(rows, dataset)
     samples = sorted(results["samples"][f"{dataset}_local"], key=lambda sample: sample["doc_id"])
     assert len(samples) == len(rows)
-    examples = ["".join(pair) for pair in itertools.permutations([few_shot([each]) for each in to_choices(train, dataset)], 2)]
+    solved = [few_shot([each]) for each in to_choices(train, dataset)]
+    examples = ["".join(pair) for pair in itertools.permutations(solved, 2)]
     for row, choice, sample in zip(rows, choices, samples, strict=True):
         arguments = [tuple(pair) for pair in sample["arguments"]]
-        shots = arguments[0][0].removesuffix(choice.contexts[0])
+        heading = choice.tags.get("heading", "")
+        shots = arguments[0][0].removeprefix(heading).removesuffix(choice.contexts[0].removeprefix(heading))
         assert arguments == list(to_choices([row], dataset, shots=shots)[0].pairs)
         assert shots in (examples if n_shots else [""])
 
@@ -222,7 +238,7 @@ def test_our_pairs_and_scores_equal_the_harnesss(task: Tasks, dataset: str, n_sh
         assert len(model.asked) == sum(len(choice.pairs) for choice in choices)
     assert theirs["acc,none"] == ours.acc
     assert theirs.get("acc_norm,none", ours.acc_norm) == ours.acc_norm
-    assert ("acc_norm,none" in theirs) == (dataset not in ("boolq", "social_iqa", "winogrande"))
+    assert ("acc_norm,none" in theirs) == (dataset not in ("boolq", "mmlu", "social_iqa", "winogrande"))
 
 
 def test_bytes_are_scored_as_the_harness_does(task: Tasks) -> None:

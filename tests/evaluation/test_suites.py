@@ -385,6 +385,11 @@ def test_files_that_cannot_be_asked_are_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             build_suite(name, data=(str(tmp_path / file),)).items(model)
+    rows = [{"question": "?", "subject": f"s{i}", "choices": ["a", "b", "c", "d"], "answer": 0} for i in range(3)]
+    (tmp_path / "mmlu.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert len(build_suite("commonsense", data=(str(tmp_path / "mmlu.jsonl"),)).items(model)) == 3
+    with pytest.raises(ValueError, match="here are s1, s2: give a file for each"):
+        build_suite("commonsense", data=(str(tmp_path / "mmlu.jsonl"),), shots=1).items(model)
     with pytest.raises(ValueError, match="longer than the 100 tokens that the model may see"):
         build_suite("ruler", only="niah_single_1", lengths="512").items(tiny(context=100))
     for name, options in (("babilong", {"qa": "2", "lengths": "0"}), ("clutrr", {"k": "10"})):  # texts of no given length

@@ -22,13 +22,15 @@ SUFFIXES = (".jsonl",)
 @register_suite
 @dataclass(frozen=True, kw_only=True)
 class Commonsense(Suite):
-    """Multiple choice: the option whose text the model finds likeliest (BoolQ, PIQA, SIQA, HellaSwag, WinoGrande, ARC, OBQA).
+    """Multiple choice: the option whose text the model finds likeliest (BoolQ, PIQA, SIQA, HellaSwag, WinoGrande, ARC, OBQA,
+    MMLU).
 
     Attributes:
         data: JSON-lines files with the questions, folders of them or globs.
         dataset: which data set they are, of `recollect.evaluation.choices.DATASETS`; default: what each file's name begins with.
         convention: "harness" (lm-evaluation-harness), "oe_eval" or "oe_eval_letters" (OLMo).
-        shots: solved examples before every question, the first rows of the file, which are then not asked.
+        shots: solved examples before every question, the first rows of the file, which are then not asked; of MMLU with a file per
+            subject.
     """
 
     name: ClassVar[str] = "commonsense"
@@ -53,6 +55,11 @@ class Commonsense(Suite):
             try:
                 examples = few_shot(to_choices(rows[: self.shots], dataset, convention=self.convention))
                 choices = to_choices(rows[self.shots :], dataset, convention=self.convention, shots=examples)
+                subjects = sorted({choice.tags["subject"] for choice in choices if "subject" in choice.tags})
+                if self.shots and len(subjects) > 1:
+                    raise ValueError(
+                        f"solved examples are of the question's subject, and here are {', '.join(subjects[:3])}: give a file for each"
+                    )
             except ValueError as error:
                 raise ValueError(f"{path}: {error}") from error
             found += [Item(f"{path}:{i}", (dataset, choice)) for i, choice in enumerate(choices)]
