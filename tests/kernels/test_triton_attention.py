@@ -42,6 +42,9 @@ def assert_equal(actual: list[Tensor], expected: list[Tensor], tolerance: float 
         assert error <= tolerance, f"tensor {i}: {error:.1e}"
 
 
+FORMS = ("triton", "materialized")
+
+
 def leaves(case: Case, length: int) -> tuple[dict[str, Tensor], dict]:
     """Fresh leaves of a case, and its other options."""
     (q, k, v), parts, ids = case_inputs(case, length)
@@ -58,6 +61,25 @@ def test_every_part_equals_the_oracle_over_blocks(case: Case, small_blocks: None
         for form in ("triton", "materialized")
     ]
     assert_equal(*results)
+
+
+@pytest.mark.parametrize("group", [16, 9])
+def test_many_mixed_heads_equal_the_oracle(group: int, small_blocks: None) -> None:
+    """Prevents tensor cores, which take 16 heads or more, from mixing by another matrix than fewer heads are, or by padding."""
+    torch.manual_seed(0)
+    n_heads = 18 if group == 9 else 16
+    named = {name: torch.randn(1, 9, n_heads, 2, dtype=torch.float64) for name in "qkv"}
+    named["kq_pre"] = torch.randn(n_heads, 2, 3, dtype=torch.float64)
+    for name in ("head_pre", "head_post"):
+        named[name] = torch.randn(n_heads // group, group, group, dtype=torch.float64)
+    named = {name: x.requires_grad_() for name, x in named.items()}
+    ids = (torch.arange(9) > 4).long()[None]
+    assert_equal(
+        *(
+            everything(named, lambda form=form: [multi_token_attention(**named, document_ids=ids, backend=form)])
+            for form in FORMS
+        )
+    )
 
 
 def test_a_sliding_window_equals_the_oracle(small_blocks: None) -> None:
@@ -185,7 +207,11 @@ for known in (False, True):
     compiled(softmax._softmax, dict(x=fp32, lse=fp32), KNOWN=known, N=1024, ACC=tl.float32)
 compiled(softmax._softmax_backward, dict(weights=fp32, grad=fp32), N=1024, ACC=tl.float32)
 pointers = dict(grad=fp32, mid=fp32, out=fp32, sums=fp32, matrix=fp32, start="*i32")
-compiled(stencil._mix_backward, pointers, **mixed, HAS_START=True, N=256, ACC=tl.float32)
+for heads in (mixed, dict(GROUP=2, GROUP_WIDTH=2)):
+    text = compiled(stencil._mix_backward, pointers, **heads, HAS_START=True, N=64, ACC=tl.float32, PRECISION="tf32x3")
+    assert ("mma" in text) == (heads is mixed)
+fp64 = {name: "*i32" if name == "start" else "*fp64" for name in pointers}
+compiled(stencil._mix_backward, fp64, **mixed, **exact, HAS_START=False, N=64)
 """
 
 

@@ -208,7 +208,7 @@ def side_backward(
     side = call.post if name == "post" else call.pre
     frame = call.at(top)
     if side.matrix is not None and mid is not None:
-        grad, part = stencil.mix_backward(grad, mid, side.matrix, frame)
+        grad, part = stencil.mix_backward(grad, mid, side.matrix, frame, call.q.dtype)
         grads.add(f"matrix_{name}", part)
     if side.kernel is not None:
         part = stencil.kernel_gradient(grad, x[:, :, side.halo :], side.kernel, frame, side.left, call.q.dtype)

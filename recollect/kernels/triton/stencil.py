@@ -201,6 +201,7 @@ def _mix_backward(
     HAS_START: tl.constexpr,
     N: tl.constexpr,
     ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """One row of every head of a group: out_m = sum_o matrix[o, m] grad_o, sums[o, m] = sum over keys of grad_o mid_m."""
     groups = n_heads // GROUP
@@ -212,18 +213,27 @@ def _mix_backward(
     if HAS_START:
         low_key = tl.load(start + batch * (n_positions - earlier) + position - earlier)
     column = tl.arange(0, N)
+    if GROUP_WIDTH >= 16:  # tensor cores take no smaller sides
+        square = (member < GROUP)[:, None] & (member < GROUP)[None, :]
+        place = (group * GROUP + member[None, :]) * GROUP + member[:, None]
+        transposed = tl.load(matrix + place, mask=square, other=0.0).to(ACC)
     cross = tl.zeros((GROUP_WIDTH, GROUP_WIDTH), ACC)
     for low in range(0, n_keys, N):
         key = low + column
         inside = (key >= low_key) & (key <= position) & (key < n_keys)
         both = inside[None, :] & (member < GROUP)[:, None]
         middle = tl.load(mid + (head + member)[:, None] * m_head + row * m_row + key[None, :], mask=both, other=0.0).to(ACC)
-        total = tl.zeros((GROUP_WIDTH, N), ACC)
-        for o in range(GROUP):
-            part = tl.load(grad + (head + o) * g_head + row * g_row + key, mask=inside, other=0.0).to(ACC)
-            weight = tl.load(matrix + (group * GROUP + o) * GROUP + member, mask=member < GROUP, other=0.0).to(ACC)
-            total += weight[:, None] * part[None, :]
-            cross += tl.where(member[:, None] == o, tl.sum(middle * part[None, :], axis=1)[None, :], 0.0)
+        if GROUP_WIDTH >= 16:
+            parts = tl.load(grad + (head + member)[:, None] * g_head + row * g_row + key[None, :], mask=both, other=0.0).to(ACC)
+            total = tl.dot(transposed, parts, input_precision=PRECISION, out_dtype=ACC)
+            cross += tl.dot(parts, tl.trans(middle), input_precision=PRECISION, out_dtype=ACC)
+        else:
+            total = tl.zeros((GROUP_WIDTH, N), ACC)
+            for o in range(GROUP):
+                part = tl.load(grad + (head + o) * g_head + row * g_row + key, mask=inside, other=0.0).to(ACC)
+                weight = tl.load(matrix + (group * GROUP + o) * GROUP + member, mask=member < GROUP, other=0.0).to(ACC)
+                total += weight[:, None] * part[None, :]
+                cross += tl.where(member[:, None] == o, tl.sum(middle * part[None, :], axis=1)[None, :], 0.0)
         to = out + (head + member)[:, None] * o_head + row * o_row + key[None, :]
         tl.store(to, total.to(out.dtype.element_ty), mask=(key < n_keys)[None, :] & (member < GROUP)[:, None])
     place = ((row * tl.num_programs(1) + tl.program_id(1)) * GROUP + member[:, None]) * GROUP + member[None, :]
@@ -365,20 +375,25 @@ def apply_side(
     )
 
 
-def mix_backward(grad: Tensor, mid: Tensor, matrix: Tensor, frame: Frame) -> tuple[Tensor, Tensor]:
-    """The gradient [B, H, rows, S] of what was mixed, and the matrix's [G, c_h, c_h], from mid, what was mixed."""
+def mix_backward(grad: Tensor, mid: Tensor, matrix: Tensor, frame: Frame, precision: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The gradient [B, H, rows, S] of what was mixed, and the matrix's [G, c_h, c_h], from mid, what was mixed.
+
+    precision: of the model, which decides how products are rounded.
+    """
     batch, n_heads, n_rows, n_keys = mid.shape
     groups, group, _ = matrix.shape
     out = mid.new_empty(mid.shape)
     sums = matrix.new_empty(n_rows, batch, groups, group, group, dtype=mid.dtype)
+    acc, dots = accumulator(precision)
     _mix_backward[(n_rows, batch * groups)](
         *(grad, mid, out, sums, matrix, matrix if frame.start is None else frame.start, n_heads, n_rows, n_keys, *frame.where),
         *(grad.stride(1), grad.stride(2), mid.stride(1), mid.stride(2), out.stride(1), out.stride(2)),
         GROUP=group,
         GROUP_WIDTH=triton.next_power_of_2(group),
         HAS_START=frame.start is not None,
-        N=min(256, triton.next_power_of_2(n_keys)),
-        ACC=accumulator(mid.dtype)[0],
+        N=max(16, min(64 if group > 8 else 256, triton.next_power_of_2(n_keys))),  # of more, products of 16 heads spill registers
+        ACC=acc,
+        PRECISION=dots,
     )
     return out, sums.sum((0, 1))
 
