@@ -59,7 +59,7 @@ RECALL = Experiment(
             note="Read from a picture, to 0.01, at the nearest size; a mean over texts of 64 to 1024 tokens with 4 to 256 pairs.",
         ),
     ),
-    tiny=_widths((32, 64), ("attention", "sliding_window:window=16", "mamba2", "gated_delta_net", "yaad"), 4, 64, "500steps"),
+    tiny=_widths((32, 64), ("attention", "sliding_window:window=16", "mamba2", "gated_delta_net", "yaad"), 4, 64, "1500steps"),
     small=_widths((32, 64, 128), tuple(NAMES), 16, 256, "3000steps"),
     paper=tuple(
         f"recollect compare recall --mixers {','.join(NAMES)} --seeds 3 --budget 16000steps --batch-size 256 --width {width} "
@@ -67,7 +67,7 @@ RECALL = Experiment(
         for width in (64, 128, 256)
     ),
     size={
-        "tiny": f"texts of 64 tokens with 4 pairs, 500 steps of 64; {_ZOOLOGY}",
+        "tiny": f"texts of 64 tokens with 4 pairs, 1500 steps of 64; {_ZOOLOGY}",
         "small": f"texts of 256 tokens with 16 pairs, 3000 steps of 64; {_ZOOLOGY}",
     },
 )
