@@ -183,41 +183,45 @@ SCALING = Experiment(
 )
 
 
-def _key(column: str, *, budget: str, **options: Any) -> Training:
-    """A needle taught in words, short texts first."""
-    request = {"task": "ruler", "task_options": {**options, **WORDS}, **TEACHING, "budget": budget}
-    return Training(column=column, request=request, names=TAUGHT)
+def _key(
+    column: str, *, steps: int, lengths: Sequence[int], only: str, names: Mapping[str, str] = TAUGHT, **options: Any
+) -> tuple[Stage, ...]:
+    """A needle taught in words, short texts first, up to the first of the lengths; then asked in texts of all of them."""
+    options |= {"length": lengths[0], "grow": steps // 2, **WORDS}
+    request = {**TEACHING, "mixers": list(names), "task": "ruler", "task_options": options, "budget": f"{steps}steps"}
+    asked = {"only": (only,), "lengths": tuple(lengths), "n": 100}
+    column_of = f"{column} error"
+    return (
+        Training(column=column_of, request=request, names=names),
+        Asking(of=column_of, suite="ruler", options=asked, by="length", context=max(lengths), head=f"{column},"),
+    )
 
 
 NEEDLES = Experiment(
     name="miras-niah",
     about="RULER's single needle (section 6, Table 3)",
     published=(TABLE_3,),
-    tiny=(
-        _key("PK error", haystack="noise", answer_tokens=12, shortest=144, length=256, grow=750, budget="1500steps"),
-        Asking(
-            of="PK error",
-            suite="ruler",
-            options={"only": ("niah_single_1",), "lengths": (256, 512, 1024), "n": 100},
-            by="length",
-            context=1024,
-        ),
+    tiny=_key(
+        "PK", steps=1500, lengths=(256, 512, 1024), only="niah_single_1", haystack="noise", answer_tokens=12, shortest=144
     ),
     small=tuple(
-        Training(
-            column=column,
-            request={
-                "task": "ruler",
-                "task_options": {**options, "length": 768, "shortest": 512, "answer_tokens": 40},
-                "mixers": ["attention", "mamba2", "delta_net", "gated_delta_net", "ttt_mlp", *THREE],
-                "budget": "4000steps",
-            },
-            names=NAMES,
+        stage
+        for column, only, options in (
+            ("PK", "niah_single_1", {"haystack": "noise", "shortest": 144, "answer_tokens": 12}),
+            ("N", "niah_single_2", {"haystack": "essay", "shortest": 160, "answer_tokens": 12, "start": "random"}),
+            (
+                "W",
+                "niah_single_words",
+                {"haystack": "essay", "values": "words", "shortest": 176, "answer_tokens": 24, "start": "random"},
+            ),
         )
-        for column, options in (
-            ("PK error", {"haystack": "noise"}),
-            ("N error", {"haystack": "essay", "start": "random"}),
-            ("W error", {"haystack": "essay", "values": "words", "start": "random"}),
+        for stage in _key(
+            column,
+            steps=2000,
+            lengths=(384, 768, 1536),
+            only=only,
+            names={name: NAMES[name] for name in ("attention", "mamba2", "delta_net", "gated_delta_net", "ttt_mlp", *THREE)},
+            **options,
         )
     ),
     paper=tuple(
@@ -227,7 +231,7 @@ NEEDLES = Experiment(
     ),
     size={
         "tiny": "2 layers of width 64, taught this task on texts of 144 to 256 tokens; the paper: larger, not taught it.",
-        "small": "fewer than 1 M parameters, trained for this task on texts of 512 to 768 bytes; the paper: larger, not so trained.",
+        "small": "2 layers of width 64, taught these tasks on texts of up to 384 tokens; the paper: larger, not taught them.",
     },
 )
 

@@ -128,10 +128,17 @@ LONG_CONTEXT = Experiment(
 )
 
 
-def _needles(column: str, n_needles: int, *, length: int, shortest: int, **rest: Any) -> Training:
-    options = {"n_needles": n_needles, "length": length, "shortest": shortest, "start": "random"}
-    return Training(
-        column=column, request={"task": "needles", "task_options": options, "mixers": list(FOUR), **rest}, names=NAMES
+def _needles(
+    n_needles: int, *, length: int, shortest: int, steps: int, n: int, head: str = "", **rest: Any
+) -> tuple[Stage, ...]:
+    """Some needles taught in words, short texts first; then asked by depth."""
+    column = f"{n_needles} needles, error"
+    options = {"n_needles": n_needles, "length": length, "shortest": shortest, "grow": steps // 2, "start": "random", **WORDS}
+    request = {**TEACHING, "mixers": list(FOUR), "task": "needles", "task_options": options, "budget": f"{steps}steps", **rest}
+    asked = {"needles": (n_needles,), "lengths": (length,), "n": n}
+    return (
+        Training(column=column, request=request, names=NAMES),
+        Asking(of=column, suite="needles", options=asked, by="depth", head=head),
     )
 
 
@@ -145,22 +152,12 @@ NEEDLES = Experiment(
             model="MTA",
         ),
     ),
-    tiny=(
-        _needles("2 needles, error", 2, length=240, shortest=176, budget="600steps"),
-        Asking(of="2 needles, error", suite="needles", options={"needles": (2,), "lengths": (240,), "n": 40}, by="depth"),
-    ),
+    tiny=_needles(2, length=192, shortest=96, steps=1200, n=40),
     small=tuple(
         stage
-        for n in (2, 4, 6)
-        for stage in (
-            _needles(f"{n} needles, error", n, length=768, shortest=320, budget="4000steps", layers=4, width=128, heads=4),
-            Asking(
-                of=f"{n} needles, error",
-                suite="needles",
-                options={"needles": (n,), "lengths": (768,), "n": 100},
-                by="depth",
-                head=f"{n} needles,",
-            ),
+        for n, shortest in ((2, 96), (4, 128), (6, 160))
+        for stage in _needles(
+            n, length=384, shortest=shortest, steps=3000, n=100, head=f"{n} needles,", layers=4, width=128, heads=4
         )
     ),
     paper=tuple(
@@ -170,8 +167,8 @@ NEEDLES = Experiment(
         for length, tuned in ((2048, ""), (4096, "-4k"))  # those of mta-lm, and of mta-long-context
     ),
     size={
-        "tiny": "1 M parameters or fewer, trained for this task on texts of 176 to 240 bytes; the paper: 880 M, not trained for it.",
-        "small": "1 M parameters, trained for this task on texts of 320 to 768 bytes; the paper: 880 M, not trained for it.",
+        "tiny": "2 layers of width 64, taught this task on texts of 96 to 192 tokens; the paper: 880 M parameters, not taught it.",
+        "small": "4 layers of width 128, taught this task on texts of up to 384 tokens; the paper: 880 M parameters, not taught it.",
     },
 )
 

@@ -391,7 +391,9 @@ def mix_backward(grad: Tensor, mid: Tensor, matrix: Tensor, frame: Frame, precis
         GROUP=group,
         GROUP_WIDTH=triton.next_power_of_2(group),
         HAS_START=frame.start is not None,
-        N=max(16, min(64 if group > 8 else 256, triton.next_power_of_2(n_keys))),  # of more, products of 16 heads spill registers
+        N=max(
+            16, min(64 if group > 8 else 256, triton.next_power_of_2(n_keys))
+        ),  # of more, products of 16 heads spill registers
         ACC=acc,
         PRECISION=dots,
     )
