@@ -39,7 +39,7 @@ def write(out: Path, setting: Setting, rows: Rows, names: Sequence[str], rates: 
     Args:
         names: contenders to show, in this order.
     Returns:
-        tables and notes for `rich.console.Console.print`.
+        tables and notes for `pages.show`.
     Raises:
         OSError: a file cannot be written.
     """
@@ -120,7 +120,7 @@ def notes(rows: Rows, names: Sequence[str]) -> list[str]:
 
 
 def terminal(grid: Grid) -> Table:
-    """For `rich.console.Console.print`."""
+    """For `pages.show`."""
     table = Table(box=box.SIMPLE_HEAD, title=grid.title, title_justify="left")
     for i, head in enumerate(grid.heads):
         table.add_column(head, justify="right" if i else "left", no_wrap=True)

@@ -84,8 +84,8 @@ def bench(
 def _run(setting: Setting, lengths: list[int], only: list[str] | None, out: Path, progress: Any) -> bool:
     """Measure a suite and print it; whether a contender is wrong or failed."""
     import torch
-    from rich.console import Console
 
+    from recollect import pages
     from recollect.bench import floor, report
     from recollect.bench.contenders import chosen
     from recollect.bench.memory import probe
@@ -109,11 +109,7 @@ def _run(setting: Setting, lengths: list[int], only: list[str] | None, out: Path
             shown = report.write(out, setting, rows, [contender.name for contender in entered], rates)
     except Busy as error:
         raise ValueError(str(error)) from error
-    narrow, wide = Console(), Console(width=1000)
-    widest = max((wide.measure(part).maximum for part in shown if not isinstance(part, str)), default=0)
-    console = Console(width=max(narrow.width, widest))  # a table that is wider than the terminal wraps, and loses no number
-    for part in shown:
-        console.print(part, markup=False, highlight=False, soft_wrap=isinstance(part, str))
+    pages.show(*shown)
     print(f"rows: {rows.path}; picture: {out / setting.suite}.png\n")
     return any(row["status"] in (WRONG, FAILED) for row in rows.rows)
 
@@ -191,9 +187,9 @@ def _lengths(words: str | None) -> list[int]:
 
 
 def _list(settings: list[Setting], only: list[str] | None) -> None:
-    from rich.console import Console
     from rich.table import Table
 
+    from recollect import pages
     from recollect.bench import suites  # noqa: F401 (registers the contenders)
     from recollect.bench.contenders import chosen, missing
 
@@ -202,4 +198,4 @@ def _list(settings: list[Setting], only: list[str] | None) -> None:
         for contender in chosen(setting.suite, only):
             here = missing(contender, setting) or "; ".join(filter(None, ["yes", contender.note(setting)]))
             table.add_row(setting.suite, contender.name, contender.about, here)
-    Console().print(table)
+    pages.show(table)

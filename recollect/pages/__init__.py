@@ -1,8 +1,9 @@
-"""Pages: HTML files that need nothing but themselves, no network and no other file. What reports and pictures are put into."""
+"""What reports are put into: HTML pages that need nothing but themselves, no network and no other file, and tables on terminals."""
 
 from recollect.pages.document import asset, page, script_json, section
 from recollect.pages.packing import packed
 from recollect.pages.parts import Cell, command, folded, note, notes, picture, row, table
+from recollect.pages.terminal import show, text
 
 __all__ = [
     "Cell",
@@ -17,5 +18,7 @@ __all__ = [
     "row",
     "script_json",
     "section",
+    "show",
     "table",
+    "text",
 ]

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
 from rich import box
-from rich.console import Console, Group, RenderableType
+from rich.console import RenderableType
 from rich.table import Table
-from rich.text import Text
 
 from recollect import pages
 from recollect.evaluation.statistics import summarize
@@ -20,18 +18,16 @@ from recollect.reproduction.measured import Column, Measured
 from recollect.training.checkpoint import replace_file
 
 
-def write(out: Path, experiment: Experiment, scale: Scale, measured: Measured) -> RenderableType:
+def write(out: Path, experiment: Experiment, scale: Scale, measured: Measured) -> list[RenderableType]:
     """Write table.txt, table.md and report.html into `out`.
 
     Returns:
-        The same for `rich.console.Console.print`.
+        The same for `pages.show`.
     Raises:
         OSError: a file cannot be written.
     """
     shown = _shown(experiment, scale, measured)
-    console = Console(file=io.StringIO(), width=160, color_system=None)
-    console.print(shown)
-    replace_file(out / "table.txt", console.file.getvalue().encode())  # type: ignore[attr-defined]  # the StringIO above
+    replace_file(out / "table.txt", pages.text(*shown).encode())
     replace_file(out / "table.md", _markdown(experiment, scale, measured).encode())
     replace_file(out / "report.html", _html(experiment, scale, measured).encode())
     return shown
@@ -83,20 +79,21 @@ def _published_rows(table: Published) -> list[tuple[str, list[str]]]:
     return [(name, ["" if value is None else str(value) for value in values]) for name, values in table.rows.items()]
 
 
-def _shown(experiment: Experiment, scale: Scale, measured: Measured) -> Group:
-    parts: list[RenderableType] = [Text(f"{experiment.name}, scale {scale}: {experiment.about}\n\nmeasured")]
-    parts.append(_table(*_columns(measured)))
-    parts += [Text(note) for note in notes(experiment, scale, measured)]
+def _shown(experiment: Experiment, scale: Scale, measured: Measured) -> list[RenderableType]:
+    heads, rows = _columns(measured)
+    parts: list[RenderableType] = [f"{experiment.name}, scale {scale}: {experiment.about}\n\nmeasured"]
+    parts.append(_table([head.replace(", ", ",\n") for head in heads], rows, no_wrap=True))
+    parts += notes(experiment, scale, measured)
     for table in experiment.published:
-        parts += [Text(f"\npublished: {table.title}"), _table(list(table.columns), _published_rows(table)), Text(table.note)]
-    return Group(*parts)
+        parts += [f"\npublished: {table.title}", _table(table.columns, _published_rows(table)), table.note]
+    return parts
 
 
-def _table(heads: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> Table:
+def _table(heads: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]], *, no_wrap: bool = False) -> Table:
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("model", no_wrap=True)
     for head in heads:
-        table.add_column(head, justify="right")
+        table.add_column(head, justify="right", no_wrap=no_wrap)
     for name, cells in rows:
         table.add_row(name, *cells)
     return table

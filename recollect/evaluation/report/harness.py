@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -12,7 +11,6 @@ from typing import Any, NamedTuple, TypeAlias
 import matplotlib
 from matplotlib.figure import Figure
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from recollect import pages
@@ -58,7 +56,7 @@ def write(out: Path, results: Mapping[str, Any], *, command: str = "") -> Table:
         results: of `recollect.evaluation.harness.run_harness`.
         command: how to run it again; shown on the page.
     Returns:
-        The table, for `rich.console.Console.print`.
+        The table, for `pages.show`.
     Raises:
         OSError: a file cannot be written.
     """
@@ -68,10 +66,8 @@ def write(out: Path, results: Mapping[str, Any], *, command: str = "") -> Table:
     drawn = draw(found, f"lm-evaluation-harness: {plan.get('path', '')}")
     pictures = figure.files(drawn)
     table = _table(found)
-    console = Console(file=io.StringIO(), width=160, color_system=None)
-    console.print(table)
     files = {
-        "table.txt": console.file.getvalue().encode(),  # type: ignore[attr-defined]  # the StringIO above
+        "table.txt": pages.text(table).encode(),
         "table.md": _markdown(found).encode(),
         **pictures,
         "report.html": html(found, samples, plan, pictures["figure.svg"], command).encode(),
@@ -221,7 +217,7 @@ def _joined(target: Any) -> str:
 def _table(found: Sequence[Score]) -> Table:
     table = Table(box=box.SIMPLE_HEAD)
     for i, name in enumerate(TITLES):
-        table.add_column(name, justify="left" if i < 2 else "right")
+        table.add_column(name, justify="left" if i < 2 else "right", no_wrap=True)
     for score in found:
         table.add_row(*score.cells)
     return table

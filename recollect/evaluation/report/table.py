@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
+from recollect import pages
 from recollect.evaluation.report.summary import ALL, Line, number, show, total
 from recollect.evaluation.suites.base import Suite
 
@@ -33,10 +32,10 @@ def cells(suite: Suite, found: Sequence[Line], line: Line) -> list[str]:
 
 
 def table(suite: Suite, found: Sequence[Line]) -> Table:
-    """For `rich.console.Console.print`."""
+    """For `pages.show`."""
     result = Table(box=box.SIMPLE_HEAD)
     for i, name in enumerate(titles(suite, found)):
-        result.add_column(name, justify="left" if i < len(_dimensions(found)) else "right")
+        result.add_column(name, justify="left" if i < len(_dimensions(found)) else "right", no_wrap=True)
     for line in found:
         result.add_row(*cells(suite, found, line))
     return result
@@ -44,9 +43,7 @@ def table(suite: Suite, found: Sequence[Line]) -> Table:
 
 def plain(suite: Suite, found: Sequence[Line]) -> str:
     """The table as text without colours."""
-    console = Console(file=io.StringIO(), width=160, color_system=None)
-    console.print(table(suite, found))
-    return console.file.getvalue()  # type: ignore[attr-defined]  # the StringIO above
+    return pages.text(table(suite, found))
 
 
 def markdown(suite: Suite, found: Sequence[Line]) -> str:
