@@ -157,7 +157,7 @@ def remember(model: str, chunk: int, *, backend: str, **named: Tensor) -> tuple[
     return y, *state.dual
 
 
-@pytest.mark.parametrize(("model", "size", "chunk"), itertools.product(MEMORIES, [16, 64, 96], [16, 64]))
+@pytest.mark.parametrize(("model", "size", "chunk"), list(itertools.product(MEMORIES, [16, 64, 96], [16, 64])))
 def test_memories_err_no_more_than_the_plain_chunks(model: str, size: int, chunk: int) -> None:
     """Prevents matrices that one thread reads before another has written them, and products in less than three parts."""
     named = memory_inputs(150, size, model)
