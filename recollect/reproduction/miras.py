@@ -348,7 +348,7 @@ def _claims(text: Mapping[str, Any], n_parameters: int, recalling: str, kinship:
             names=NAMES,
         ),
         Timing(of="bits/byte"),
-        Asking(of="bits/byte", suite="commonsense", file="commonsense", by="dataset"),
+        Asking(of="bits/byte", suite="commonsense", file="commonsense"),
         Training(column="bits/byte, 60 % of the parameters", request=fewer, names=NAMES),
         Training(column="recall error", request={**_RECALL, "mixers": ["attention", *THREE], "budget": recalling}, names=NAMES),
         Training(
