@@ -30,7 +30,8 @@ NAMES = {
 }
 _MIXERS = {name: mixer for mixer, name in NAMES.items()}
 THREE = ("moneta", "yaad", "memora")
-_SIZE = text_size("340 M to 1.3 B parameters, 15 to 100 billion tokens")
+_PAPER = "340 M to 1.3 B parameters, 15 to 100 billion tokens"
+_SIZE = text_size(_PAPER)
 _RECALL: dict[str, Any] = {"task": "recall", "budget": "750steps"}
 
 _COLUMNS_2 = ("Wiki ppl", "LAMBADA ppl", "mean of 8 accuracies")
@@ -257,7 +258,7 @@ def _ablation(name: str, about: str, published: Published, variants: dict[str, s
             *(_contexts(SMALL_TEXT, mixers, variants, (256, 2048), tokens=4096) if contexts else (text,)),
         ),
         paper=_paper_ablation(name, mixers, contexts),
-        size=_SIZE,
+        size=text_size(_PAPER, toy="recall of 4 pairs, 0.1 M parameters", tiny=contexts),
     )
 
 

@@ -23,7 +23,8 @@ FOUR = ("attention", "diff", "talking_heads", "mta")
 NAMES = {"attention": "Transformer", "diff": "DIFF", "talking_heads": "Talking Heads", "mta": "MTA"}
 RECIPES = ("transformer", "diff", "talking-heads", "mta")
 _FOUR_RUNS = tuple(f"recollect train {name}-880m out=runs/{name}-880m" for name in RECIPES)
-_TEXT_SIZE = text_size("880 M parameters, 105 billion tokens of SlimPajama")
+_PAPER = "880 M parameters, 105 billion tokens of SlimPajama"
+_TEXT_SIZE = text_size(_PAPER)
 
 
 def _toy(n_letters: int, answer: str, *, n_blocks: int, **rest: Any) -> Training:
@@ -287,7 +288,7 @@ def _ablation(
             Training(column="bits/byte", request={**SMALL_TEXT, "mixers": mixers}, names=variants),
         ),
         paper=train_variants(name, mixers, lambda mixer: ["mta-880m", f"model.layers={mixer}"]),
-        size=_TEXT_SIZE,
+        size=text_size(_PAPER, toy="find-block with 6 blocks, 0.13 M parameters", tiny=False),
     )
 
 
@@ -413,7 +414,7 @@ KERNELS = Experiment(
         "recollect train mta-880m out=runs/mta-880m",
         "recollect inspect runs/mta-880m --text haystack.txt --tokens 2048 --out mta-880m.html",
     ),
-    size=_TEXT_SIZE,
+    size=text_size(_PAPER, toy="find-block, 0.13 M parameters"),
 )
 
 RETROFIT = Experiment(

@@ -32,13 +32,19 @@ TEACHING: Mapping[str, Any] = {"mixers": list(TAUGHT), "mlp": False, "batch_size
 WORDS: Mapping[str, Any] = {"vocab_size": 512}
 
 
-def text_size(paper: str) -> dict[str, str]:
-    """The `size` of an experiment that trains with TINY_TEXT and SMALL_TEXT; paper: what the paper trained, a sentence's end."""
-    seen = {
-        "tiny": "1 M parameters, bytes of your own text, 0.3 MB seen",
+def text_size(paper: str, *, toy: str = "", tiny: bool = True) -> dict[str, str]:
+    """The `size` of an experiment that trains with TINY_TEXT and SMALL_TEXT.
+
+    Args:
+        paper: what the paper trained, a sentence's end.
+        toy: what else is trained at both scales.
+        tiny: is text trained at the tiny scale, too?
+    """
+    texts = {
+        "tiny": "1 M parameters, bytes of your own text, 0.3 MB seen" if tiny else "",
         "small": "3 M parameters, bytes of your own text, 4 MB seen",
     }
-    return {scale: f"{here}; the paper: {paper}." for scale, here in seen.items()}
+    return {scale: f"{'; '.join(filter(None, (toy, text)))}; the paper: {paper}." for scale, text in texts.items()}
 
 
 def train_variants(name: str, mixers: Iterable[str], run: Callable[[str], list[str]]) -> tuple[str, ...]:
