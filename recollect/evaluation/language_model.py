@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from recollect.evaluation.rolling import Row, blocks, packed, windows
@@ -83,7 +83,7 @@ class LanguageModel:
             max_length: None: any length for a recollect model of constant state, else the config's `max_position_embeddings`.
             batch_tokens: tokens that a batch of several texts may have, padding included.
         Raises:
-            ValueError: max_length below 2, batch_tokens below 1.
+            ValueError: max_length below 2 or beyond the model's table of positions, batch_tokens below 1.
         """
         if max_length is not None and max_length < 2:
             raise ValueError(f"the context is at least 2 tokens; got {max_length}")
@@ -95,6 +95,8 @@ class LanguageModel:
         endless = self.is_recollect and not growing_mixers(model)  # type: ignore[arg-type]  # is_recollect says what it is
         own = None if endless else getattr(model.config, "max_position_embeddings", None)
         self.max_length = max_length if max_length is not None else own
+        if max_length is not None and not self.is_recollect:
+            check_positions(model, max_length)
         self.batch_tokens = batch_tokens
         self.tokenizer_name = coder.name
         self.device = next(model.parameters()).device
@@ -316,6 +318,20 @@ class LanguageModel:
             return _compare(hidden, targets)
         some = zip(hidden.split(self._logits_at_once), targets.split(self._logits_at_once), strict=True)
         return _joined([_compare(self.model.lm_head(hidden), targets) for hidden, targets in some])
+
+
+def check_positions(model: PreTrainedModel, n_tokens: int) -> None:
+    """Refuse more tokens than a model of transformers has learned positions for (GPT-2, OPT): it would look beyond its table.
+
+    Raises:
+        ValueError: see above.
+    """
+    own = getattr(model.config, "max_position_embeddings", None)
+    tables = (module for module in model.modules() if isinstance(module, nn.Embedding))
+    words = model.get_input_embeddings()
+    learned = any(own and table is not words and own <= table.num_embeddings <= own + 2 for table in tables)  # OPT has two more
+    if learned and own is not None and n_tokens > own:
+        raise ValueError(f"{type(model).__name__} has learned positions for {own} tokens and cannot read {n_tokens} at a time")
 
 
 class _Carry:

@@ -57,9 +57,13 @@ class HuggingFaceCoder:
     def __init__(self, tokenizer: Any, *, where: str) -> None:
         """
         Raises:
-            ValueError: neither an EOS nor a BOS token, so that nothing can end or begin a document.
+            ValueError: it makes no tokens of a text, or has neither an EOS nor a BOS token: nothing can end or begin a document.
         """
         self.tokenizer = tokenizer
+        if not tokenizer("A text.", add_special_tokens=False).input_ids:  # what transformers makes up where there are no files
+            raise ValueError(
+                f"{where} has no tokenizer: nothing there makes tokens of a text; put tokenizer.json beside the model"
+            )
         start = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.bos_token_id
         if start is None:
             raise ValueError(f"{where}: its tokenizer has no EOS token; set eos_token in tokenizer_config.json")

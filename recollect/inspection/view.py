@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from recollect.evaluation.language_model import TextCoder
+from recollect.evaluation.language_model import TextCoder, check_positions
 from recollect.inspection.kernels import Kernel, kernels
 from recollect.inspection.maps import Attended, attend, row_blocks
 from recollect.inspection.memory import Remembered, remember
@@ -72,13 +72,14 @@ def inspect_text(
         pool: "max" or "mean", see `maps.attend`.
         progress: called with the layers done and their number.
     Raises:
-        ValueError: an empty text, an argument out of range, a layer that the model does not have.
+        ValueError: an empty text, an argument out of range, more tokens than the model has positions for, a layer that it lacks.
     """
     model.eval()
     context = int(getattr(model.config, "max_position_embeddings", None) or TOKENS)
     if n_tokens is not None and n_tokens < 2:
         raise ValueError(f"tokens is at least 2, one to read and one to predict; got {n_tokens}")
     wanted = min(TOKENS, context) if n_tokens is None else n_tokens
+    check_positions(model, wanted)
     ids, is_whole = _encoded(coder, text, wanted)
     found, bits = read(model, ids, layers)
     notes = _notes(len(ids), is_whole, n_tokens is None, context)

@@ -11,11 +11,22 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from recollect.data.tokenizer import ByteTokenizer, train_tokenizer
 from recollect.evaluation.language_model import LanguageModel
 from recollect.evaluation.loading import HuggingFaceCoder, OwnCoder, load_language_model
+from recollect.inspection import inspect_text
 from recollect.models import RecollectConfig, RecollectForCausalLM
 
 TEXT = "It was a dark and stormy night; the rain fell in torrents. " * 4
@@ -295,6 +306,32 @@ def test_a_state_that_cannot_be_carried_is_told(tmp_path: Path) -> None:
         lm.rolling(["some text"])
     windows = LanguageModel(lm.model, OwnCoder(ByteTokenizer()), max_length=8)
     assert windows.rolling(["some text"])[0].n_tokens == 9
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "opt"])
+def test_learned_positions_end_where_they_end(kind: str) -> None:
+    """Prevents an IndexError from deep inside a model whose table of positions is shorter than the context that was asked for."""
+    model: Any
+    if kind == "gpt2":
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=257, n_positions=16, n_embd=8, n_layer=1, n_head=2))
+    else:
+        sizes = {"hidden_size": 8, "ffn_dim": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "word_embed_proj_dim": 8}
+        model = OPTForCausalLM(OPTConfig(vocab_size=257, max_position_embeddings=16, **sizes))
+    coder = OwnCoder(ByteTokenizer())
+    assert LanguageModel(model, coder, max_length=16).rolling([TEXT])[0].n_tokens == len(TEXT)
+    with pytest.raises(ValueError, match="learned positions for 16 tokens and cannot read 17 at a time"):
+        LanguageModel(model, coder, max_length=17)
+    with pytest.raises(ValueError, match="learned positions for 16 tokens"):
+        inspect_text(model, coder, TEXT, n_tokens=17)
+    rotary = LlamaForCausalLM(LlamaConfig(vocab_size=257, hidden_size=8, num_attention_heads=2, max_position_embeddings=16))
+    assert LanguageModel(rotary, coder, max_length=17).max_length == 17
+
+
+def test_a_model_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    """Prevents scores of empty texts: transformers makes up a tokenizer that knows no tokens."""
+    GPT2LMHeadModel(GPT2Config(vocab_size=257, n_positions=16, n_embd=8, n_layer=1, n_head=2)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"has no tokenizer|is no causal language model with a tokenizer"):
+        load_language_model(str(tmp_path))
 
 
 def test_a_tokenizer_without_an_end_is_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Sequence
@@ -48,6 +49,13 @@ def suite_of(name: str, folder: Path) -> Suite:
         file.write_text("".join(json.dumps(row) + "\n" for row in ROWS[name]))
         options["data"] = (str(file),)
     return build_suite(name, **options)
+
+
+@pytest.mark.parametrize("name", sorted({*SUITES} - {*ROWS}))
+def test_a_suite_asks_a_model_of_bytes_by_its_defaults(name: str) -> None:
+    """Prevents a command that refuses to run as the documentation has it."""
+    suite = build_suite(name)
+    assert dataclasses.replace(suite, n=1).items(tiny(symbols=SYMBOLS.get(name, 257)))
 
 
 SYMBOLS = {"recall": 128, "find-block": 32}  # suites of models that read no text: their vocabularies

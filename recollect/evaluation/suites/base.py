@@ -180,7 +180,7 @@ def build_suite(name: str, **options: Any) -> Suite:
         ValueError: unknown suite or option (the nearest is named), an option that is missing, or a value that the suite refuses.
     """
     if name not in SUITES:
-        raise ValueError(f"unknown suite {name!r}{_hint(name, SUITES)} Known suites: {', '.join(sorted(SUITES))}")
+        raise ValueError(f"unknown suite {name!r}{_hint(name, SUITES)} Known suites: {', '.join(sorted([*SUITES, 'harness']))}")
     known = options_of(SUITES[name])
     for option in options:
         if option not in known:

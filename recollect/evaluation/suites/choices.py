@@ -49,7 +49,7 @@ class Commonsense(Suite):
     def items(self, model: LanguageModel) -> list[Item]:
         """One per question: a `Choice`."""
         found = []
-        for path in find_files(self.data, suffixes=SUFFIXES):
+        for path in self._paths():
             dataset = self.dataset or _dataset_of(path)
             rows = read_rows(path)
             try:
@@ -83,7 +83,11 @@ class Commonsense(Suite):
         return results
 
     def fingerprint(self) -> dict[str, Any]:
-        return asdict(self) | {"data": digests(find_files(self.data, suffixes=SUFFIXES))}
+        return asdict(self) | {"data": digests(self._paths())}
+
+    def _paths(self) -> list[Path]:
+        """Folders whose names begin with _ hold something else."""
+        return [path for path in find_files(self.data, suffixes=SUFFIXES) if not path.parent.name.startswith("_")]
 
 
 @register_suite
