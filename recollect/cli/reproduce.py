@@ -61,7 +61,6 @@ def reproduce(
             print(path.read_text(encoding="utf-8"), end="")
             print(f"written to {path}", file=sys.stderr)
             return
-        folder.mkdir(parents=True, exist_ok=True)
         measured = run(
             found,
             scale,

@@ -27,6 +27,7 @@ def make(
     experiment: Experiment,
     text: Sequence[str],
     files: Mapping[str, str],
+    device: str,
     say: Say,
 ) -> Made:
     """Run a stage that trains nothing.
@@ -37,6 +38,7 @@ def make(
         folder: for what it writes.
         experiment: whose stage it is.
         text, files: the user's; see `recollect.reproduction.runner.run`.
+        device: where questions are asked.
         say: takes lines of progress.
     Raises:
         ValueError: what a suite refuses; a file that is not there.
@@ -45,9 +47,9 @@ def make(
     if isinstance(stage, Asking):
         if stage.file and stage.file not in files:
             return Made(
-                (), notes=[f"Not asked: {stage.suite}. Give its {experiment.files[stage.file]}: --file {stage.file}=PATH"]
+                (), notes=[f"Not asked: {stage.suite}. Give it with --file {stage.file}=PATH, {experiment.files[stage.file]}"]
             )
-        return asked(stage, trained[stage.of].runs, folder, text=text, files=files, say=say)
+        return asked(stage, trained[stage.of].runs, folder, text=text, files=files, device=device, say=say)
     if isinstance(stage, Looking):
         return looked(stage, trained[stage.of].runs, folder)
     if isinstance(stage, Timing):
@@ -63,6 +65,7 @@ def asked(
     *,
     text: Sequence[str] = (),
     files: Mapping[str, str] | None = None,
+    device: str = "auto",
     say: Say = print,
 ) -> Made:
     """One column per value of the suite's dimension; None for runs that ended early and have no model."""
@@ -77,7 +80,7 @@ def asked(
         if each.status != "finished":
             continue
         say(f"{stage.suite}: {name} seed {each.seed}")
-        model = load_language_model(str(each.folder), max_length=stage.context)
+        model = load_language_model(str(each.folder), max_length=stage.context, device=device)
         results = evaluate(
             model, suite, folder / f"{file_name(name)}-seed{each.seed}", about={"path": each.folder.name}
         ).results

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -21,14 +23,30 @@ SAME, CHANGED = "Transformer -> Transformer", "Transformer -> {}"
 
 
 def continue_both(
-    stage: Continuing, folder: Path, *, seeds: int, text: Sequence[str], say: Callable[[str], None]
+    stage: Continuing,
+    folder: Path,
+    *,
+    seeds: int,
+    text: Sequence[str],
+    say: Callable[[str], None],
+    device: str = "auto",
+    budget: str | None = None,
 ) -> tuple[dict[str, list[float | None]], float, list[int]]:
     """Bits per byte of held-out text per seed, of either continuation; seconds of training; parameters of both models.
 
     Every training goes on where it was interrupted, and one that is finished is not run again.
+
+    Args:
+        budget: of each training, in place of the stage's own: steps, as "300steps".
+    Raises:
+        ValueError: a budget that is no number of steps.
     """
+    if budget is not None:
+        if not (found := re.fullmatch(r"(\d+)steps", budget)) or not int(found[1]):
+            raise ValueError(f"the budget of a continued training is a number of steps, as 300steps; got {budget!r}")
+        stage = dataclasses.replace(stage, steps=int(found[1]), more_steps=int(found[1]))
     names = (SAME, CHANGED.format(stage.mixer))
-    found: dict[str, list[float | None]] = {name: [] for name in names}
+    values: dict[str, list[float | None]] = {name: [] for name in names}
     seconds, parameters = 0.0, []
     for seed in range(seeds):
         place = folder / f"seed{seed}"
@@ -36,18 +54,18 @@ def continue_both(
         if not (base / "config.json").is_file():
             torch.manual_seed(seed)
             _llama(stage).save_pretrained(base)
-        first = _train(stage, place / "first", base, seed, text, stage.steps, stage.lr, say)
+        first = _train(stage, place / "first", base, seed, text, stage.steps, stage.lr, device, say)
         seconds += first[1]
         changed = place / "retrofitted"
         if not (changed / "config.json").is_file():
             retrofit(str(place / "first" / MODEL), mixer=stage.mixer, layers=stage.layers).save_pretrained(changed)
         for name, start in zip(names, (place / "first" / MODEL, changed), strict=True):
             out = place / ("same" if name == SAME else "changed")
-            value, took, size = _train(stage, out, start, seed + 1000, text, stage.more_steps, stage.more_lr, say)
-            found[name].append(value)
+            value, took, size = _train(stage, out, start, seed + 1000, text, stage.more_steps, stage.more_lr, device, say)
+            values[name].append(value)
             seconds += took
             parameters.append(size)
-    return found, seconds, parameters
+    return values, seconds, parameters
 
 
 def _llama(stage: Continuing) -> PreTrainedModel:
@@ -67,7 +85,15 @@ def _llama(stage: Continuing) -> PreTrainedModel:
 
 
 def _train(
-    stage: Continuing, out: Path, start: Path, seed: int, text: Sequence[str], steps: int, lr: float, say: Callable[[str], None]
+    stage: Continuing,
+    out: Path,
+    start: Path,
+    seed: int,
+    text: Sequence[str],
+    steps: int,
+    lr: float,
+    device: str,
+    say: Callable[[str], None],
 ) -> tuple[float | None, float, int]:
     """Bits per byte at the end, seconds, parameters."""
     if not (out / MODEL).is_dir():
@@ -78,6 +104,7 @@ def _train(
             "out": str(out),
             "seed": seed,
             "steps": steps,
+            "engine.device": device,
             "eval_every": 0,
             "logging.tensorboard": False,
             "optimiser.lr": lr,

@@ -7,7 +7,21 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from recollect.reproduction.experiment import Asking, Experiment, Published, Scaling, Stage, Timing, Training
-from recollect.reproduction.parts import SMALL_TEXT, TAUGHT, TEACHING, TINY_TEXT, WORDS, curve, text_size, train_variants
+from recollect.reproduction.parts import (
+    COMMONSENSE,
+    COMMONSENSE_FILES,
+    LAST_WORD,
+    LAST_WORD_FILES,
+    SMALL_TEXT,
+    TAUGHT,
+    TEACHING,
+    TINY_TEXT,
+    WORDS,
+    ask_texts,
+    curve,
+    text_size,
+    train_variants,
+)
 
 NAMES = {
     "attention": "Transformer++",
@@ -110,12 +124,22 @@ TABLE_3 = Published(
 
 # Who is trained at which size: the rows of Table 2. Baselines take the recipe of the others.
 _TRAINED = [(_MIXERS[name], size) for size, table in TABLE_2.items() for name in table.rows]
-_RUNS = tuple(
-    f"recollect train {mixer}-{size} out=runs/{mixer}-{size}"
-    if mixer.removesuffix("-h") in THREE
-    else f"recollect train moneta-{size} model.layers={mixer} out=runs/{mixer}-{size}"
-    for mixer, size in _TRAINED
-)
+_COMMONSENSE_TASKS = "wikitext,lambada_openai,piqa,hellaswag,winogrande,arc_easy,arc_challenge,social_iqa,boolq"
+
+
+def _train(mixer: str, size: str, *, length: int | None = None) -> str:
+    """The command that trains into runs/MIXER-SIZE, or runs/MIXER-SIZE-LENGTH where texts have another length."""
+    run = f"{mixer}-{size}" if length is None else f"{mixer}-{size}-{length}"
+    recipe = f"{mixer}-{size}" if mixer.removesuffix("-h") in THREE else f"moneta-{size} model.layers={mixer}"
+    return f"recollect train {recipe} {'' if length is None else f'data.seq_len={length} '}out=runs/{run}"
+
+
+def _ask_table_2(mixer: str, size: str, folder: str) -> str:
+    return (
+        f"recollect evaluate runs/{mixer}-{size} harness -o tasks={_COMMONSENSE_TASKS} --device cuda --dtype bfloat16 "
+        f"--out {folder}/{mixer}-{size}"
+    )
+
 
 LANGUAGE = Experiment(
     name="miras-lm",
@@ -127,15 +151,18 @@ LANGUAGE = Experiment(
             request={**TINY_TEXT, "mixers": ["attention", "gated_delta_net", "mamba2", *THREE]},
             names=NAMES,
         ),
+        LAST_WORD,
+        COMMONSENSE,
     ),
-    small=(Training(column="bits/byte", request={**SMALL_TEXT, "mixers": list(NAMES)}, names=NAMES),),
+    small=(
+        Training(column="bits/byte", request={**SMALL_TEXT, "mixers": list(NAMES)}, names=NAMES),
+        LAST_WORD,
+        COMMONSENSE,
+    ),
+    files={**LAST_WORD_FILES, **COMMONSENSE_FILES},
     paper=(
-        *_RUNS,
-        *(
-            f"recollect evaluate runs/{mixer}-{size} harness -o tasks=wikitext,lambada_openai,piqa,hellaswag,winogrande,arc_easy,"
-            f"arc_challenge,social_iqa,boolq --device cuda --dtype bfloat16 --out table2/{mixer}-{size}"
-            for mixer, size in _TRAINED
-        ),
+        *(_train(mixer, size) for mixer, size in _TRAINED),
+        *(_ask_table_2(mixer, size, "table2") for mixer, size in _TRAINED),
     ),
     size=_SIZE,
 )
@@ -163,6 +190,8 @@ def _contexts(
     return (*trained, Scaling(of=columns)) if drawn else tuple(trained)
 
 
+_LENGTHS = (2048, 4096, 8192, 16384, 32768)
+
 SCALING = Experiment(
     name="miras-scaling",
     about="Perplexity over training FLOPs and over the training context, 2K to 32K (Figure 3)",
@@ -175,10 +204,11 @@ SCALING = Experiment(
     ),
     tiny=_contexts(TINY_TEXT, ["mamba2", *THREE], NAMES, (128, 512), tokens=2048, drawn=True),
     small=_contexts(SMALL_TEXT, ["mamba2", "gsa", *THREE], NAMES, (256, 1024, 4096), tokens=4096, drawn=True),
-    paper=tuple(
-        f"recollect train {name}-340m data.seq_len={length} out=runs/{name}-340m-{length}"
-        for name in THREE
-        for length in (2048, 4096, 8192, 16384, 32768)
+    paper=(
+        *(_train(mixer, "340m", length=length) for mixer in ("mamba2", "gsa", *THREE) for length in _LENGTHS),
+        *(_train(mixer, size) for mixer in ("mamba2", "gsa", *THREE) for size in ("780m", "1.3b")),
+        *(ask_texts(f"{mixer}-340m-{length}") for mixer in ("mamba2", "gsa", *THREE) for length in _LENGTHS),
+        *(ask_texts(f"{mixer}-{size}") for mixer in ("mamba2", "gsa", *THREE) for size in ("780m", "1.3b")),
     ),
     size=_SIZE,
 )
@@ -225,10 +255,13 @@ NEEDLES = Experiment(
             **options,
         )
     ),
-    paper=tuple(
-        f"recollect evaluate runs/{name}-780m ruler -o only=niah_single_1,niah_single_2,niah_single_3,niah_single_words "
-        f"-o lengths=1024,2048,4096,8192 -o n=500 -o text=essays.txt --device cuda --dtype bfloat16 --out table3/{name}"
-        for name in THREE
+    paper=(
+        *(_train(_MIXERS[name], "780m") for name in TABLE_3.rows),
+        *(
+            f"recollect evaluate runs/{_MIXERS[name]}-780m ruler -o only=niah_single_1,niah_single_2,niah_single_3,niah_single_words "
+            f"-o lengths=1024,2048,4096,8192 -o n=500 -o text=essays.txt --device cuda --dtype bfloat16 --out table3/{_MIXERS[name]}"
+            for name in TABLE_3.rows
+        ),
     ),
     size={
         "tiny": "2 layers of width 64, taught this task on texts of 144 to 256 tokens; the paper: larger, not taught it.",
@@ -349,13 +382,32 @@ def _claims(text: Mapping[str, Any], n_parameters: int, recalling: str, kinship:
             names=NAMES,
         ),
         Timing(of="bits/byte"),
-        Asking(of="bits/byte", suite="commonsense", file="commonsense"),
+        COMMONSENSE,
         Training(column="bits/byte, 60 % of the parameters", request=fewer, names=NAMES),
         Training(column="recall error", request={**_RECALL, "mixers": ["attention", *THREE], "budget": recalling}, names=NAMES),
         Training(
             column="kinship error",
             request={"task": "kinship", "task_options": family, **TEACHING, "mixers": ["attention", *THREE], "budget": kinship},
             names=NAMES,
+        ),
+    )
+
+
+def _claimed() -> tuple[str, ...]:
+    """At the published size: those whom the claims name and whom they are said to beat; with fewer parameters, the three at 340 M."""
+    runs = [*((mixer, "780m") for mixer in ("attention", "mamba2", "rwkv7", *THREE)), *((mixer, "340m") for mixer in THREE)]
+    asked = (
+        ("perplexity --data pg19", "pg19"),
+        ("ruler -o only=niah_single_1,niah_multikey_1 -o lengths=4096 -o n=500 -o text=essays.txt", "recall"),
+        ("clutrr -o n=500", "clutrr"),
+    )
+    return (
+        *(_train(mixer, size) for mixer, size in runs),
+        *(_ask_table_2(mixer, size, "claims") for mixer, size in runs),
+        *(
+            f"recollect evaluate runs/{mixer}-{size} {suite} --device cuda --dtype bfloat16 --out claims/{mixer}-{size}-{name}"
+            for mixer, size in runs
+            for suite, name in asked
         ),
     )
 
@@ -383,8 +435,8 @@ PRESS = Experiment(
     ),
     tiny=_claims(TINY_TEXT, 1_100_000, "750steps", "1000steps"),
     small=_claims(SMALL_TEXT, 3_300_000, "1500steps", "6000steps"),
-    files={"commonsense": "questions: .jsonl files whose names begin with the data set's, or a folder of them"},
-    paper=_RUNS,
+    files=COMMONSENSE_FILES,
+    paper=_claimed(),
     size=_SIZE,
 )
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from recollect.comparison.options import split_outside
-from recollect.reproduction.experiment import TEXT, Published
+from recollect.reproduction.experiment import TEXT, Asking, Published
 
 TINY_TEXT: Mapping[str, Any] = {"task": "text", "data": [TEXT], "budget": "150steps", "n_eval": 128}
 SMALL_TEXT: Mapping[str, Any] = {
@@ -30,6 +30,17 @@ TAUGHT: Mapping[str, str] = {
 }
 TEACHING: Mapping[str, Any] = {"mixers": list(TAUGHT), "mlp": False, "batch_size": 64}
 WORDS: Mapping[str, Any] = {"vocab_size": 512}
+
+
+# Asked where the user has the files.
+LAST_WORD = Asking(of="bits/byte", suite="lambada", file="lambada", by="file", metrics=("perplexity", "accuracy"))
+LAST_WORD_FILES: Mapping[str, str] = {
+    "lambada": "LAMBADA's passages: a .jsonl file, or a folder with the standard and the OpenAI ones"
+}
+COMMONSENSE = Asking(of="bits/byte", suite="commonsense", file="commonsense")
+COMMONSENSE_FILES: Mapping[str, str] = {
+    "commonsense": "common-sense questions: .jsonl files whose names begin with the data set's, or a folder of them"
+}
 
 
 def text_size(paper: str, *, toy: str = "", tiny: bool = True) -> dict[str, str]:

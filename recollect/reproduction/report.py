@@ -56,10 +56,12 @@ def notes(experiment: Experiment, scale: Scale, measured: Measured) -> list[str]
     low, high = measured.parameters
     changed = ", ".join(f"{name} {value}" for name, value in measured.overrides.items())
     size = f"{low:,}" if low == high else f"{low:,} to {high:,}"
+    several = any(len(values) > 1 for column in measured.columns for values in column.cells.values())
+    seeds = "In brackets: every seed. " if several else ""
     return [
         f"Measured here: {experiment.size[scale]}{f' Changed for this run: {changed}.' if changed else ''}",
         f"The models have {size} parameters; {measured.seconds / 60:.0f} minutes of training in all.",
-        "In brackets: every seed. Published numbers are of other sizes and data: compare orders, not values.",
+        f"{seeds}Published numbers are of other sizes and data: compare orders, not values.",
         *measured.notes,
         *(f"Drawn: {path}" for path in measured.pictures),
     ]

@@ -55,14 +55,15 @@ def run(
         overrides: fields of every request that win over the experiment's, such as {"budget": "20steps"}.
         console: where progress goes.
     Raises:
-        ValueError: no text where one is needed, a file that the experiment does not know or that is not there, and what the stages
-            refuse.
+        ValueError: no text where one is needed, a file that the experiment does not know or that is not there, a folder of another
+            experiment, and what the stages refuse.
     """
     if scale == "paper":
         raise ValueError("scale 'paper' is a list of commands for a cluster; it is not run here")
     if experiment.needs_text(scale) and not text:
         raise ValueError(f"{experiment.name} trains on text: name a file or folder with --data")
     _check_files(experiment, files or {})
+    _claim(out, {"experiment": experiment.name, "scale": scale})
     say = _teller(console)
     columns: list[Column] = []
     trained: dict[str, Trained] = {}
@@ -84,17 +85,35 @@ def run(
             parameters += [point.parameters for point in last]
         elif isinstance(stage, Continuing):
             folder.mkdir(parents=True, exist_ok=True)
-            cells, took, sizes = continue_both(stage, folder, seeds=seeds, text=text, say=say)
+            cells, took, sizes = continue_both(
+                stage, folder, seeds=seeds, text=text, device=device, budget=(overrides or {}).get("budget"), say=say
+            )
             columns.append(Column(stage.column, "", cells, higher_is_better=False))
             seconds, parameters = seconds + took, parameters + sizes
         else:
-            made = make(stage, trained, folder, experiment=experiment, text=text, files=files or {}, say=say)
+            made = make(stage, trained, folder, experiment=experiment, text=text, files=files or {}, device=device, say=say)
             columns += made.columns
             pictures += made.pictures
             notes += made.notes
     measured = Measured(columns, seconds, (min(parameters), max(parameters)), dict(overrides or {}), pictures, notes)
     replace_file(out / "measured.json", json.dumps([column._asdict() for column in columns], indent=2).encode())
     return measured
+
+
+def _claim(out: Path, owner: Mapping[str, str]) -> None:
+    """A folder is of one experiment at one scale: another's tables would be overwritten.
+
+    Raises:
+        ValueError: the folder is another's.
+    """
+    path = out / "experiment.json"
+    if path.is_file():
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found != owner:
+            theirs = f"{found.get('experiment')} at scale {found.get('scale')}"
+            raise ValueError(f"{out} holds {theirs}; give {owner['experiment']} at scale {owner['scale']} another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    replace_file(path, json.dumps(owner).encode())
 
 
 def _check_files(experiment: Experiment, files: Mapping[str, str]) -> None:

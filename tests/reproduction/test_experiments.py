@@ -159,6 +159,19 @@ def test_a_script_of_the_published_scale_runs_on_a_cluster(nodes: int | None, tm
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
+def test_a_script_of_the_published_scale_trains_what_it_asks(name: str) -> None:
+    """Prevents a script that stops on a cluster at a model that another experiment would have trained."""
+    made: set[str] = set()
+    for command in _commands(name):
+        needed = {
+            word.removeprefix("model.start_from=").removesuffix("/model") for word in command if "start_from=runs/" in word
+        }
+        needed |= {command[2]} if command[1] in ("evaluate", "inspect") else set()
+        assert needed <= made, shlex.join(command)
+        made |= {word.removeprefix("out=") for word in command if word.startswith("out=")}
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
 def test_no_command_asks_beyond_the_context_of_its_model(name: str) -> None:
     """Prevents a script of the published scale that stops at its second command: MTA's models read what they were trained on."""
     for command in _commands(name):
@@ -230,6 +243,14 @@ def test_an_experiment_runs_to_its_page_and_is_not_run_again(tmp_path: Path, tex
     assert measured.parameters[0] <= measured.parameters[1]
 
 
+def test_a_folder_is_of_one_experiment(tmp_path: Path, text: str) -> None:
+    """Prevents tables of one experiment from being overwritten by those of another that trains alike."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/experiment.json").write_text('{"experiment": "mta-lm", "scale": "tiny"}')
+    with pytest.raises(ValueError, match="holds mta-lm at scale tiny; give mta-lambada at scale tiny another --out"):
+        run(EXPERIMENTS["mta-lambada"], "tiny", tmp_path / "out", seeds=1, text=[text])
+
+
 def test_models_that_are_not_there_are_not_asked(tmp_path: Path, text: str) -> None:
     """Prevents one diverged run from taking the table of all the others with it."""
     for name in ("a0", "a2"):
@@ -242,7 +263,7 @@ def test_models_that_are_not_there_are_not_asked(tmp_path: Path, text: str) -> N
 
     stage = Asking(of="x", suite="perplexity", options={"data": (TEXT,), "positions": (64,), "tokens": 100}, by="position")
     runs = {"A": seeds("a", "finished", "diverged", "finished"), "B": seeds("b", "diverged")}
-    first, second = asked(stage, runs, tmp_path / "asked", text=[text]).columns
+    first, second = asked(stage, runs, tmp_path / "asked", text=[text], device="cpu").columns
     assert [cell is None for cell in first.cells["A"]] == [False, True, False]
     assert first.cells["B"] == second.cells["B"] == [None]
 
@@ -263,7 +284,7 @@ def test_what_needs_a_file_is_asked_where_it_is_given(tmp_path: Path, text: str)
     common: dict[str, Any] = {"seeds": 1, "text": [text], "jobs": 1, "overrides": SMALL}
     without = run(experiment, "tiny", tmp_path / "out", **common)
     assert [column.head for column in without.columns] == ["bits/byte", "tokens/s"]
-    assert "Not asked: lambada. Give its passages: --file lambada=PATH" in without.notes
+    assert "Not asked: lambada. Give it with --file lambada=PATH, passages" in without.notes
     assert without.columns[1].cells["mamba2"][0] > 0
     passages = tmp_path / "standard.jsonl"
     passages.write_text('{"text": "The rain fell on the roof"}\n')
@@ -281,14 +302,19 @@ def test_what_needs_a_file_is_asked_where_it_is_given(tmp_path: Path, text: str)
 
 def test_a_retrofit_is_trained_on_beside_the_model_as_it_is(tmp_path: Path, text: str) -> None:
     """Prevents continuations that start from different models, and a stage that trains again what it has trained."""
-    stage = Continuing(column="bits/byte", width=16, n_layers=2, heads=2, intermediate=16, steps=2, more_steps=2, layers="all")
+    stage = Continuing(column="bits/byte", width=16, n_layers=2, heads=2, intermediate=16, steps=9, more_steps=9, layers="all")
     said: list[str] = []
+    with pytest.raises(ValueError, match="a number of steps, as 300steps; got '2m'"):
+        continue_both(stage, tmp_path, seeds=1, text=[text], say=said.append, budget="2m")
     for _ in range(2):
-        cells, seconds, parameters = continue_both(stage, tmp_path, seeds=1, text=[text], say=said.append)
+        cells, seconds, parameters = continue_both(
+            stage, tmp_path, seeds=1, text=[text], say=said.append, device="cpu", budget="2steps"
+        )
         assert {name: len(values) for name, values in cells.items()} == {SAME: 1, "Transformer -> mta": 1}
         assert parameters[1] > parameters[0]
         assert seconds > 0
     assert sum("finished" in line for line in said) == 3
+    assert any("step 2/2" in line for line in said)
 
 
 def test_text_is_asked_for_and_paper_is_not_run(tmp_path: Path) -> None:
