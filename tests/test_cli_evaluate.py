@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -79,16 +80,23 @@ def test_wrong_input_is_told_in_a_sentence(
     assert message in said, said
 
 
-def test_a_model_that_gives_nan_keeps_finished_rows(model: Path, tmp_path: Path) -> None:
-    """Prevents scores of numbers that are none."""
-    words = ("evaluate", model, "babilong", "-o", "qa=1", "-o", "lengths=0", "-o", "n=2", "--out", tmp_path / "out")
-    broken = RecollectForCausalLM.from_pretrained(model)
+def test_a_model_that_gives_nan_keeps_finished_rows(tmp_path: Path) -> None:
+    """Prevents scores of numbers that are none, and the loss of what was answered before."""
+    sizes: dict[str, Any] = {"hidden_size": 16, "num_attention_heads": 2, "layers": ["gated_delta_net"], "mlp": False}
+    broken = RecollectForCausalLM(RecollectConfig(**sizes, tie_word_embeddings=False))
     with torch.no_grad():
-        broken.model.norm.weight.fill_(float("nan"))
-    broken.save_pretrained(model)
-    status, said = invoke(*words)
+        broken.model.get_input_embeddings().weight[ord("~")] = float("nan")
+    broken.save_pretrained(tmp_path / "model")
+    for name, text in (("a", "It rained. " * 20), ("b", "It ~ snowed. " * 20)):
+        (tmp_path / f"{name}.txt").write_text(text)
+    out = tmp_path / "out"
+    words = ("evaluate", tmp_path / "model", "perplexity", "--data", tmp_path / "a.txt", "--data", tmp_path / "b.txt")
+    status, said = invoke(*words, "--batch-tokens", "100", "--out", out)
     assert status == 2
     assert "logits are not finite" in said
+    rows = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
+    assert len(rows) == 1
+    assert "a.txt" in rows[0]["id"]
 
 
 def test_the_experiments_are_listed_and_written_as_commands(tmp_path: Path) -> None:

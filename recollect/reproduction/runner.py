@@ -11,6 +11,7 @@ from rich.console import Console
 
 from recollect.comparison import Request, compare
 from recollect.comparison.report.records import Run, read
+from recollect.evaluation.suites import Local, build_suite
 from recollect.reproduction.after import file_name, make
 from recollect.reproduction.continuing import continue_both
 from recollect.reproduction.experiment import (
@@ -62,7 +63,7 @@ def run(
         raise ValueError("scale 'paper' is a list of commands for a cluster; it is not run here")
     if experiment.needs_text(scale) and not text:
         raise ValueError(f"{experiment.name} trains on text: name a file or folder with --data")
-    _check_files(experiment, files or {})
+    _check_files(experiment, scale, files or {})
     _claim(out, {"experiment": experiment.name, "scale": scale})
     say = _teller(console)
     columns: list[Column] = []
@@ -116,13 +117,19 @@ def _claim(out: Path, owner: Mapping[str, str]) -> None:
     replace_file(path, json.dumps(owner).encode())
 
 
-def _check_files(experiment: Experiment, files: Mapping[str, str]) -> None:
+def _check_files(experiment: Experiment, scale: Scale, files: Mapping[str, str]) -> None:
+    """Refuse before hours of training what could not be asked after them."""
     known = ", ".join(f"{name} ({what})" for name, what in experiment.files.items())
     for name, path in files.items():
         if name not in experiment.files:
             raise ValueError(f"{experiment.name} reads no file {name!r}; it reads {known or 'none'}")
         if not Path(path).exists():
             raise ValueError(f"--file {name}={path}: no such file or folder")
+    for stage in experiment.stages(scale):
+        if isinstance(stage, Asking) and stage.file in files:
+            suite = build_suite(stage.suite, **stage.options, data=(files[stage.file],))
+            assert isinstance(suite, Local)
+            suite.read()
 
 
 def _teller(console: Console | None) -> Say:

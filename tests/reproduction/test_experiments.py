@@ -298,6 +298,10 @@ def test_what_needs_a_file_is_asked_where_it_is_given(tmp_path: Path, text: str)
         run(experiment, "tiny", tmp_path / "out", files={"lambda": str(passages)}, **common)
     with pytest.raises(ValueError, match="no such file or folder"):
         run(experiment, "tiny", tmp_path / "out", files={"lambada": str(tmp_path / "none")}, **common)
+    passages.write_text('{"words": "The rain fell on the roof"}\n')
+    with pytest.raises(ValueError, match=r"standard.jsonl, line 1: .*text"):
+        run(experiment, "tiny", tmp_path / "new", files={"lambada": str(passages)}, **common)
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_retrofit_is_trained_on_beside_the_model_as_it_is(tmp_path: Path, text: str) -> None:

@@ -1,7 +1,7 @@
 """Suites of questions for a language model. Importing this package registers all of them."""
 
 from recollect.evaluation.suites.base import SUITES, Item, Metric, Result, Suite, build_suite, register_suite
-from recollect.evaluation.suites.choices import Commonsense, Lambada
+from recollect.evaluation.suites.choices import Commonsense, Lambada, Local
 from recollect.evaluation.suites.perplexity import Perplexity
 from recollect.evaluation.suites.questions import BabiLongSuite, ClutrrSuite, NeedlesSuite, Questions, RulerSuite
 from recollect.evaluation.suites.symbols import FindBlockSuite, RecallSuite, Symbols
@@ -14,6 +14,7 @@ __all__ = [
     "FindBlockSuite",
     "Item",
     "Lambada",
+    "Local",
     "Metric",
     "NeedlesSuite",
     "Perplexity",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -19,9 +20,24 @@ from recollect.tasks.files import numbered_lines
 SUFFIXES = (".jsonl",)
 
 
+class Local(Suite):
+    """Questions that are rows of files, and the same for every model."""
+
+    @abc.abstractmethod
+    def read(self) -> list[Item]:
+        """One per row.
+
+        Raises:
+            ValueError: a missing or malformed file.
+        """
+
+    def items(self, model: LanguageModel) -> list[Item]:
+        return self.read()
+
+
 @register_suite
 @dataclass(frozen=True, kw_only=True)
-class Commonsense(Suite):
+class Commonsense(Local):
     """Multiple choice: the option whose text the model finds likeliest (BoolQ, PIQA, SIQA, HellaSwag, WinoGrande, ARC, OBQA,
     MMLU).
 
@@ -46,7 +62,7 @@ class Commonsense(Suite):
         if self.shots < 0:
             raise ValueError(f"shots is 0 or more; got {self.shots}")
 
-    def items(self, model: LanguageModel) -> list[Item]:
+    def read(self) -> list[Item]:
         """One per question: a `Choice`."""
         found = []
         for path in self._paths():
@@ -92,7 +108,7 @@ class Commonsense(Suite):
 
 @register_suite
 @dataclass(frozen=True, kw_only=True)
-class Lambada(Suite):
+class Lambada(Local):
     """LAMBADA: the last word of a passage. A guess is one of the different words before it, as in the paper.
 
     Attributes:
@@ -104,7 +120,7 @@ class Lambada(Suite):
     dimensions: ClassVar[tuple[str, ...]] = ("file",)
     data: tuple[str, ...]
 
-    def items(self, model: LanguageModel) -> list[Item]:
+    def read(self) -> list[Item]:
         """One per passage: (file, context, continuation)."""
         found = []
         for path in find_files(self.data, suffixes=SUFFIXES):
