@@ -9,7 +9,7 @@ scales   "tiny" ends in minutes on two cores, "small" in hours; "paper" is the l
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 Scale = Literal["tiny", "small", "paper"]
@@ -146,6 +146,9 @@ class Continuing:
     more_lr: float = 5e-4
 
 
+Means = Callable[[str, str], float]
+"""Of a column (its head) and a model: the mean over the seeds, a share for what is printed in %; NaN where it was not measured."""
+
 Stage = Training | Asking | Looking | Plotting | Scaling | Timing | Continuing
 
 
@@ -161,6 +164,7 @@ class Experiment:
         paper: commands that run it as published, one per line.
         size: in words, how far the scales are from the paper's models.
         files: name of a file that the user may give -> what it is.
+        beside: words for rows of the first published table, from what was measured here: a column of their own.
     """
 
     name: str
@@ -171,6 +175,7 @@ class Experiment:
     paper: tuple[str, ...]
     size: Mapping[str, str]
     files: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    beside: Callable[[Means], Mapping[str, str]] | None = None
 
     def stages(self, scale: Scale) -> tuple[Stage, ...]:
         """The stages of a scale that is run here."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import re
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -16,6 +18,8 @@ from recollect.evaluation.statistics import summarize
 from recollect.reproduction.experiment import Experiment, Published, Scale
 from recollect.reproduction.measured import Column, Measured
 from recollect.training.checkpoint import replace_file
+
+SENTENCE = 32  # characters, at most, of a line of words in a table
 
 
 def write(out: Path, experiment: Experiment, scale: Scale, measured: Measured) -> list[RenderableType]:
@@ -81,12 +85,28 @@ def _published_rows(table: Published) -> list[tuple[str, list[str]]]:
     return [(name, ["" if value is None else str(value) for value in values]) for name, values in table.rows.items()]
 
 
+def _published(experiment: Experiment, measured: Measured) -> list[Published]:
+    """The published tables, the first with what was measured beside its rows, where there are words for it."""
+    tables = list(experiment.published)
+    if experiment.beside is None:
+        return tables
+
+    def mean(head: str, model: str) -> float:
+        cells = [column.cells.get(model, []) for column in measured.columns if column.head == head]
+        whole = [math.nan if value is None else value for value in cells[0]] if cells else []
+        return sum(whole) / len(whole) if whole else math.nan
+
+    words = experiment.beside(mean)
+    rows = {name: (*values, words.get(name)) for name, values in tables[0].rows.items()}
+    return [dataclasses.replace(tables[0], columns=(*tables[0].columns, "measured here"), rows=rows), *tables[1:]]
+
+
 def _shown(experiment: Experiment, scale: Scale, measured: Measured) -> list[RenderableType]:
     heads, rows = _columns(measured)
     parts: list[RenderableType] = [f"{experiment.name}, scale {scale}: {experiment.about}\n\nmeasured"]
-    parts.append(_table([head.replace(", ", ",\n") for head in heads], rows, no_wrap=True))
+    parts.append(_table([re.sub(r"([:,]) ", r"\1\n", head) for head in heads], rows, no_wrap=True))
     parts += notes(experiment, scale, measured)
-    for table in experiment.published:
+    for table in _published(experiment, measured):
         parts += [f"\npublished: {table.title}", _table(table.columns, _published_rows(table)), table.note]
     return parts
 
@@ -94,8 +114,9 @@ def _shown(experiment: Experiment, scale: Scale, measured: Measured) -> list[Ren
 def _table(heads: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]], *, no_wrap: bool = False) -> Table:
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("model", no_wrap=True)
-    for head in heads:
-        table.add_column(head, justify="right", no_wrap=no_wrap)
+    for i, head in enumerate(heads):
+        width = None if no_wrap else min(SENTENCE, max(len(text) for text in (head, *(cells[i] for _, cells in rows))))
+        table.add_column(head, justify="right", no_wrap=no_wrap, width=width)
     for name, cells in rows:
         table.add_row(name, *cells)
     return table
@@ -108,7 +129,7 @@ def _markdown(experiment: Experiment, scale: Scale, measured: Measured) -> str:
 
     parts = [f"### {experiment.name}, scale {scale}: {experiment.about}\n", of(*_columns(measured))]
     parts.append("\n".join(notes(experiment, scale, measured)) + "\n")
-    for table in experiment.published:
+    for table in _published(experiment, measured):
         parts.append(f"{table.title}:\n\n{of(list(table.columns), _published_rows(table))}\n{table.note}\n")
     return "\n".join(parts)
 
@@ -118,7 +139,8 @@ def _html(experiment: Experiment, scale: Scale, measured: Measured) -> str:
         return pages.table(caption, ["model", *heads], [pages.row(name, cells) for name, cells in rows])
 
     published = [
-        of(table.title, table.columns, _published_rows(table)) + pages.note(table.note) for table in experiment.published
+        of(table.title, table.columns, _published_rows(table)) + pages.note(table.note)
+        for table in _published(experiment, measured)
     ]
     return pages.page(
         title=experiment.name,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import shlex
 import subprocess
 from pathlib import Path
@@ -37,6 +38,7 @@ from recollect.reproduction.experiment import (
     Timing,
     Training,
 )
+from recollect.reproduction.measured import Column, Measured
 from recollect.reproduction.paper import write_paper
 from recollect.reproduction.report import cell
 from recollect.reproduction.runner import run
@@ -111,6 +113,20 @@ def test_the_published_table_is_whole(name: str) -> None:
         assert table.rows
         assert all(len(values) == len(table.columns) for values in table.rows.values())
         assert table.note
+
+
+@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if EXPERIMENTS[name].beside])
+def test_what_was_measured_stands_beside_each_claim(name: str, tmp_path: Path) -> None:
+    """Prevents a claim without an answer, an answer to another claim, and numbers for what was not measured."""
+    experiment = EXPERIMENTS[name]
+    assert experiment.beside is not None
+    assert set(experiment.beside(lambda head, model: 0.5)) == set(experiment.published[0].rows)
+    assert set(experiment.beside(lambda head, model: math.nan).values()) == {"not measured"}
+    cells: dict[str, list[float | None]] = {"Moneta": [2.5, 2.7], "Transformer++": [3.0, 3.2]}
+    columns = [Column("bits/byte", "", cells, higher_is_better=False)]
+    report.write(tmp_path, experiment, "tiny", Measured(columns, 60.0, (1, 1), {}))
+    for file in ("table.txt", "table.md", "report.html"):
+        assert "29 % lower, of a byte" in (tmp_path / file).read_text()  # 1 - 2 ** -0.5
 
 
 def _commands(name: str) -> list[list[str]]:
