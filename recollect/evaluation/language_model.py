@@ -326,10 +326,9 @@ def check_positions(model: PreTrainedModel, n_tokens: int) -> None:
     Raises:
         ValueError: see above.
     """
-    own = getattr(model.config, "max_position_embeddings", None)
-    tables = (module for module in model.modules() if isinstance(module, nn.Embedding))
-    words = model.get_input_embeddings()
-    learned = any(own and table is not words and own <= table.num_embeddings <= own + 2 for table in tables)  # OPT has two more
+    own, n_symbols = (getattr(model.config, name, None) for name in ("max_position_embeddings", "vocab_size"))
+    sizes = {module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)} - {n_symbols}
+    learned = own is not None and bool(sizes & {own, own + 1, own + 2})  # OPT has two more
     if learned and own is not None and n_tokens > own:
         raise ValueError(f"{type(model).__name__} has learned positions for {own} tokens and cannot read {n_tokens} at a time")
 
