@@ -303,10 +303,10 @@ LAMBADA = Experiment(
 
 
 def _ablation(
-    name: str, about: str, published: dict[str, tuple[float | str | None, ...]], variants: dict[str, str]
+    name: str, about: str, published: dict[str, tuple[float | str | None, ...]], variants: dict[str, str], *, heads: int = 2
 ) -> Experiment:
-    """Variants of Multi-Token Attention on find-block and on text; variants: mixer as typed -> name in the table."""
-    toy: dict[str, Any] = {"task": "find-block", "task_options": {"n_blocks": 6}}
+    """Variants of Multi-Token Attention on find-block and on text; variants: mixer as typed -> name; heads: of find-block."""
+    toy: dict[str, Any] = {"task": "find-block", "task_options": {"n_blocks": 6}, "heads": heads}
     mixers = list(variants)
     return Experiment(
         name=name,
@@ -384,6 +384,7 @@ ABLATIONS = (
         "How many heads are mixed together (Figure 6, left)",
         {"1 head": ("about 11.2",), "2 heads": (11.09,), "16 heads": ("about 11.05",)},
         {"mta:c_h=1": "1 head", "mta:c_h=2": "2 heads", "mta": "all heads"},
+        heads=4,
     ),
 )
 
