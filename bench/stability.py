@@ -20,6 +20,7 @@ from torch import Tensor
 
 from recollect.mixers.miras import Miras
 from recollect.models import RecollectCache, RecollectConfig, RecollectForCausalLM
+from recollect.models.cache import cache_of
 
 MODELS, PIECE = ("moneta", "yaad", "memora"), 2048
 
@@ -48,8 +49,8 @@ def stream(name: str, tokens: Tensor, dtype: torch.dtype) -> Course:
     mixers = [block.mixer for block in model.model.layers]
     cache, first, growth, largest, finite = None, None, [], 0.0, True
     for piece in tokens.split(PIECE):
-        out = model(piece[None], past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
+        out = model(piece[None], cache=cache, use_cache=True)
+        cache = cache_of(out)
         size = torch.stack([weights(mixer, cache, layer) for layer, mixer in enumerate(mixers)]).mean()
         first = size if first is None else first
         growth.append(float(size / first))

@@ -149,7 +149,7 @@ def lesson(
             windows = [(tokens[:, t : t + WINDOW + 1], known[:, t + 1 : t + WINDOW + 1]) for t in starts]
             cache = RecollectCache([None] * model.config.num_hidden_layers)
         piece, is_known = windows.pop(0)
-        logits = model(piece[:, :-1], past_key_values=cache).logits
+        logits = model(piece[:, :-1], cache=cache).logits
         each = F.cross_entropy(logits.flatten(0, 1), piece[:, 1:].flatten(), reduction="none").view_as(is_known)
         weight = torch.where(is_known, 1.0, new)
         optimisers.set_rate(learning_rate(recipe, step))

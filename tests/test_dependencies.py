@@ -28,12 +28,13 @@ ALLOWED: dict[str, set[str]] = {
     "training": {"data", "models", "state", "tasks"},
     "user_modules": set(),
     "pages": set(),
+    "terminal": set(),
     "inference": {"data", "models", "user_modules"},
     # The loss that is reported is the one that is trained on.
-    "evaluation": {"data", "inference", "models", "pages", "state", "tasks", "training", "user_modules"},
+    "evaluation": {"data", "inference", "models", "pages", "state", "tasks", "terminal", "training", "user_modules"},
     "comparison": {"data", "evaluation", "kernels", "mixers", "models", "pages", "state", "tasks", "training", "user_modules"},
     "bench": {"comparison", "mixers", "models", "ops", "state", "training"},
-    "reproduction": {"comparison", "evaluation", "inference", "inspection", "models", "pages", "training"},
+    "reproduction": {"comparison", "evaluation", "inference", "inspection", "models", "pages", "terminal", "training"},
     "inspection": {"evaluation", "mixers", "models", "ops", "pages"},
     "__main__": {"cli"},
     "cli": {
@@ -50,6 +51,7 @@ ALLOWED: dict[str, set[str]] = {
         "reproduction",
         "state",
         "tasks",
+        "terminal",
         "training",
         "user_modules",
     },

@@ -39,7 +39,7 @@ def write(out: Path, setting: Setting, rows: Rows, names: Sequence[str], rates: 
     Args:
         names: contenders to show, in this order.
     Returns:
-        tables and notes for `pages.show`.
+        tables and notes for `terminal.show`.
     Raises:
         OSError: a file cannot be written.
     """
@@ -56,7 +56,7 @@ def write(out: Path, setting: Setting, rows: Rows, names: Sequence[str], rates: 
             buffer = io.BytesIO()
             figure.savefig(buffer, format=kind, dpi=150)
             replace_file(out / f"{setting.suite}.{kind}", buffer.getvalue())
-    return [head, *map(terminal, grids), *(f"  {note}" for note in said)]
+    return [head, *map(for_terminal, grids), *(f"  {note}" for note in said)]
 
 
 def header(setting: Setting, rates: Rates) -> str:
@@ -119,8 +119,8 @@ def notes(rows: Rows, names: Sequence[str]) -> list[str]:
     return [*said, *(f"not here: {', '.join(some)} ({reason})" for reason, some in absent.items())]
 
 
-def terminal(grid: Grid) -> Table:
-    """For `pages.show`."""
+def for_terminal(grid: Grid) -> Table:
+    """For `terminal.show`."""
     table = Table(box=box.SIMPLE_HEAD, title=grid.title, title_justify="left")
     for i, head in enumerate(grid.heads):
         table.add_column(head, justify="right" if i else "left", no_wrap=True)

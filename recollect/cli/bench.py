@@ -85,7 +85,7 @@ def _run(setting: Setting, lengths: list[int], only: list[str] | None, out: Path
     """Measure a suite and print it; whether a contender is wrong or failed."""
     import torch
 
-    from recollect import pages
+    from recollect import terminal
     from recollect.bench import floor, report
     from recollect.bench.contenders import chosen
     from recollect.bench.memory import probe
@@ -109,7 +109,7 @@ def _run(setting: Setting, lengths: list[int], only: list[str] | None, out: Path
             shown = report.write(out, setting, rows, [contender.name for contender in entered], rates)
     except Busy as error:
         raise ValueError(str(error)) from error
-    pages.show(*shown)
+    terminal.show(*shown)
     print(f"rows: {rows.path}; picture: {out / setting.suite}.png\n")
     return any(row["status"] in (WRONG, FAILED) for row in rows.rows)
 
@@ -189,7 +189,7 @@ def _lengths(words: str | None) -> list[int]:
 def _list(settings: list[Setting], only: list[str] | None) -> None:
     from rich.table import Table
 
-    from recollect import pages
+    from recollect import terminal
     from recollect.bench import suites  # noqa: F401 (registers the contenders)
     from recollect.bench.contenders import chosen, missing
 
@@ -198,4 +198,4 @@ def _list(settings: list[Setting], only: list[str] | None) -> None:
         for contender in chosen(setting.suite, only):
             here = missing(contender, setting) or "; ".join(filter(None, ["yes", contender.note(setting)]))
             table.add_row(setting.suite, contender.name, contender.about, here)
-    pages.show(table)
+    terminal.show(table)

@@ -88,7 +88,7 @@ def evaluate(
     command = shlex.join(["recollect", *sys.argv[1:]])
     try:
         one_thread()
-        from recollect import pages
+        from recollect import terminal
         from recollect.comparison.options import parse_options
         from recollect.evaluation.suites import build_suite
         from recollect.user_modules import import_user_modules
@@ -120,7 +120,7 @@ def evaluate(
         raise SystemExit(INTERRUPTED) from None
     except (ValueError, TypeError, OSError) as error:
         refuse(error)
-    pages.show(table)
+    terminal.show(table)
     print(words)
     print(f"report: {report}")
 
@@ -190,7 +190,7 @@ def _harness(
         from recollect.evaluation.harness import LocalData, run_harness, tokenizer_of
     except ImportError as error:
         raise ValueError(str(error)) from error
-    from recollect import pages
+    from recollect import terminal
     from recollect.evaluation.loading import load_language_model
     from recollect.evaluation.report import harness as report
     from recollect.evaluation.runner import claimed, describe
@@ -226,14 +226,14 @@ def _harness(
             table = report.write(folder, {"model": plan["model"] | {"path": path}, **results}, command=command)
     except Busy as error:
         raise ValueError(str(error)) from error
-    pages.show(table)
+    terminal.show(table)
     print(f"report: {folder / 'report.html'}")
 
 
 def _list_suites() -> None:
     from rich.table import Table
 
-    from recollect import pages
+    from recollect import terminal
     from recollect.evaluation.suites.base import REQUIRED, SUITES, options_of
 
     table = Table("suite", "what", "options")
@@ -241,4 +241,4 @@ def _list_suites() -> None:
     for name, suite in sorted(suites.items()):
         options = [f"{key}={'...' if value is REQUIRED else value}" for key, value in options_of(suite).items()]
         table.add_row(name, (suite.__doc__ or "").strip().splitlines()[0], ", ".join(options))
-    pages.show(table)
+    terminal.show(table)

@@ -42,7 +42,7 @@ def reproduce(
     progress = Console(stderr=True, force_terminal=False if os.environ.get("CI") else None)
     try:
         one_thread()
-        from recollect import pages
+        from recollect import terminal
         from recollect.reproduction import SCALES, find, report
         from recollect.reproduction.paper import write_paper
         from recollect.reproduction.runner import run
@@ -81,7 +81,7 @@ def reproduce(
         refuse(error)
     except RuntimeError as error:
         refuse(error, status=SOME_FAILED)
-    pages.show(*shown)
+    terminal.show(*shown)
     print(f"report: {folder / 'report.html'}")
     if any(None in values for column in measured.columns for values in column.cells.values()):
         raise SystemExit(SOME_FAILED)
@@ -103,10 +103,10 @@ def _files(given: list[str]) -> dict[str, str]:
 def _list() -> None:
     from rich.table import Table
 
-    from recollect import pages
+    from recollect import terminal
     from recollect.reproduction import EXPERIMENTS
 
     table = Table("experiment", "what")
     for name, experiment in EXPERIMENTS.items():
         table.add_row(name, experiment.about)
-    pages.show(table)
+    terminal.show(table)

@@ -17,6 +17,7 @@ from recollect.comparison.workload import Workload
 from recollect.evaluation.metrics import spread
 from recollect.mixers import Mixer
 from recollect.models import RecollectForCausalLM
+from recollect.models.cache import cache_of
 from recollect.models.layers import Block
 from recollect.tasks.base import IGNORE, Batch
 from recollect.training.checkpoint import replace_file
@@ -92,7 +93,7 @@ def _continuations(model: RecollectForCausalLM, workload: Workload, batch: Batch
     for _ in range(continued):
         token = outputs.logits[:, -1].argmax(dim=-1, keepdim=True)
         said.append(token)
-        outputs = model(input_ids=token, past_key_values=outputs.past_key_values, use_cache=True)
+        outputs = model(input_ids=token, cache=cache_of(outputs), use_cache=True)
     prediction = torch.cat(said, dim=1).cpu()
     target = batch.inputs[:, length - continued :]
     return [

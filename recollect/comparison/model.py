@@ -30,11 +30,3 @@ def make_model(
 def n_parameters(model: torch.nn.Module) -> int:
     """Trainable numbers, tied ones once."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
-@torch.no_grad()
-def state_bytes(model: RecollectForCausalLM, inputs: torch.Tensor) -> int:
-    """Bytes of the model's states after one sequence: inputs int64 [T] or [1, T]. The model is in eval mode."""
-    device = next(model.parameters()).device
-    outputs = model.model(input_ids=inputs.reshape(1, -1).to(device), use_cache=True)
-    return int(outputs.past_key_values.nbytes())

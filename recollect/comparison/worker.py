@@ -23,11 +23,12 @@ from transformers.utils import logging as transformers_logging
 
 from recollect.comparison.folder import PLAN, explain
 from recollect.comparison.inspection import write_inspection
-from recollect.comparison.model import make_model, state_bytes
+from recollect.comparison.model import make_model
 from recollect.comparison.plan import Plan
 from recollect.comparison.workload import Workload, make_workload
 from recollect.evaluation.metrics import score
 from recollect.models import RecollectForCausalLM
+from recollect.models.memory import state_bytes
 from recollect.training.allocator import keep_freed_memory
 from recollect.training.checkpoint import Saving
 from recollect.training.export import save_model

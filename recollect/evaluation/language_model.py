@@ -15,8 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
+from recollect.evaluation.carrying import Carry, check_carried
 from recollect.evaluation.rolling import Row, blocks, packed, windows
 from recollect.models import RecollectCache, RecollectForCausalLM
+from recollect.models.cache import cache_of
 from recollect.models.memory import growing_mixers
 from recollect.tasks.base import IGNORE
 from recollect.training.loss import labelled
@@ -100,6 +102,7 @@ class LanguageModel:
         self.batch_tokens = batch_tokens
         self.tokenizer_name = coder.name
         self.device = next(model.parameters()).device
+        self._is_carried = self.is_recollect
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a text, without prefix."""
@@ -281,15 +284,22 @@ class LanguageModel:
 
     def _carried(self, texts: Sequence[Iterable[NDArray[Any]]], piece: int) -> Iterator[tuple[int, Scored]]:
         """All texts in step. One that has ended goes on with padding: its state is spoilt when no more is asked of it."""
-        carry = _Carry(RecollectCache([None] * self.model.config.num_hidden_layers) if self.is_recollect else None)
+        carry = self._start()
         before = [self._lead] * len(texts)
         for together in zip_longest(*(blocks(parts, piece) for parts in texts), fillvalue=[]):
             rows = [Row(held + block, len(block)) for held, block in zip(before, together, strict=True)]
             yield from enumerate(self._score(rows, carry))
             before = [row.tokens[-1:] for row in rows]
 
+    def _start(self) -> Carry:
+        """The state before a text."""
+        if not self._is_carried:
+            check_carried(self.model)
+            self._is_carried = True
+        return Carry(RecollectCache([None] * self.model.config.num_hidden_layers) if self.is_recollect else None)
+
     @torch.no_grad()
-    def _score(self, rows: Sequence[Row], carry: _Carry | None = None) -> list[Scored]:
+    def _score(self, rows: Sequence[Row], carry: Carry | None = None) -> list[Scored]:
         """Of the scored tokens of each row. The last token of a row is not read: it is only predicted."""
         longest = max(len(row.tokens) for row in rows) - 1
         inputs = torch.full((len(rows), longest), self.coder.start)
@@ -302,17 +312,12 @@ class LanguageModel:
         cuts = np.cumsum([row.n_scored for row in rows])[:-1]
         return list(zip(np.split(values, cuts), np.split(greedy, cuts), strict=True))
 
-    def _gather(self, inputs: Tensor, labels: Tensor, carry: _Carry | None) -> Scored:
+    def _gather(self, inputs: Tensor, labels: Tensor, carry: Carry | None) -> Scored:
         """Both [m], in row-major order of the labelled positions."""
         ask = self.model.base_model if self.is_recollect else self.model
-        options = {"use_cache": False} if carry is None else {"use_cache": True, "past_key_values": carry.cache}
-        out = ask(input_ids=inputs.to(self.device), **options)
+        out = ask(input_ids=inputs.to(self.device), **({"use_cache": False} if carry is None else carry.options))
         if carry is not None:
-            carry.cache = getattr(out, "past_key_values", None)
-            if carry.cache is None:
-                raise ValueError(
-                    f"the state of {type(self.model).__name__} cannot be carried on; give --context N to read windows of N tokens"
-                )
+            carry.cache = cache_of(out)
         hidden, targets = labelled(out.last_hidden_state if self.is_recollect else out.logits, labels)
         if not self.is_recollect:
             return _compare(hidden, targets)
@@ -331,13 +336,6 @@ def check_positions(model: PreTrainedModel, n_tokens: int) -> None:
     learned = own is not None and bool(sizes & {own, own + 1, own + 2})  # OPT has two more
     if learned and own is not None and n_tokens > own:
         raise ValueError(f"{type(model).__name__} has learned positions for {own} tokens and cannot read {n_tokens} at a time")
-
-
-class _Carry:
-    """A batch's cache from call to call."""
-
-    def __init__(self, cache: Any) -> None:
-        self.cache = cache
 
 
 def _joined(scored: Sequence[Scored]) -> Scored:

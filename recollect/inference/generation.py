@@ -11,6 +11,7 @@ import torch
 
 from recollect.inference.text_model import load_text_model
 from recollect.models import RecollectCache, RecollectForCausalLM, load_memory
+from recollect.models.cache import CACHE
 
 
 def continue_text(
@@ -49,7 +50,7 @@ def continue_text(
         if not isinstance(model, RecollectForCausalLM):
             raise ValueError(f"{folder} holds a retrofitted model; it goes on from no memory")
         # The states know their own place; `generate` would ask for the tokens of a cache that has a length.
-        options["past_key_values"] = RecollectCache(load_memory(model, memory).states)
+        options[CACHE] = RecollectCache(load_memory(model, memory).states)
     tokens = torch.from_numpy(ids)[None]
     torch.manual_seed(seed)
     said = model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=n_tokens, top_k=0, **options)

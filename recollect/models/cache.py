@@ -6,14 +6,24 @@ Axis legend: B batch.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from recollect import state as states_of
 from recollect.state import State
+
+# What Hugging Face calls a model's cache, as an argument and in its outputs: `past_key_values` until transformers 5.23.
+CACHE = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
+
+
+def cache_of(outputs: Any) -> Cache | None:
+    """The cache in the outputs of any model of Hugging Face; None where there is none."""
+    return getattr(outputs, CACHE, None)
 
 
 class LayerState:

@@ -74,7 +74,7 @@ def remember(
     last: Tensor | None = None  # logits [B, 1, C] of the next piece's first token
     for part in _pieces(tokens, piece):
         part = part.to(device)
-        logits = model(part, past_key_values=after, use_cache=True).logits
+        logits = model(part, cache=after, use_cache=True).logits
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         predictions = logits[:, :-1] if last is None else torch.cat((last, logits[:, :-1]), dim=1)
         targets = part[:, part.shape[1] - predictions.shape[1] :]
@@ -120,6 +120,14 @@ def load_memory(model: RecollectForCausalLM, path: str | os.PathLike[str]) -> Re
     like = Memory(torch.zeros(1, dtype=torch.int64), model.init_states(1))
     memory = states.load(Path(path), like, fingerprint=fingerprint(model))
     return RecollectCache(memory.layers, n_seen=int(memory.n_seen[0]))
+
+
+@torch.no_grad()
+def state_bytes(model: RecollectForCausalLM, tokens: Tensor) -> int:
+    """Bytes of the model's states after one row: tokens int64 [T] or [1, T], on any device."""
+    cache = RecollectCache([None] * model.config.num_hidden_layers)
+    model.model(tokens.reshape(1, -1).to(model.model.embed_tokens.weight.device), cache=cache, use_cache=True)
+    return cache.nbytes()
 
 
 def growing_mixers(model: RecollectForCausalLM) -> list[str]:

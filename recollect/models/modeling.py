@@ -19,7 +19,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils import can_return_tuple
 
 from recollect.mixers import Mixer
-from recollect.models.cache import RecollectCache
+from recollect.models.cache import CACHE, RecollectCache, cache_of
 from recollect.models.configuration import RecollectConfig
 from recollect.models.layers import Block, RMSNorm, SwiGLU, draw
 from recollect.models.padding import read_attention_mask
@@ -36,7 +36,7 @@ class RecollectPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["Block"]  # noqa: RUF012 (Hugging Face's own declaration)
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["cache", "past_key_values"]  # noqa: RUF012
     _is_stateful = True  # a state cannot be cut back, so assisted decoding is refused
 
     @torch.no_grad()
@@ -91,6 +91,7 @@ class RecollectModel(RecollectPreTrainedModel):
         *,
         inputs_embeds: Tensor | None = None,
         document_ids: Tensor | None = None,
+        cache: Cache | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
@@ -98,11 +99,12 @@ class RecollectModel(RecollectPreTrainedModel):
         """Run the blocks; the arguments are those of `RecollectForCausalLM.forward`.
 
         Returns:
-            last_hidden_state [B, T, D] after the final norm; past_key_values if asked; hidden_states, the embedding and the
+            last_hidden_state [B, T, D] after the final norm; the cache if asked; hidden_states, the embedding and the
             output of every block (the last one after the final norm), if asked.
         """
         x = self._embed(input_ids, inputs_embeds)
-        cache = self._cache(past_key_values, x.shape[0])
+        given = one_cache(cache, past_key_values)
+        cache = self._cache(given, x.shape[0])
         padding = read_attention_mask(attention_mask, x.shape[0], x.shape[1], cache.n_seen)
         if document_ids is not None and document_ids.shape != x.shape[:2]:
             raise ValueError(f"document_ids must be [batch, new tokens] = {list(x.shape[:2])}; got {list(document_ids.shape)}")
@@ -118,15 +120,12 @@ class RecollectModel(RecollectPreTrainedModel):
         hidden[-1] = x = self.norm(x)
 
         if use_cache is None:
-            use_cache = past_key_values is not None or (self.config.use_cache and not self.training)
+            use_cache = given is not None or (self.config.use_cache and not self.training)
         if use_cache:
             cache.advance(states, x.shape[1], ends_in_padding=padding.ends_in_padding)
         keep_hidden = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        return BaseModelOutputWithPast(
-            last_hidden_state=x,
-            past_key_values=cache if use_cache else None,
-            hidden_states=tuple(hidden) if keep_hidden else None,
-        )
+        kept: dict[str, Any] = {CACHE: cache if use_cache else None}
+        return BaseModelOutputWithPast(last_hidden_state=x, hidden_states=tuple(hidden) if keep_hidden else None, **kept)
 
     def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         """The first residual stream [B, T, D]."""
@@ -144,15 +143,15 @@ class RecollectModel(RecollectPreTrainedModel):
             return RecollectCache([None] * len(self.layers))
         if not isinstance(given, RecollectCache):
             raise ValueError(
-                f"past_key_values must be a RecollectCache; got {type(given).__name__}. Leave it out to start a sequence"
+                f"the cache must be a RecollectCache; got {type(given).__name__}. Leave it out to start a sequence"
             )
         if len(given.layers) != len(self.layers):
-            raise ValueError(f"past_key_values has states of {len(given.layers)} layers; this model has {len(self.layers)}")
+            raise ValueError(f"the cache has states of {len(given.layers)} layers; this model has {len(self.layers)}")
         if given.batch_size not in (-1, batch_size):
-            raise ValueError(f"past_key_values has {given.batch_size} rows; the input has {batch_size}")
+            raise ValueError(f"the cache has {given.batch_size} rows; the input has {batch_size}")
         if given.ends_in_padding:
             raise ValueError(
-                "past_key_values ends in padding on the right, so it cannot be continued; pad the earlier tokens on the left"
+                "the cache ends in padding on the right, so it cannot be continued; pad the earlier tokens on the left"
             )
         return given
 
@@ -191,6 +190,7 @@ class RecollectForCausalLM(RecollectPreTrainedModel, GenerationMixin):
         *,
         inputs_embeds: Tensor | None = None,
         document_ids: Tensor | None = None,
+        cache: Cache | None = None,
         past_key_values: Cache | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -205,8 +205,8 @@ class RecollectForCausalLM(RecollectPreTrainedModel, GenerationMixin):
             attention_mask: [B, P + T], 0 at padding, past tokens included. Padding stands at the left, or at the right if
                 nothing follows.
             document_ids: int [B, T], equal for tokens of one contiguous document; tokens see their own document only.
-            past_key_values: the `RecollectCache` of an earlier call, which this call continues (and updates, unless
-                use_cache=False).
+            cache: the `RecollectCache` of an earlier call, which this call continues (and updates, unless use_cache=False).
+            past_key_values: the same under the name that transformers gave it until 5.23.
             labels: int64 [B, T], usually the inputs: shifted in here, so that position t is scored on labels[:, t + 1]; -100 is
                 ignored.
             use_cache: return the states. None: if a cache was given, or if the config says so and the model is not training.
@@ -214,7 +214,8 @@ class RecollectForCausalLM(RecollectPreTrainedModel, GenerationMixin):
             logits_to_keep: compute the logits of the last n positions only (0: of all), or of the positions given as int [n].
             num_items_in_batch: divide the summed loss by this instead of by the number of labels scored.
         Returns:
-            loss (0-dim, fp32 or fp64) with labels; logits [B, T or n, C]; past_key_values; hidden_states.
+            loss (0-dim, fp32 or fp64) with labels; logits [B, T or n, C]; cache (`past_key_values` until transformers 5.23);
+            hidden_states.
         Raises:
             ValueError: shapes that do not fit, padding between tokens, a cache that cannot be continued, an empty input.
         """
@@ -225,18 +226,19 @@ class RecollectForCausalLM(RecollectPreTrainedModel, GenerationMixin):
             attention_mask,
             inputs_embeds=inputs_embeds,
             document_ids=document_ids,
-            past_key_values=past_key_values,
+            cache=one_cache(cache, past_key_values),
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
             return_dict=True,
         )
         x = outputs.last_hidden_state
         logits = self.lm_head(x[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else x[:, logits_to_keep])
+        kept: dict[str, Any] = {CACHE: cache_of(outputs)}
         return CausalLMOutputWithPast(
             loss=None if labels is None else next_token_loss(logits, labels, n_items=num_items_in_batch),
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
+            **kept,
         )
 
     def _prepare_cache_for_generation(
@@ -251,8 +253,19 @@ class RecollectForCausalLM(RecollectPreTrainedModel, GenerationMixin):
                 f"cache_implementation={generation_config.cache_implementation!r} holds keys and values; "
                 "Recollect models keep their own states: leave it out"
             )
-        if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = RecollectCache([None] * self.config.num_hidden_layers)
+        if generation_config.use_cache is not False and model_kwargs.get(CACHE) is None:
+            model_kwargs[CACHE] = RecollectCache([None] * self.config.num_hidden_layers)
+
+
+def one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
+    """The cache under whichever of its two names it was given.
+
+    Raises:
+        ValueError: under both.
+    """
+    if cache is not None and past_key_values is not None:
+        raise ValueError("cache and past_key_values are two names of one argument: give one of them")
+    return past_key_values if cache is None else cache
 
 
 def next_token_loss(logits: Tensor, labels: Tensor, *, n_items: Tensor | int | None = None) -> Tensor:

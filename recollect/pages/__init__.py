@@ -1,9 +1,8 @@
-"""What reports are put into: HTML pages that need nothing but themselves, no network and no other file, and tables on terminals."""
+"""What reports are put into: HTML pages that need nothing but themselves, no network and no other file."""
 
 from recollect.pages.document import asset, page, script_json, section
 from recollect.pages.packing import packed
 from recollect.pages.parts import Cell, command, folded, note, notes, picture, row, table
-from recollect.pages.terminal import show, text
 
 __all__ = [
     "Cell",
@@ -18,7 +17,5 @@ __all__ = [
     "row",
     "script_json",
     "section",
-    "show",
     "table",
-    "text",
 ]

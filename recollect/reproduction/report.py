@@ -13,7 +13,7 @@ from rich import box
 from rich.console import RenderableType
 from rich.table import Table
 
-from recollect import pages
+from recollect import pages, terminal
 from recollect.evaluation.statistics import summarize
 from recollect.reproduction.experiment import Experiment, Published, Scale
 from recollect.reproduction.measured import Column, Measured
@@ -26,12 +26,12 @@ def write(out: Path, experiment: Experiment, scale: Scale, measured: Measured) -
     """Write table.txt, table.md and report.html into `out`.
 
     Returns:
-        The same for `pages.show`.
+        The same for `terminal.show`.
     Raises:
         OSError: a file cannot be written.
     """
     shown = _shown(experiment, scale, measured)
-    replace_file(out / "table.txt", pages.text(*shown).encode())
+    replace_file(out / "table.txt", terminal.text(*shown).encode())
     replace_file(out / "table.md", _markdown(experiment, scale, measured).encode())
     replace_file(out / "report.html", _html(experiment, scale, measured).encode())
     return shown

@@ -55,7 +55,7 @@ class Scored(nn.Module):
         with torch.autocast(device, torch.bfloat16) if self.low else contextlib.nullcontext():
             extra: dict[str, Any] = {} if document_ids is None else self._apart(document_ids)
             if cache is not None:
-                extra["past_key_values"] = cache
+                extra["cache"] = cache
             hidden = self.model.base_model(input_ids=inputs, use_cache=cache is not None, **extra).last_hidden_state
             hidden, targets = labelled(hidden, labels)
             head = self.model.get_output_embeddings()

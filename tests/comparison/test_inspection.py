@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from recollect.comparison.inspection import inspect
-from recollect.comparison.model import make_model, n_parameters, state_bytes
+from recollect.comparison.model import make_model, n_parameters
 from recollect.comparison.plan import make_plan
 from recollect.comparison.workload import make_workload
+from recollect.models.memory import state_bytes
 from tests.comparison.small import small
 
 

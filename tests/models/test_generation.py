@@ -28,14 +28,17 @@ def generate(model, ids, mask, **options):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_left_padded_batch_equals_one_by_one(name: str, dtype: torch.dtype) -> None:
-    """Tokens and logits of every step. (`generate` returns logits in fp32, hence 1e-5 for both types.)"""
+    """Tokens and logits of every step. `generate` returns logits in fp32, hence 1e-5 in fp64; in fp32 each of the two layers sums
+    over 32 channels, which may be off by 32 roundings of the largest logit.
+    """
     model = tiny(name, dtype=dtype)
     ids, mask = left_pad(ROWS)
     sequences, logits, _ = generate(model, ids, mask)
     for i, row in enumerate(ROWS):
         alone, alone_logits, _ = generate(model, row[None], torch.ones(1, len(row)))
         assert torch.equal(sequences[i, ids.shape[1] :], alone[0, len(row) :])
-        torch.testing.assert_close(logits[i], alone_logits[0], atol=1e-5, rtol=0)
+        roundings = 2 * 32 * torch.finfo(torch.float32).eps * alone_logits.abs().max().item()
+        torch.testing.assert_close(logits[i], alone_logits[0], atol=1e-5 if dtype == torch.float64 else roundings, rtol=0)
 
 
 @pytest.mark.parametrize("name", NAMES)

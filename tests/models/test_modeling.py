@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from transformers import DynamicCache
 
 from recollect.models import RecollectCache, RecollectForCausalLM
+from recollect.models.cache import CACHE, cache_of
 from recollect.models.modeling import next_token_loss
 from tests.models.conftest import NAMES, left_pad, tiny, tiny_config, tokens
 
@@ -171,6 +172,21 @@ def test_use_cache_decides_who_is_changed() -> None:
     assert model.train()(ids).past_key_values is None
 
 
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_a_cache_has_the_names_of_all_releases_of_transformers(name: str) -> None:
+    """transformers renamed past_key_values to cache in 5.24; code written for either must go on."""
+    model, ids = tiny(), tokens(2, 6)
+    first = model(ids[:, :4])
+    out = model(ids[:, 4:], **{name: cache_of(first)})
+    torch.testing.assert_close(out.logits, model(ids).logits[:, 4:], atol=1e-10, rtol=0)
+    assert cache_of(out) is cache_of(first) is out.past_key_values
+    said = model.generate(ids[:1], attention_mask=torch.ones(1, 6), max_new_tokens=3, do_sample=False)
+    again = model.generate(
+        ids[:1], attention_mask=torch.ones(1, 6), max_new_tokens=3, do_sample=False, **{CACHE: RecollectCache([None, None])}
+    )
+    assert torch.equal(said, again)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -187,6 +203,10 @@ def test_use_cache_decides_who_is_changed() -> None:
         (lambda m, ids: m(ids, labels=ids[:, 1:]), r"labels must be \[batch, tokens\] = \[2, 6\]; got \[2, 5\]"),
         (lambda m, ids: m(ids, labels=ids, logits_to_keep=1), "leave logits_to_keep out"),
         (lambda m, ids: m(ids, past_key_values=DynamicCache()), "must be a RecollectCache; got DynamicCache"),
+        (
+            lambda m, ids: m(ids, cache=RecollectCache([None] * 2), past_key_values=RecollectCache([None] * 2)),
+            "give one of them",
+        ),
         (lambda m, ids: m(ids, past_key_values=RecollectCache([None])), "states of 1 layers; this model has 2"),
         (lambda m, ids: m(ids, past_key_values=m(ids[:1]).past_key_values), "has 1 rows; the input has 2"),
     ],

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
 
-from recollect import pages
+from recollect import pages, terminal
 from recollect.evaluation.report import figure
 from recollect.evaluation.report.page import examples
 from recollect.evaluation.runner import PLAN
@@ -56,7 +56,7 @@ def write(out: Path, results: Mapping[str, Any], *, command: str = "") -> Table:
         results: of `recollect.evaluation.harness.run_harness`.
         command: how to run it again; shown on the page.
     Returns:
-        The table, for `pages.show`.
+        The table, for `terminal.show`.
     Raises:
         OSError: a file cannot be written.
     """
@@ -67,7 +67,7 @@ def write(out: Path, results: Mapping[str, Any], *, command: str = "") -> Table:
     pictures = figure.files(drawn)
     table = _table(found)
     files = {
-        "table.txt": pages.text(table).encode(),
+        "table.txt": terminal.text(table).encode(),
         "table.md": _markdown(found).encode(),
         **pictures,
         "report.html": html(found, samples, plan, pictures["figure.svg"], command).encode(),

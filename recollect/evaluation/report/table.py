@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich import box
 from rich.table import Table
 
-from recollect import pages
+from recollect import terminal
 from recollect.evaluation.report.summary import ALL, Line, number, show, total
 from recollect.evaluation.suites.base import Suite
 
@@ -32,7 +32,7 @@ def cells(suite: Suite, found: Sequence[Line], line: Line) -> list[str]:
 
 
 def table(suite: Suite, found: Sequence[Line]) -> Table:
-    """For `pages.show`."""
+    """For `terminal.show`."""
     result = Table(box=box.SIMPLE_HEAD)
     for i, name in enumerate(titles(suite, found)):
         result.add_column(name, justify="left" if i < len(_dimensions(found)) else "right", no_wrap=True)
@@ -43,7 +43,7 @@ def table(suite: Suite, found: Sequence[Line]) -> Table:
 
 def plain(suite: Suite, found: Sequence[Line]) -> str:
     """The table as text without colours."""
-    return pages.text(table(suite, found))
+    return terminal.text(table(suite, found))
 
 
 def markdown(suite: Suite, found: Sequence[Line]) -> str:

@@ -9,12 +9,11 @@ from itertools import groupby
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 
 from recollect.evaluation.language_model import LanguageModel
 from recollect.evaluation.metrics import spread
 from recollect.evaluation.suites.base import Item, Metric, Result, Suite, register_suite, share, slices
-from recollect.models import RecollectCache
+from recollect.models.memory import state_bytes
 from recollect.tasks import FindBlock, Recall, Task, stream_seed
 from recollect.training.loss import labelled_logits
 
@@ -42,7 +41,7 @@ class Symbols(Suite):
                 )
             batch = task.sample(self.n, seed=stream_seed("test", 0))
             name = ",".join(f"{key}={value}" for key, value in group.items())
-            held = {**group, "state_bytes": _state_bytes(model, batch.inputs[:1])}
+            held = {**group, "state_bytes": state_bytes(model.model, batch.inputs[:1]) if model.is_recollect else 0}
             found += [Item(f"{name}:{i}", (held, task, batch.inputs[i], batch.labels[i])) for i in range(self.n)]
         return found
 
@@ -120,13 +119,3 @@ def _scored(model: LanguageModel, task: Task, items: Sequence[Item]) -> list[lis
         shown = dict(zip(("prompt", "said", "right"), map(task.text, row), strict=True))
         results.append([Result(item.ask[0], {"score": score}, shown, {"score": task.chance})])
     return results
-
-
-@torch.no_grad()
-def _state_bytes(model: LanguageModel, inputs: Tensor) -> int:
-    """Bytes of a row's state after reading inputs [1, T]; 0 for models of others."""
-    if not model.is_recollect:
-        return 0
-    cache = RecollectCache([None] * model.model.config.num_hidden_layers)
-    model.model(inputs.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
-    return cache.nbytes()

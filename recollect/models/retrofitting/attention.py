@@ -24,6 +24,7 @@ from recollect.state import State
 
 INTERFACE = "recollect_multi_token"
 IMPLEMENTATIONS = ("sdpa", "eager")  # their masks can be read
+_CACHES = ("cache", "past_key_values", "layer_past")  # since transformers 5.24; before; of GPT-NeoX
 _OTHER_ATTENTION = ("softcap", "sliding_window", "s_aux", "position_bias", "head_mask")
 
 
@@ -111,7 +112,7 @@ class Retrofitted:
             ValueError: a mask, a cache or an attention implementation that the added parts cannot follow.
         """
         check_implementation(self.model_config)
-        cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
+        cache = next((kwargs[name] for name in _CACHES if name in kwargs), None)
         layer = None if cache is None else added_layer(cache, self.layer_idx)
         own = {} if self.multi_token is None else {"carried": layer}
         out, weights = super().forward(  # type: ignore[misc]  # of the stock class, which stands behind this one

@@ -75,7 +75,8 @@ def added_layer(cache: Any, index: int) -> AddedLayer:
     """
     if not isinstance(cache, DynamicCache):
         raise ValueError(
-            f"a retrofitted model needs a DynamicCache; got {type(cache).__name__}. Leave past_key_values and cache_implementation out"
+            f"a retrofitted model needs a DynamicCache; got {type(cache).__name__}. "
+            "Leave the cache and cache_implementation out"
         )
     while len(cache.layers) <= index and cache.layer_class_to_replicate is not None:
         cache.layers.append(cache.layer_class_to_replicate())

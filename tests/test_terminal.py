@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from rich.table import Table
 
-from recollect import pages
+from recollect import terminal
 
 LONG = "The comparison [has] ended " * 6
 
@@ -22,7 +22,7 @@ def numbers(n_columns: int, *, no_wrap: bool = True) -> Table:
 def test_no_number_is_cut_or_folded(columns: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Prevents numbers that lose their ends, or that stand below each other, in a terminal that is narrower than a table."""
     monkeypatch.setenv("COLUMNS", columns)
-    pages.show(LONG, numbers(6), "end")
+    terminal.show(LONG, numbers(6), "end")
     out = capsys.readouterr().out
     assert all(f"41.0 (45.8, 28.2, {i}.0)" in out for i in range(6))
     assert LONG in out  # a terminal wraps it; brackets are no markup
@@ -34,15 +34,15 @@ def test_text_for_reading_is_folded(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     monkeypatch.setenv("COLUMNS", "60")
     table = Table("suite", "what")
     table.add_row("ruler", LONG)
-    pages.show(numbers(3), table)
+    terminal.show(numbers(3), table)
     *_, last = capsys.readouterr().out.splitlines()
     assert len(last) <= 60
 
 
 def test_files_hold_the_same_without_colours() -> None:
     """Prevents a file of 80 columns, or with the codes of a terminal."""
-    text = pages.text(LONG, numbers(8))
+    text = terminal.text(LONG, numbers(8))
     assert LONG in text
     assert "41.0 (45.8, 28.2, 7.0)" in text
-    assert max(map(len, text.splitlines())) > pages.terminal.FILE_WIDTH
+    assert max(map(len, text.splitlines())) > terminal.FILE_WIDTH
     assert "\x1b" not in text
