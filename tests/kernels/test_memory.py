@@ -103,12 +103,13 @@ def test_kernels_use_only_what_they_wrote(length: int, pad_key: str, processor: 
 def test_single_precision_is_as_exact_as_the_plain_form(length: int, processor: str, fenced: None) -> None:
     """Prevents vector code of one width, or its exponential, that is less exact: output and gradients against fp64.
 
-    And reads past the buffers that only the wider vectors of fp32 reach: at 64 keys, the kernel's gradient once did.
+    And reads past the buffers that only the wider vectors of fp32 reach: at 64 keys, the kernel's gradient once did. A last bit of
+    the result is let pass: a matrix' gradient is eight numbers, too few for an error of the plain form that could not be luck.
     """
     pairs = (("materialized", torch.float64), ("materialized", torch.float32), ("native", torch.float32))
     exact, plain, actual = (results(inputs(length, dtype), backend=form) for form, dtype in pairs)
     for name, a, b, c in zip(("out", *inputs(1)), actual, plain, exact, strict=True):
-        assert (a - c).norm() <= 2 * (b - c).norm(), name
+        assert (a - c).norm() <= 2 * (b - c).norm() + torch.finfo(torch.float32).eps * c.norm(), name
 
 
 @pytest.mark.parametrize("length", [1, 64, 67, 131])

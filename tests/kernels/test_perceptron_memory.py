@@ -190,12 +190,16 @@ def test_scaled_memory_goes_on_in_the_middle_of_a_chunk(cuts: tuple[int, ...]) -
 
 @pytest.mark.parametrize("model", ["l2", "moneta", "memora", "titans"])
 def test_compiled_memory_survives_any_decay(model: str) -> None:
-    """Prevents overflow or 0/0 where a gate forgets everything: log alpha down to -1e4, forward and backward."""
+    """Prevents overflow or 0/0 where a gate forgets everything: log alpha down to -1e4, forward and backward.
+
+    The norm divides by a memory that is nearly empty: with the last bits of its inputs Memora's token loop moves by 2e-11 to 7e-11
+    here, which the kernel may too.
+    """
     named = draw(60, model, channels=True, strongest=3.0)
     with torch.no_grad():
         named["log_alpha"][:, 7] = -1e4
     actual, expected = (with_gradients(form(named, 20, model), named) for form in (compiled, oracle))
-    assert_close(actual, expected, 1e-11)  # the norm divides by a memory that is nearly empty
+    assert_close(actual, expected, 7e-11 if model == "memora" else 1e-11)
 
 
 @pytest.mark.parametrize(
