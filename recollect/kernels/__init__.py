@@ -32,6 +32,7 @@ def describe() -> str:
     if code is None:
         return f"plain PyTorch blocks ({found} could not build the kernels)"
     paired = ", bfloat16 inputs multiplied as such" if attention(torch.bfloat16) else ""
+    paired += " on matrix tiles" if attention(torch.bfloat16, tiles=True) else ""
     return f"compiled kernels ({found}, {32 * code.lanes()}-bit vectors{paired})"
 
 

@@ -8,7 +8,11 @@
  * starts with strips of its neighbour that are computed and not counted. Threads have tasks of their own, or where these are few work as
  * a team on one task after the other, every step of a strip shared by heads or rows; no sum depends on who does what.
  */
+#ifdef TILES
+#include "products_tiles.h"
+#else
 #include "products.h"
+#endif
 
 /* One side of the softmax: what it has learned, and its functions (stencil.c). NULL where a part is missing. */
 typedef struct {
@@ -33,7 +37,7 @@ typedef struct {
     ptrdiff_t ld, pad, start_stride;
     const int64_t *start;           /* [batch][start_stride], NULL: all zero */
     const item *q, *packed;         /* packed: keys (forward), keys and values (backward), as pack() lays them */
-    const item *woven_q, *woven_k, *woven_v, *woven_grad; /* queries, keys, values and grad_out, as products.h weaves rows */
+    const item *woven_k, *woven_v, *turned_q, *turned_grad; /* keys, values, queries and grad_out as sums along and down a map read them */
     const real *mask;               /* [batch * heads][rows from bounds[0] on][keys], NULL: no dropout */
     ptrdiff_t mask_rows;
     const real *carried_raw, *carried_weights; /* [batch * heads][halo][ld], NULL: zeros */
@@ -65,14 +69,9 @@ typedef struct {
 /* A loop whose steps the threads of a task share. */
 #define SHARED _Pragma("omp parallel for schedule(static) num_threads(c->team) if (c->team > 1)")
 
-int lanes(void) { return LANES; }
+int lanes(void) { return WHOLE; }
 
 int panel_width(void) { return PANEL; }
-
-/* Woven rows of a head, from the item on that holds this row. */
-static const item *woven(const item *all, ptrdiff_t head, ptrdiff_t length, ptrdiff_t row, ptrdiff_t width) {
-    return all + (head * items_of(length) + row / PER_ITEM) * width;
-}
 
 static ptrdiff_t padded(ptrdiff_t length) { return (length + PANEL - 1) / PANEL * PANEL; }
 
@@ -255,7 +254,7 @@ static void forward_task(const Task *t) {
             const Map weights = final_rows(t, top, n);
             const Strip s = strip_at(t, NULL, top, n);
             SHARED for (ptrdiff_t h = 0; h < c->group; h++)
-                read_rows(&s, row_of(t, weights, h, 0), woven(c->woven_v, t->head + h, c->keys, 0, c->value_width), c->value_width,
+                read_rows(&s, row_of(t, weights, h, 0), c->woven_v + (t->head + h) * woven_items(c->keys, c->value_width), c->value_width,
                           c->out + ((t->head + h) * c->queries + top) * c->value_width);
         }
         if (bottom == c->queries) {
@@ -354,8 +353,8 @@ static void backward_strip(const Task *t, ptrdiff_t top, ptrdiff_t bottom, int o
     SHARED for (ptrdiff_t h = 0; h < c->group; h++) {
         const ptrdiff_t head = t->head + h, before_values = c->batch * c->heads * items_of(c->width);
         if (own)
-            accumulate(&s, row_of(t, weights, h, 0), woven(c->woven_grad, head, c->queries, top, size), top % PER_ITEM, size,
-                       c->grad_v[t->segment] + head * seen * size);
+            accumulate(&s, row_of(t, weights, h, 0), c->turned_grad + head * turned_items(c->queries, size), c->queries, top, size,
+                       c->grad_v[t->segment] + head * gradient_size(seen, size), seen);
         logits(&s, c->grad_out + (head * c->queries + top) * items_of(size), size,
                c->packed + (before_values + head * items_of(size)) * padded(c->keys), row_of(t, t->d_post, h, 0));
     }
@@ -378,9 +377,9 @@ static void backward_strip(const Task *t, ptrdiff_t top, ptrdiff_t bottom, int o
     SHARED for (ptrdiff_t h = 0; h < c->group; h++) {
         const ptrdiff_t head = t->head + h, width = c->width;
         const real *grad = row_of(t, t->d_raw, h, 0);
-        read_rows(&s, grad, woven(c->woven_k, head, c->keys, 0, width), width, c->grad_q + (head * c->queries + top) * width);
-        accumulate(&s, grad, woven(c->woven_q, head, c->queries, top, width), top % PER_ITEM, width,
-                   c->grad_k[t->segment] + head * seen * width);
+        read_rows(&s, grad, c->woven_k + head * woven_items(c->keys, width), width, c->grad_q + (head * c->queries + top) * width);
+        accumulate(&s, grad, c->turned_q + head * turned_items(c->queries, width), c->queries, top, width,
+                   c->grad_k[t->segment] + head * gradient_size(seen, width), seen);
     }
 }
 

@@ -47,21 +47,36 @@ def stencil(c_q: int, c_k: int, c_h: int, double: bool) -> ctypes.CDLL | None:
     return _build("stencil.c", (f"-DCQ={c_q}", f"-DCK={c_k}", f"-DCH={c_h}"), double, names)
 
 
-@functools.lru_cache(maxsize=3)
-def attention(dtype: torch.dtype) -> ctypes.CDLL | None:
+@functools.lru_cache(maxsize=4)
+def attention(dtype: torch.dtype, *, tiles: bool = False) -> ctypes.CDLL | None:
     """The walk over a map's strips; None where it cannot be built or loaded.
 
     Args:
         dtype: float32, float64, or bfloat16: its products in bfloat16, all else in float32; not every processor has them.
+        tiles: products of bfloat16 on the processor's matrix tiles (Intel AMX), which fewer have.
     """
-    flags = ("-DBF16",) if dtype == torch.bfloat16 else ()
-    loaded = _build("attention.c", flags, dtype == torch.float64, ("panel_width", "lanes", "pack_all", "scratch_size", "run"))
-    if loaded is None:
+    if tiles and "amx_bf16" not in _processor():
+        return None
+    flags = (*(("-DBF16",) if dtype == torch.bfloat16 else ()), *(("-DTILES",) if tiles else ()))
+    names = (
+        "panel_width",
+        "lanes",
+        "pack_all",
+        "scratch_size",
+        "run",
+        *(("ready", "turned_length", "gradient_length") if tiles else ()),
+    )
+    loaded = _build("attention.c", flags, dtype == torch.float64, names)
+    if loaded is None or (tiles and not loaded.ready()):
         return None
     loaded.pack_all.argtypes = [POINTER, SIZE, SIZE, SIZE, POINTER, ctypes.c_int]
     loaded.scratch_size.argtypes = loaded.run.argtypes = [POINTER, ctypes.c_int]
     loaded.scratch_size.restype = SIZE
     loaded.pack_all.restype = loaded.run.restype = None
+    if tiles:
+        for name in ("turned_length", "gradient_length"):
+            length = getattr(loaded, name)
+            length.argtypes, length.restype = [SIZE], SIZE
     return loaded
 
 

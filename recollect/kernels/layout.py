@@ -17,6 +17,8 @@ from recollect.ops.multi_token import Mixing, Settings, dropout_mask, key_paddin
 
 # Of the strips of maps that a task stands on: about the second-level cache. A strip is whole tiles of 3, 4 or 6 rows.
 STRIP_BYTES, STRIP_ROWS, LONGEST_STRIP = 2**20, 24, 48
+TILED_STRIP = (32, 32)  # the same for tiles
+TILED_QUERIES, TILED_WIDTH = 32, 512  # fewer queries would fill no block of tiles; a wider head no stack
 MASK_BYTES = 2**25  # of the dropout mask of a call's rows
 # Few heads are cut into segments of rows, so that there is work for several threads; not by their number, which must not change the
 # result. Every segment has its own gradients of the keys and values that it sees.
@@ -40,7 +42,7 @@ class Call(ctypes.Structure):
         *((name, SIZE) for name in ("batch", "heads", "group", "queries", "keys", "width", "value_width")),
         *(("segments", SIZE), ("bounds", POINTER)),
         *((name, SIZE) for name in ("strip", "ld", "pad", "start_stride")),
-        *((name, POINTER) for name in ("start", "q", "packed", "woven_q", "woven_k", "woven_v", "woven_grad", "mask")),
+        *((name, POINTER) for name in ("start", "q", "packed", "woven_k", "woven_v", "turned_q", "turned_grad", "mask")),
         ("mask_rows", SIZE),
         *((name, POINTER) for name in ("carried_raw", "carried_weights", "lse", "out", "last_raw", "last_weights")),
         *((name, POINTER) for name in ("grad_out", "grad_raw", "grad_weights")),
@@ -106,6 +108,20 @@ def compiled(kernel: Tensor | None, matrix: Tensor | None, double: bool) -> ctyp
     return stencil(c_q, c_k, 1 if matrix is None else matrix.shape[1], double)
 
 
+def products(q: Tensor, k: Tensor, v: Tensor) -> tuple[ctypes.CDLL, torch.dtype, bool]:
+    """The code for a call's products, the dtype of what they multiply, and whether on tiles: bfloat16 if q, k and v are in it."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    if all(x.dtype == torch.bfloat16 for x in (q, k, v)):
+        many = q.shape[1] >= TILED_QUERIES and max(q.shape[3], v.shape[3]) <= TILED_WIDTH
+        if many and (code := attention(torch.bfloat16, tiles=True)) is not None:
+            return code, torch.bfloat16, True
+        if (code := attention(torch.bfloat16)) is not None:
+            return code, torch.bfloat16, False
+    code = attention(dtype)
+    assert code is not None
+    return code, dtype, False
+
+
 class Plan:
     """One call: inputs in kernel layout, both sides, and the struct that describes them."""
 
@@ -118,11 +134,8 @@ class Plan:
         self.settings = settings
         self.n_maps = self.batch * self.n_heads
         self.halo = self.pre.halo + self.post.halo
-        paired = attention(torch.bfloat16) if all(x.dtype == torch.bfloat16 for x in (q, k, v)) else None
-        self.product = self.dtype if paired is None else torch.bfloat16  # of what products multiply
-        code = paired or attention(self.dtype)
-        assert code is not None
-        self.code, self.lanes = code, code.lanes()
+        self.code, self.product, self.tiles = products(q, k, v)
+        self.lanes = self.code.lanes()
         self.q, self.k, self.v = self.heads(q.to(self.dtype) * settings.scale), self.heads(k), self.heads(v)
         self.start = None if start is None else self.starts(start)
         self.kept: list[Tensor] = []
@@ -131,8 +144,9 @@ class Plan:
     def _describe(self) -> Call:
         group, threads = math.lcm(self.pre.group, self.post.group), torch.get_num_threads()
         pad = -(-max(*self.pre.reach, *self.post.reach) // 16) * 16
-        ld = -(-self.n_keys // 16) * 16 + 2 * pad
-        strip = STRIP_BYTES // (8 * group * ld * self.dtype.itemsize) // STRIP_ROWS * STRIP_ROWS
+        ld = -(-self.n_keys // self.lanes) * self.lanes + 2 * pad
+        shortest, longest = TILED_STRIP if self.tiles else (STRIP_ROWS, LONGEST_STRIP)
+        strip = STRIP_BYTES // (8 * group * ld * self.dtype.itemsize) // shortest * shortest
         tasks = self.n_maps // group
         self.bounds = self.cut(1 if self.settings.dropout_p else min(SEGMENTS, TASKS // tasks))
         segments = len(self.bounds) - 1
@@ -149,7 +163,7 @@ class Plan:
             value_width=self.v.shape[-1],
             segments=segments,
             bounds=self.bounds.data_ptr(),
-            strip=min(max(strip, STRIP_ROWS), LONGEST_STRIP),
+            strip=min(max(strip, shortest), longest),
             ld=ld,
             pad=pad,
             threads=threads,
@@ -189,16 +203,37 @@ class Plan:
         return out.view(self.n_maps, length, -1)
 
     def woven(self, x: Tensor) -> Tensor:
-        """Rows [BH, L, K'] as products sum over them: bfloat16 with neighbours beside each other, [BH, ceil(L / 2), K', 2]."""
+        """Rows [BH, L, K'] as they are summed along a map: bfloat16 with neighbours beside each other, [BH, ceil(L / 2), K', 2].
+
+        For tiles L is padded with zeros to a multiple of 32.
+        """
         if self.product != torch.bfloat16:
             return x
         n, length, width = x.shape
-        pairs = x.new_empty(n, -(-length // 2), width, 2)
-        pairs[..., 0] = x[:, ::2]
+        pairs = x.new_empty(n, -(-length // self.lanes) * self.lanes // 2 if self.tiles else -(-length // 2), width, 2)
+        pairs[:, : -(-length // 2), :, 0] = x[:, ::2]
         pairs[:, : length // 2, :, 1] = x[:, 1::2]
-        if length % 2:
-            pairs[:, -1, :, 1] = 0
+        pairs[:, length // 2 : -(-length // 2), :, 1] = 0
+        pairs[:, -(-length // 2) :] = 0
         return pairs
+
+    def turned(self, x: Tensor) -> Tensor:
+        """Rows [BH, L, K'] as they are summed down a map: woven; or for tiles [BH, K', L'], padded with zeros."""
+        if not self.tiles:
+            return self.woven(x)
+        n, length, width = x.shape
+        out = x.new_empty(n, width, self.code.turned_length(length))
+        out[..., :length], out[..., length:] = x.mT, 0
+        return out
+
+    def gradients(self, width: int) -> tuple[list[Tensor], list[Tensor]]:
+        """Zeros for the gradients of keys or values, K' wide, that each segment sees: as attention.c adds to them, and the same
+        numbers as [BH, seen, K']."""
+        if not self.tiles:
+            given = [self.new(self.n_maps, seen, width).zero_() for seen in self.seen_by]
+            return given, given
+        given = [self.new(self.n_maps, width, self.code.gradient_length(seen)).zero_() for seen in self.seen_by]
+        return given, [x[..., :seen].mT for x, seen in zip(given, self.seen_by, strict=True)]
 
     def starts(self, start: Tensor) -> Tensor:
         """int64 [B, T + 32], checked because the kernels write where it says; the rows past the end are for looking ahead.

@@ -63,12 +63,12 @@ class _Native(torch.autograd.Function):
         returned = {"grad_raw": last_rows(plan, grad_raw), "grad_weights": last_rows(plan, grad_weights)}
         plan.call.n_raw, plan.call.n_weights = (0 if x is None else x.shape[1] for x in returned.values())
         grad_q = plan.new(*plan.q.shape)
-        grad_k, grad_v = ([plan.new(plan.n_maps, seen, x.shape[2]).zero_() for seen in plan.seen_by] for x in (plan.k, plan.v))
-        found = {"grad_q": grad_q, "grad_k": addresses(grad_k), "grad_v": addresses(grad_v)}
+        (given_k, grad_k), (given_v, grad_v) = (plan.gradients(x.shape[2]) for x in (plan.k, plan.v))
+        found = {"grad_q": grad_q, "grad_k": addresses(given_k), "grad_v": addresses(given_v)}
         sums = [*side_gradients(plan, plan.pre, plan.call.pre), *side_gradients(plan, plan.post, plan.call.post)]
         rows = plan.heads(grad_out)
-        woven = {f"woven_{name}": plan.woven(x) for name, x in (("q", plan.q), ("k", plan.k), ("grad", rows))}
-        inputs = {"packed": plan.pack(plan.k, plan.v), "lse": lse, "grad_out": rows, **woven}
+        summed = {"woven_k": plan.woven(plan.k), "turned_q": plan.turned(plan.q), "turned_grad": plan.turned(rows)}
+        inputs = {"packed": plan.pack(plan.k, plan.v), "lse": lse, "grad_out": rows, **summed}
         above = carried(plan, Rows(raw, weights))
         point(plan, **inputs, **above, **returned, **found)
         plan.run(backward=True)

@@ -1,43 +1,28 @@
 /* The matrix products around the stencil, of one head and a strip of its rows, on the causal part only: logits, reads of values, and
- * their backward.
+ * their backward. products_tiles.h has the same for processors with matrix tiles.
  *
- * A product goes in steps, and what a lane multiplies in one is an item: a number, or with BF16 two of bfloat16, whose products are
- * summed in fp32. Rows of queries are items of neighbouring columns; where rows are summed over they are woven: items of neighbouring
- * rows. Weights are always fp32 in their map and become items for a tile at a time. `width` counts numbers, a multiple of the vector.
+ * A product goes in steps, and what a lane multiplies in one is an item (items.h).
  */
 #pragma once
-#include "map.h"
+#include "items.h"
 
 #ifdef BF16
-#ifndef __AVX512BF16__
-#error "this processor multiplies no bfloat16"
-#endif
-#include <immintrin.h>
-typedef uint32_t item;
 #define LOAD_ITEMS(p) _mm512_loadu_si512(p)
 #define ADD_PRODUCT(sum, x, w) ((vec)_mm512_dpbf16_ps((__m512)(sum), (__m512bh)(x), (__m512bh)_mm512_set1_epi32((int)(w))))
-enum { PER_ITEM = 2 };
 typedef __m512i item_vec;
 #else
-typedef real item;
 #define LOAD_ITEMS(p) LOAD(p)
 #define ADD_PRODUCT(sum, x, w) ((sum) + (x) * (w))
-enum { PER_ITEM = 1 };
 typedef vec item_vec;
 #endif
 
-enum { PANEL = VECS * LANES, KEYS = 60 }; /* keys of a packed panel; keys whose values stay in the first-level cache */
+enum { KEYS = 60, WHOLE = LANES }; /* keys whose values stay in the first-level cache; widths are multiples of WHOLE */
 _Static_assert(KEYS % ROWS == 0 && KEYS % PER_ITEM == 0, "KEYS are whole tiles of whole items");
 
-INLINE ptrdiff_t items_of(ptrdiff_t numbers) { return (numbers + PER_ITEM - 1) / PER_ITEM; }
-
-/* Keys [length][items_of(width)] to panels [panels][items_of(width)][PANEL], zeros past the end. */
-static void pack(const item *in, ptrdiff_t length, ptrdiff_t width, item *out) {
-    const ptrdiff_t n = items_of(width);
-    for (ptrdiff_t first = 0; first < length; first += PANEL, out += n * PANEL)
-        for (ptrdiff_t j = 0; j < PANEL; j++)
-            for (ptrdiff_t d = 0; d < n; d++) out[d * PANEL + j] = first + j < length ? in[(first + j) * n + d] : 0;
-}
+/* Items of a head, and numbers of a head's gradients. */
+INLINE ptrdiff_t woven_items(ptrdiff_t length, ptrdiff_t width) { return items_of(length) * width; }
+INLINE ptrdiff_t turned_items(ptrdiff_t length, ptrdiff_t width) { return woven_items(length, width); }
+INLINE ptrdiff_t gradient_size(ptrdiff_t keys, ptrdiff_t width) { return keys * width; }
 
 /* out[r] = sum over low <= n < high of weights[r * row + n * step] * x[n * stride], nr rows, nv vectors wide; added to out if `add`: the
  * new sums first, then the total, which is less rounding than one long sum. */
@@ -95,52 +80,6 @@ static void logits(const Strip *s, const item *q, ptrdiff_t width, const item *p
     for (ptrdiff_t r = 0; r < s->rows; r++) clear_outside(map + r * s->ld, s, start_of(s, r), s->first + r + 1);
 }
 
-/* Weights of nr rows and up to KEYS columns of a map as items, `*row` apart from row to row and `*step` from step to step: of neighbouring
- * columns (along), or of neighbouring rows (down), the first of which comes `odd` rows before the map's. BF16 fills `room`. */
-#ifdef BF16
-enum { ROOM = (KEYS + 2 * LANES - 1) / (2 * LANES) * (2 * LANES) }; /* columns of a row of `room`: KEYS, written two vectors at a time */
-
-static const item *along(const real *map, ptrdiff_t ld, ptrdiff_t nr, ptrdiff_t columns, item *room, ptrdiff_t *row) {
-    *row = ROOM / PER_ITEM;
-    for (ptrdiff_t r = 0; r < nr; r++)
-        for (ptrdiff_t j = 0; j < columns; j += 2 * LANES) {
-            const __m512 low = (__m512)LOAD(map + r * ld + j);
-            const __m512 high = j + LANES < columns ? (__m512)LOAD(map + r * ld + j + LANES) : _mm512_setzero_ps();
-            _mm512_storeu_si512(room + r * *row + j / PER_ITEM, (__m512i)_mm512_cvtne2ps_pbh(high, low));
-        }
-    return room;
-}
-
-static const item *down(const real *map, ptrdiff_t ld, ptrdiff_t nr, ptrdiff_t odd, ptrdiff_t columns, item *room, ptrdiff_t *step) {
-    static const real zeros[ROOM];
-    *step = ROOM;
-    for (ptrdiff_t r = -odd; r < nr; r += PER_ITEM) {
-        const real *even = r < 0 ? zeros : map + r * ld, *next = r + 1 < nr ? map + (r + 1) * ld : zeros;
-        item *to = room + (r + odd) / PER_ITEM * ROOM;
-        for (ptrdiff_t j = 0; j < columns; j += LANES) {
-            const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)LOAD(even + j)));
-            const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)LOAD(next + j)));
-            _mm512_storeu_si512(to + j, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
-        }
-    }
-    return room;
-}
-#else
-enum { ROOM = 1 };
-
-INLINE const item *along(const real *map, ptrdiff_t ld, ptrdiff_t nr, ptrdiff_t columns, item *room, ptrdiff_t *row) {
-    (void)nr, (void)columns, (void)room;
-    *row = ld;
-    return map;
-}
-
-INLINE const item *down(const real *map, ptrdiff_t ld, ptrdiff_t nr, ptrdiff_t odd, ptrdiff_t columns, item *room, ptrdiff_t *step) {
-    (void)nr, (void)odd, (void)columns, (void)room;
-    *step = ld;
-    return map;
-}
-#endif
-
 /* Calls TILE(rows, vectors) for tiles of nr rows, `width` wide, from `offset` on; odd rows come one by one as row_. */
 #define EACH_TILE(TILE, nr, width)                                        \
     for (ptrdiff_t offset = 0; offset < (width);) {                       \
@@ -160,7 +99,7 @@ INLINE const item *down(const real *map, ptrdiff_t ld, ptrdiff_t nr, ptrdiff_t o
 
 /* out[r] = sum over the visible keys of map[r][j] * x[j]: values read, or the queries' gradient. x: woven [items_of(keys)][width]. */
 static void read_rows(const Strip *s, const real *map, const item *x, ptrdiff_t width, real *out) {
-    item room[ROWS * ROOM / PER_ITEM];
+    item room[ROWS * room_for(KEYS) / PER_ITEM];
     memset(out, 0, (size_t)(s->rows * width) * sizeof(real));
     for (ptrdiff_t key = start_of(s, 0) / PER_ITEM * PER_ITEM; key < s->first + s->rows; key += KEYS)
         for (ptrdiff_t top = 0; top < s->rows; top += ROWS) {
@@ -168,7 +107,7 @@ static void read_rows(const Strip *s, const real *map, const item *x, ptrdiff_t 
             const ptrdiff_t columns = seen < KEYS ? seen : KEYS, n = items_of(columns);
             if (columns <= 0) continue;
             ptrdiff_t row;
-            const item *weights = along(map + top * s->ld + key, s->ld, nr, columns, room, &row), *from = x + key / PER_ITEM * width;
+            const item *weights = along(map + top * s->ld + key, s->ld, nr, columns, room, room_for(KEYS), &row), *from = x + key / PER_ITEM * width;
             real *y = out + top * width;
 #define READ(nr_, nv_) tile(weights + row_ * row, row, 1, from + offset, width, 0, n, y + row_ * width + offset, width, nr_, nv_, 1)
             EACH_TILE(READ, nr, width)
@@ -176,15 +115,18 @@ static void read_rows(const Strip *s, const real *map, const item *x, ptrdiff_t 
         }
 }
 
-/* y[j] += sum over the rows that see j of map[r][j] * x[r]: gradient of values or keys. x: woven rows, of whose first item `odd` come
- * before the strip. */
-static void accumulate(const Strip *s, const real *map, const item *x, ptrdiff_t odd, ptrdiff_t width, real *y) {
-    const ptrdiff_t columns = s->first + s->rows, n = items_of(odd + s->rows);
-    item room[n * ROOM];
+/* y[j] += sum over the rows that see j of map[r][j] * x[r]: gradient of values or keys. x: of a head, woven, `length` rows; the strip's
+ * first is row `top`, which may be the second of an item. */
+static void accumulate(const Strip *s, const real *map, const item *x, ptrdiff_t length, ptrdiff_t top, ptrdiff_t width, real *y,
+                       ptrdiff_t seen) {
+    const ptrdiff_t odd = top % PER_ITEM, columns = s->first + s->rows, n = items_of(odd + s->rows);
+    (void)length, (void)seen;
+    x += top / PER_ITEM * width;
+    item room[n * room_for(KEYS)];
     for (ptrdiff_t first = start_of(s, 0); first < columns; first += KEYS) {
         const ptrdiff_t last = columns - first < KEYS ? columns : first + KEYS;
         ptrdiff_t step;
-        const item *weights = down(map + first, s->ld, s->rows, odd, last - first, room, &step);
+        const item *weights = down(map + first, s->ld, s->rows, odd, last - first, room, room_for(KEYS), &step);
         for (ptrdiff_t key = first; key < last; key += ROWS) {
             const ptrdiff_t nr = last - key < ROWS ? last - key : ROWS, low = key > s->first ? (key - s->first + odd) / PER_ITEM : 0;
             const item *part = weights + key - first;

@@ -6,13 +6,15 @@ import math
 import platform
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from recollect.kernels import compile as building
-from recollect.ops import multi_token_attention
+from recollect.kernels import layout
+from recollect.ops import Mixing, Rows, multi_token_attention, multi_token_rows
 from recollect.ops.multi_token import document_starts
 from tests.kernels.strips import small
 from tests.ops.test_multi_token import module_inputs
@@ -112,8 +114,17 @@ def test_single_precision_is_as_exact_as_the_plain_form(length: int, processor: 
         assert (a - c).norm() <= 2 * (b - c).norm() + torch.finfo(torch.float32).eps * c.norm(), name
 
 
-@pytest.mark.parametrize("length", [1, 64, 67, 131])
-def test_products_of_bfloat16_are_as_exact_as_the_plain_forms(length: int, processor: str, fenced: None) -> None:
+@pytest.fixture(params=[True, False], ids=["tiles", "vectors"])
+def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of bfloat16 on matrix tiles, where the processor has them, and on vectors."""
+    if not request.param:
+        monkeypatch.setattr(layout, "TILED_QUERIES", 10**9)
+    elif building.attention(torch.bfloat16, tiles=True) is None:
+        pytest.skip("a processor without matrix tiles of bfloat16")
+
+
+@pytest.mark.parametrize("length", [1, 32, 49, 64, 67, 131])
+def test_products_of_bfloat16_are_as_exact_as_the_plain_forms(length: int, processor: str, tiles: None, fenced: None) -> None:
     """Prevents a row or column that lacks its neighbour, where two of them are multiplied at a time: strips that begin or end odd.
 
     Error of output and gradients at most twice that of the definition, in bfloat16 too; a last bit of the result is let pass.
@@ -129,11 +140,39 @@ def test_products_of_bfloat16_are_as_exact_as_the_plain_forms(length: int, proce
             assert (a - c).abs().max() <= 2 * (b - c).abs().max() + bit, name
 
 
+@pytest.mark.parametrize("options", [{}, {"dropout_p": 0.3, "seed": 5}])
+@pytest.mark.parametrize("first", [0, 37])
+def test_products_of_bfloat16_carry_rows(first: int, options: dict[str, Any], tiles: None, fenced: None) -> None:
+    """Prevents rows of an earlier call, or a dropout mask, that stand elsewhere where products come in tiles; two pieces of 100
+    tokens against the definition, outputs and gradients as above."""
+    low = inputs(100, torch.bfloat16)
+    exact = {name: x.detach().double().requires_grad_() for name, x in low.items()}
+
+    def pieces(named: dict[str, Tensor], backend: str) -> list[Tensor]:
+        mixing = Mixing(**{part: named[part] for part in Mixing._fields})
+        rows, outs = Rows(), []
+        for start, end in ((0, first), (first, 100)) if first else ((0, 100),):
+            q, k, v = named["q"][:, start:end], named["k"][:, :end], named["v"][:, :end]
+            out, rows = multi_token_rows(
+                q, k, v, mixing, Rows(*(None if x is None else x.detach() for x in rows)), backend=backend, **options
+            )
+            outs.append(out)
+        out = torch.cat(outs, 1)
+        weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+        return [out.detach(), *torch.autograd.grad((out * weights).sum(), list(named.values()))]
+
+    pairs = ((exact, "materialized"), (low, "materialized"), (low, "native"))
+    for name, c, b, a in zip(("out", *low), *(pieces(*pair) for pair in pairs), strict=True):
+        bit = torch.finfo(torch.bfloat16).eps * c.abs().max()
+        assert (a - c).abs().max() <= 2 * (b - c).abs().max() + bit, name
+
+
+@pytest.mark.parametrize("length", [20, 40])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("name", ["q", "k"])
-def test_nan_is_not_hidden(name: str, dtype: torch.dtype) -> None:
+def test_nan_is_not_hidden(name: str, dtype: torch.dtype, length: int) -> None:
     """Prevents a diverged model that looks healthy: NaN logits once had weight zero in fp32."""
-    named = {key: tensor.detach().to(dtype) for key, tensor in module_inputs(20).items()}
+    named = {key: tensor.detach().to(dtype) for key, tensor in module_inputs(length).items()}
     named[name][0, 7] = math.nan
     expected = multi_token_attention(**named, backend="materialized")
     actual = multi_token_attention(**named, backend="native")
