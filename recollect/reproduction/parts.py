@@ -76,9 +76,9 @@ def train_variants(name: str, mixers: Iterable[str], run: Callable[[str], list[s
     return trained + tuple(ask_texts(f"{name}-{i}") for i in range(len(variants)))
 
 
-def ask_texts(run: str, *options: str) -> str:
+def ask_texts(run: str, *options: str, context: int | None = None) -> str:
     """The command that asks runs/RUN the perplexity of the validation texts, by domain."""
-    more = "".join(f" -o {option}" for option in options)
+    more = "".join(f" -o {option}" for option in options) + (f" --context {context}" if context else "")
     return f"recollect evaluate runs/{run} perplexity --data validation{more} --device cuda --dtype bfloat16 --out texts/{run}"
 
 
