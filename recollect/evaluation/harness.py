@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 from unittest import mock
+from unittest.mock import patch
 
 import numpy as np
 import tokenizers
@@ -222,15 +223,18 @@ def run_harness(
     np.random.seed(1234)  # noqa: NPY002  # the harness's generators are the global ones
     with _in_place_of_the_hub(local or LocalData(), model.encode, min(BABILONG_ROWS, limit or BABILONG_ROWS)):
         loaded = [each for name in names for each in _load(manager, name)]
-    results = simple_evaluate(
-        model=HarnessModel(model, progress=progress),
-        tasks=loaded,
-        task_manager=manager,
-        num_fewshot=n_shots,
-        limit=limit,
-        use_cache=None if cache is None else str(cache),
-        bootstrap_iters=bootstrap_iters,
-    )
+    with patch(
+        "lm_eval.evaluator.get_git_commit_hash", return_value=None, create=True
+    ):  # of the user's folder; complains without one
+        results = simple_evaluate(
+            model=HarnessModel(model, progress=progress),
+            tasks=loaded,
+            task_manager=manager,
+            num_fewshot=n_shots,
+            limit=limit,
+            use_cache=None if cache is None else str(cache),
+            bootstrap_iters=bootstrap_iters,
+        )
     return dict(results or {})
 
 

@@ -6,6 +6,7 @@ Axis legend: B batch, T time, m scored tokens, C vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from itertools import zip_longest
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
-from recollect.evaluation.carrying import Carry, check_carried
+from recollect.evaluation.probes import Carry, check_carried, generates_batches, plain_head
 from recollect.evaluation.rolling import Row, blocks, packed, windows
 from recollect.models import RecollectCache, RecollectForCausalLM
 from recollect.models.cache import cache_of
@@ -219,7 +220,7 @@ class LanguageModel:
         options: dict[str, Any] = (
             {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
         )
-        for chosen in self._batches([len(row) + max_new_tokens for row in rows], self.batch_tokens):
+        for chosen in self._batches([len(row) + max_new_tokens for row in rows], self.batch_tokens if self._is_batched else 1):
             longest = max(len(rows[i]) for i in chosen)
             ids = torch.full((len(chosen), longest), self.coder.start)
             mask = torch.zeros_like(ids)
@@ -251,6 +252,16 @@ class LanguageModel:
         after = self.encode(context + continuation)[len(before) :]
         return (self.coder.prefix or ([] if before else [self.coder.start])) + before, after
 
+    @cached_property
+    def _head(self) -> nn.Module | None:
+        """What makes logits of hidden states, where it can be applied to some of them at a time."""
+        return self.model.lm_head if self.is_recollect else plain_head(self.model)
+
+    @cached_property
+    def _is_batched(self) -> bool:
+        """Whether several prompts may be continued together."""
+        return self.is_recollect or generates_batches(self.model, self.coder.start)
+
     @property
     def _lead(self) -> list[int]:
         """What is read before a text's first token."""
@@ -258,8 +269,8 @@ class LanguageModel:
 
     @property
     def _scored_at_once(self) -> int:
-        """Tokens of a batch that is scored: models of others give the logits of all its positions together."""
-        return self.batch_tokens if self.is_recollect else min(self.batch_tokens, self._logits_at_once)
+        """Tokens of a batch that is scored: some models give the logits of all its positions together."""
+        return self.batch_tokens if self._head is not None else min(self.batch_tokens, self._logits_at_once)
 
     @property
     def _logits_at_once(self) -> int:
@@ -314,15 +325,16 @@ class LanguageModel:
 
     def _gather(self, inputs: Tensor, labels: Tensor, carry: Carry | None) -> Scored:
         """Both [m], in row-major order of the labelled positions."""
-        ask = self.model.base_model if self.is_recollect else self.model
+        head = self._head
+        ask = self.model if head is None else self.model.base_model
         out = ask(input_ids=inputs.to(self.device), **({"use_cache": False} if carry is None else carry.options))
         if carry is not None:
             carry.cache = cache_of(out)
-        hidden, targets = labelled(out.last_hidden_state if self.is_recollect else out.logits, labels)
-        if not self.is_recollect:
+        hidden, targets = labelled(out.logits if head is None else out.last_hidden_state, labels)
+        if head is None:
             return _compare(hidden, targets)
         some = zip(hidden.split(self._logits_at_once), targets.split(self._logits_at_once), strict=True)
-        return _joined([_compare(self.model.lm_head(hidden), targets) for hidden, targets in some])
+        return _joined([_compare(head(hidden), targets) for hidden, targets in some])
 
 
 def check_positions(model: PreTrainedModel, n_tokens: int) -> None:
@@ -360,12 +372,17 @@ def target_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
     Raises:
         ValueError: logits that are not finite.
     """
-    _check_finite(torch.isfinite(logits))
+    check_finite(torch.isfinite(logits))
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return logits.gather(1, targets[:, None]).squeeze(1) - logits.logsumexp(dim=1)
 
 
-def _check_finite(are: Tensor) -> None:
+def check_finite(are: Tensor) -> None:
+    """Refuse to score what is no number: `are` says of each logit whether it is one.
+
+    Raises:
+        ValueError: some are not.
+    """
     if not are.all():
         raise ValueError("the model's logits are not finite: it has diverged, or its precision is too low for it")
 
@@ -374,7 +391,7 @@ class _Finite(LogitsProcessor):
     """Refuses to choose among numbers that are none."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        _check_finite(~scores.isnan())  # -inf is what other processors forbid
+        check_finite(~scores.isnan())  # -inf is what other processors forbid
         return scores
 
 

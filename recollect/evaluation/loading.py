@@ -121,10 +121,12 @@ def load_language_model(
     source = str(folder or path)
     try:
         other: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-        coder = HuggingFaceCoder(AutoTokenizer.from_pretrained(source), where=path)
+        tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{path} is no causal language model with a tokenizer: {first}") from error
+        here = "" if folder is not None else "there is no such folder here, and on the hub: "
+        raise ValueError(f"{path} is no causal language model with a tokenizer: {here}{first}") from error
+    coder = HuggingFaceCoder(tokenizer, where=path)
     return LanguageModel(other.to(device), coder, max_length=max_length, batch_tokens=batch_tokens)
 
 

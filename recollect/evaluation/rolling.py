@@ -52,6 +52,19 @@ def windows(lead: list[int], parts: Iterable[NDArray[Any]], length: int, overlap
         context = (context + block)[-length:]
 
 
+def depths(n: int, length: int | None, overlap: int) -> NDArray[np.int64]:
+    """How many of a text's tokens the model reads before each of n: int64 [n]; all where the context has no limit (None)."""
+    before = np.arange(n)
+    if length is None or not n:
+        return before
+    step = length - overlap
+    window = before // step
+    first = np.maximum(window * step - overlap - 1, 0)  # a window begins with tokens of the one before
+    if n % step:
+        first[window == window[-1]] = max(0, n - length - 1)  # the last one is filled up
+    return before - first
+
+
 def packed(rows: Iterable[T], n_tokens: Callable[[T], int], at_most: int) -> Iterator[list[T]]:
     """Consecutive rows in batches of at most `at_most` tokens, padding included; a longer row is a batch of its own."""
     batch: list[T] = []

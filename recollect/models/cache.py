@@ -5,7 +5,7 @@ Axis legend: B batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -24,6 +24,25 @@ CACHE = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWit
 def cache_of(outputs: Any) -> Cache | None:
     """The cache in the outputs of any model of Hugging Face; None where there is none."""
     return getattr(outputs, CACHE, None)
+
+
+def cache_bytes(cache: Any) -> int:
+    """Size in bytes of the tensors in the cache of any model of Hugging Face, each counted once; 0 for None."""
+    if isinstance(cache, RecollectCache):
+        return cache.nbytes()
+    tensors: dict[int, Tensor] = {}
+    held = [cache]
+    while held:
+        part = held.pop()
+        if isinstance(part, Tensor):
+            tensors[part.data_ptr()] = part
+        elif isinstance(part, Mapping):
+            held += part.values()
+        elif isinstance(part, (list, tuple)):
+            held += part
+        elif type(part).__module__.startswith(("transformers.", "recollect.")):
+            held += vars(part).values()
+    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 class LayerState:

@@ -14,10 +14,11 @@ from typing import NamedTuple, TypeAlias
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from recollect import state as states
 from recollect.mixers import entry
-from recollect.models.cache import RecollectCache
+from recollect.models.cache import RecollectCache, cache_bytes, cache_of
 from recollect.models.layers import Block
 from recollect.models.modeling import RecollectForCausalLM
 from recollect.state import State
@@ -123,11 +124,10 @@ def load_memory(model: RecollectForCausalLM, path: str | os.PathLike[str]) -> Re
 
 
 @torch.no_grad()
-def state_bytes(model: RecollectForCausalLM, tokens: Tensor) -> int:
-    """Bytes of the model's states after one row: tokens int64 [T] or [1, T], on any device."""
-    cache = RecollectCache([None] * model.config.num_hidden_layers)
-    model.model(tokens.reshape(1, -1).to(model.model.embed_tokens.weight.device), cache=cache, use_cache=True)
-    return cache.nbytes()
+def state_bytes(model: PreTrainedModel, tokens: Tensor) -> int:
+    """Bytes of what a causal model of any kind keeps of one row: tokens int64 [T] or [1, T], on any device; 0 if it gives no cache."""
+    device = next(model.parameters()).device
+    return cache_bytes(cache_of(model.base_model(input_ids=tokens.reshape(1, -1).to(device), use_cache=True)))
 
 
 def growing_mixers(model: RecollectForCausalLM) -> list[str]:

@@ -14,6 +14,8 @@ from torch import Tensor
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     Mamba2Config,
@@ -23,11 +25,15 @@ from transformers import (
     OPTConfig,
     OPTForCausalLM,
     PreTrainedTokenizerFast,
+    RwkvConfig,
+    RwkvForCausalLM,
 )
 
 from recollect.data.tokenizer import ByteTokenizer, train_tokenizer
+from recollect.evaluation import language_model
 from recollect.evaluation.language_model import LanguageModel
 from recollect.evaluation.loading import HuggingFaceCoder, OwnCoder, load_language_model
+from recollect.evaluation.probes import generates_batches
 from recollect.inspection import inspect_text
 from recollect.models import RecollectConfig, RecollectForCausalLM
 from recollect.models.cache import CACHE
@@ -337,6 +343,40 @@ def test_a_state_of_another_library_is_carried(kind: str) -> None:
     text = np.asarray(lm.encode("one text, read in pieces of seven tokens and in one"), np.int64)
     (whole, _), (pieces, _) = (lm.log_probs([text], piece=piece)[0] for piece in (1000, 7))
     np.testing.assert_allclose(pieces, whole, atol=1e-9 if kind == "llama" else 1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_logits_of_another_library_are_made_where_they_are_needed(scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prevents the logits of a whole window in memory, 34 GB for 64 thousand tokens of 128 thousand symbols; and a head that is
+    applied by itself where the model does more than that (here: scales its logits).
+    """
+    sizes = {"vocab_size": 257, "hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 32, "num_attention_heads": 2}
+    model = GraniteForCausalLM(GraniteConfig(**sizes, logits_scaling=1 / scale, max_position_embeddings=64)).double()
+    lm = LanguageModel(model, OwnCoder(ByteTokenizer()))
+    monkeypatch.setattr(language_model, "LOGITS_AT_ONCE", 257 * 10)
+    text = lm.encode(TEXT)[:50]
+    expected = model(torch.tensor([[lm.coder.start, *text]])).logits[0, :-1].double().log_softmax(-1)
+    expected = expected.gather(1, torch.tensor(text)[:, None]).squeeze(1)
+    rows: list[int] = []
+    model.lm_head.register_forward_hook(lambda module, given, out: rows.append(out.shape[:-1].numel()))
+    (values, _), *_ = lm.log_probs([np.asarray(text)])
+    np.testing.assert_allclose(values, expected.detach(), atol=1e-10, rtol=0)
+    assert (max(rows[-3:]) <= 10) == (scale == 1)
+
+
+def test_prompts_that_disturb_each_other_are_continued_one_by_one() -> None:
+    """Prevents answers that no prompt alone would get: RWKV of transformers knows no padding."""
+    torch.manual_seed(0)
+    model = RwkvForCausalLM(RwkvConfig(vocab_size=257, hidden_size=16, num_hidden_layers=2, context_length=64))
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(torch.randn_like(weight), alpha=0.3)
+    lm = LanguageModel(model, OwnCoder(ByteTokenizer()))
+    prompts = ["one", "a longer prompt", "two"]
+    assert lm.generate(prompts, 6) == [lm.generate([prompt], 6)[0] for prompt in prompts]
+    assert not generates_batches(model, lm.coder.start)
+    llama = LlamaForCausalLM(LlamaConfig(vocab_size=257, hidden_size=16, intermediate_size=32, num_attention_heads=2))
+    assert generates_batches(llama.eval(), lm.coder.start)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "opt"])

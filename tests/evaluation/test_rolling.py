@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from recollect.evaluation.rolling import blocks, packed, windows
+from recollect.evaluation.rolling import blocks, depths, packed, windows
 
 LEADS = ([0], [0, 0, 0])
 
@@ -51,6 +51,18 @@ def test_a_short_last_window_is_filled_up_with_what_came_before(n: int) -> None:
     """Prevents the last tokens of a text from being predicted from less than the others."""
     *_, (tokens, _) = windows([0], stretches(n, 4), 8, 0)
     assert len(tokens) == min(9, n + 1)
+
+
+@pytest.mark.parametrize("overlap", [0, 1, 3, 7])
+@pytest.mark.parametrize("n", [1, 7, 8, 9, 41])
+def test_depths_are_what_windows_read(n: int, overlap: int) -> None:
+    """Prevents a curve over positions that no window has: how much of the text stands before each token that is scored."""
+    expected = []
+    for tokens, n_scored in windows([0], stretches(n, 5), 8, overlap):
+        first = len(tokens) - n_scored
+        expected += [sum(token > 0 for token in tokens[:at]) for at in range(first, len(tokens))]
+    assert depths(n, 8, overlap).tolist() == expected
+    assert depths(n, None, overlap).tolist() == list(range(n))
 
 
 def test_batches_hold_what_fits_with_padding() -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from recollect.models import RecollectCache
+from recollect.models.cache import cache_bytes, cache_of
+from recollect.models.memory import state_bytes
 from recollect.state import nbytes
 from tests.models.conftest import NAMES, tiny, tokens
 
@@ -67,3 +70,13 @@ def test_nbytes_counts_every_layer() -> None:
     assert cache.get_mask_sizes(3, 0) == (8, 0)
     assert not cache.is_compileable
     assert len(cache) == 2
+
+
+def test_bytes_are_counted_in_caches_of_any_model() -> None:
+    """Prevents a state of 0 bytes beside a model of transformers: 2 layers, keys and values, 2 heads of 8, 7 tokens, fp32."""
+    sizes = {"vocab_size": 61, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(**sizes))
+    assert state_bytes(model, tokens(7)) == cache_bytes(cache_of(model(tokens(1, 7)))) == 2 * 2 * 2 * 8 * 7 * 4
+    assert cache_bytes(None) == 0
+    own = tiny()
+    assert state_bytes(own, tokens(7)) == cache_of(own(tokens(1, 7))).nbytes() > 0

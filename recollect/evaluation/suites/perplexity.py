@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, groupby
+from itertools import accumulate, groupby, pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from recollect.data.files import ALL_SUFFIXES, find_files, read_documents
 from recollect.evaluation.language_model import LanguageModel, Scored
+from recollect.evaluation.rolling import depths
 from recollect.evaluation.suites.base import Item, Metric, Result, Suite, digests, per_byte, per_token, register_suite
 
 TOKEN_BYTES = 4  # about
@@ -25,8 +26,9 @@ class Perplexity(Suite):
     """Perplexity and bits per byte of documents of any length.
 
     A recollect model carries its state through a document, so that its tokens are predicted from all before them; a model with a
-    limited context (or --context) reads windows of that length, each of which sees `overlap` tokens of the one before. A guess gives
-    every token of the vocabulary the same probability.
+    limited context (or --context) reads windows of that length, each of which sees `overlap` tokens of the one before. A position
+    counts the tokens of the text that a token is predicted from, so it never exceeds the context. A guess gives every token of the
+    vocabulary the same probability.
 
     Attributes:
         data: files, folders or globs; a domain is a file, or the folder below one that is given.
@@ -109,14 +111,17 @@ class Perplexity(Suite):
     ) -> list[Result]:
         values, _ = scored
         n_bytes = len(document) if not self.tokens else len(model.coder.decode(tokens.tolist()).encode())
-        results, begin = [], 0
-        for end in sorted({min(end, len(values)) for end in (*self.positions, len(values))} - {0}):
+        results = []
+        depth = depths(len(values), model.max_length, self.overlap)
+        for begin, end in pairwise((0, *self.positions, max(len(values), *self.positions, 0) + 1)):
+            here = (depth >= begin) & (depth < end)
+            if not here.any():
+                continue
             # Bytes of the document are shared out by tokens: which bytes a token stands for not every tokenizer can say.
-            part = n_bytes * (end - begin) / len(values)
-            numbers = {"log_prob": float(values[begin:end].sum()), "n_tokens": end - begin, "n_bytes": part}
-            guess = numbers | {"log_prob": -math.log(model.model.config.vocab_size) * (end - begin)}
+            n = int(here.sum())
+            numbers = {"log_prob": float(values[here].sum()), "n_tokens": n, "n_bytes": n_bytes * n / len(values)}
+            guess = numbers | {"log_prob": -math.log(model.model.config.vocab_size) * n}
             results.append(Result({"domain": domain, "position": self._stretch(begin)}, numbers, {}, guess))
-            begin = end
         return results
 
     def _stretch(self, begin: int) -> str:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from recollect.evaluation.language_model import LanguageModel
+from recollect.evaluation.language_model import LanguageModel, check_finite
 from recollect.evaluation.metrics import spread
 from recollect.evaluation.suites.base import Item, Metric, Result, Suite, register_suite, share, slices
 from recollect.models.memory import state_bytes
@@ -41,7 +41,7 @@ class Symbols(Suite):
                 )
             batch = task.sample(self.n, seed=stream_seed("test", 0))
             name = ",".join(f"{key}={value}" for key, value in group.items())
-            held = {**group, "state_bytes": state_bytes(model.model, batch.inputs[:1]) if model.is_recollect else 0}
+            held = {**group, "state_bytes": state_bytes(model.model, batch.inputs[:1]) or "unknown"}
             found += [Item(f"{name}:{i}", (held, task, batch.inputs[i], batch.labels[i])) for i in range(self.n)]
         return found
 
@@ -113,6 +113,7 @@ def _scored(model: LanguageModel, task: Task, items: Sequence[Item]) -> list[lis
     """The results of examples of one task."""
     inputs, labels = (torch.stack([item.ask[i] for item in items]) for i in (2, 3))
     logits, _ = labelled_logits(model.model, inputs, labels)
+    check_finite(torch.isfinite(logits))
     said = spread(logits.argmax(-1).cpu(), labels)
     results = []
     for item, score, *row in zip(items, task.correct(said, labels).tolist(), inputs, said, labels, strict=True):
