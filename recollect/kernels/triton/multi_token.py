@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recollect.kernels.triton import softmax, stencil
+from recollect.kernels.triton.decode import can_decode, decode
 from recollect.kernels.triton.stencil import Frame
 from recollect.ops.multi_token import Mixing, Rows, Settings, blocked, dropout_mask, key_padding, read, scores
 
@@ -335,7 +336,9 @@ _forward.register_autograd(_differentiate, setup_context=_keep)
 def fused(
     q: Tensor, k: Tensor, v: Tensor, mixing: Mixing, settings: Settings, start: Tensor | None, rows: Rows
 ) -> tuple[Tensor, Rows]:
-    """The Triton form. Gradients of *carried* rows go through `blocked` instead."""
+    """The Triton form: one new token by itself; gradients of *carried* rows go through `blocked` instead."""
+    if can_decode(q, mixing, settings, k, v, *rows):
+        return decode(q, k, v, mixing, settings, start, rows)
     if torch.is_grad_enabled() and any(row is not None and row.requires_grad for row in rows):
         return blocked(q, k, v, mixing, settings, start, rows)
     out, _, raw, weights = _forward(q, k, v, *mixing, start, *rows, *settings)
