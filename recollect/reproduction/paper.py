@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from recollect.reproduction.experiment import Experiment
@@ -34,12 +35,19 @@ def write_paper(experiment: Experiment, out: Path) -> Path:
     Raises:
         OSError: it cannot be written.
     """
-    commands = "\n".join(
-        command.removeprefix("recollect ") if command.startswith("recollect train ") else command
-        for command in experiment.paper
-    )
+    commands = "\n".join(map(_line, experiment.paper))
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{experiment.name}.sh"
     replace_file(path, PAPER.format(name=experiment.name, about=experiment.about, commands=commands).encode())
     path.chmod(0o755)
     return path
+
+
+def _line(command: str) -> str:
+    """A command as the script has it: trainings are jobs, and a model that has been made is not made again (others go on by themselves)."""
+    if command.startswith("recollect train "):
+        return command.removeprefix("recollect ")
+    made = re.search(r"--out (\S+)|save_pretrained\('([^']+)'\)", command)
+    if made and command.startswith(("recollect retrofit ", "python ")):
+        return f"[ -e {made[1] or made[2]} ] || {command}"
+    return command

@@ -177,6 +177,15 @@ def test_a_script_of_the_published_scale_runs_on_a_cluster(nodes: int | None, tm
     assert subprocess.run([path], env={"PATH": f"{tmp_path}:/usr/bin:/bin"}).returncode == 3
 
 
+def test_a_script_that_is_run_again_makes_no_model_again(tmp_path: Path) -> None:
+    """Prevents a second run of mta-retrofit's script from stopping at a folder that is not empty, or drawing other first weights."""
+    lines = write_paper(EXPERIMENTS["mta-retrofit"], tmp_path).read_text().splitlines()
+    made = [line for line in lines if "recollect retrofit" in line or "save_pretrained" in line]
+    assert len(made) == 5
+    assert [line.split(" ] || ")[0] for line in made[:2]] == ["[ -e models/fresh", "[ -e models/transformer-1.4b-mta"]
+    assert all(" ] || " in line for line in made)
+
+
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_a_script_of_the_published_scale_trains_what_it_asks(name: str) -> None:
     """Prevents a script that stops on a cluster at a model that another experiment would have trained."""
