@@ -44,7 +44,7 @@ def write_paper(experiment: Experiment, out: Path) -> Path:
 
 
 def _line(command: str) -> str:
-    """A command as the script has it: trainings are jobs, and a model that has been made is not made again (others go on by themselves)."""
+    """A command as the script has it: trainings are jobs, and a model that is there is not made again (trainings go on)."""
     if command.startswith("recollect train "):
         return command.removeprefix("recollect ")
     made = re.search(r"--out (\S+)|save_pretrained\('([^']+)'\)", command)
