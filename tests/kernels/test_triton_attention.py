@@ -176,6 +176,13 @@ def test_autocast_changes_nothing(small_blocks: None) -> None:
         assert torch.equal(got[0], got[2]), name
 
 
+def test_inputs_of_several_dtypes_are_promoted() -> None:
+    """Prevents the error of a matrix product where the forms of the CPU take what they are given."""
+    q, k, v = (torch.randn(1, 5, 2, 4).to(dtype) for dtype in (torch.bfloat16, torch.float32, torch.bfloat16))
+    out = multi_token_attention(q, k, v, backend="triton")
+    assert torch.equal(out, multi_token_attention(q.float(), k, v.float(), backend="triton").bfloat16())
+
+
 @pytest.mark.filterwarnings("ignore:invalid value")
 def test_keys_that_no_query_sees_may_hold_anything(small_blocks: None) -> None:
     """Prevents NaN from beyond a document, a tile or the sequence getting through a mask that multiplies by zero."""
