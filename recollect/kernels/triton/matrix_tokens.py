@@ -16,6 +16,7 @@ from recollect.kernels.triton.perceptron_parts import (
     attended_back,
     channels,
     line,
+    own_piece,
     put,
     put_line,
     put_square,
@@ -62,7 +63,7 @@ def prepare(
     PRECISION: tl.constexpr,
 ):
     """Queries decayed from the piece's start, eta k decayed to its end, their scores, and [B, H, P, K] the decay over the piece."""
-    program, n = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    program, n = own_piece(n_rows)
     batch, head = program // n_heads, program % n_heads
     if n < tl.load(ends + batch * 2):
         entry, tile = entries + (batch * n_rows + n) * 6, program * n_tokens * KEY
@@ -110,7 +111,7 @@ def finish_back(
     PRECISION: tl.constexpr,
 ):
     """Gradients of queries, keys and gates from what the walk has left, summed over its blocks of rows: one program for each piece."""
-    program, n = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    program, n = own_piece(n_rows)
     batch, head = program // n_heads, program % n_heads
     if n < tl.load(ends + batch * 2):
         entry, tile = entries + (batch * n_rows + n) * 6, program * n_tokens * KEY

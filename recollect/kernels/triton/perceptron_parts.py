@@ -33,6 +33,13 @@ def shrunk(w, THRESHOLD: tl.constexpr):
 
 
 @triton.jit
+def own_piece(n_rows):
+    """The head (of all batch elements) and the piece of a program. One axis of the grid for both: the others end at 65,535."""
+    flat = tl.program_id(0).to(tl.int64)
+    return flat // n_rows, flat % n_rows
+
+
+@triton.jit
 def tokens_of(order, entry, batch, head, n_tokens, n_heads, step: tl.constexpr):
     """The tokens of a piece, `step` behind each: their places in the order, their rows in [B, T, H], and whether they exist."""
     t = tl.arange(0, SIZE) + step
