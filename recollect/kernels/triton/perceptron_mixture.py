@@ -5,6 +5,7 @@ Every gate is one number per token. In a piece both states are linear in what it
     Z_t = keep_t Z + boost_t S - sum over i <= t of weight[t, i] g_i,    S_t = slow_t S - sum over i <= t of pulled[t, i] g_i
 
 These kernels take the place of those in `perceptron_tokens`: all pieces at once, before and after the walk.
+NOT YET MEASURED ON A GPU.
 
 Axis legend: B batch, T time, H heads, K key dim, P pieces; t, i, j tokens of a piece.
 """

@@ -1,6 +1,7 @@
 """What the perceptron memory computes for its tokens without its matrices: all pieces at once, before and after the walk over them.
 
 One program has one piece of one head. What lies between these kernels and the walk is [B, H, T, K] or [B, H, T, 16], tokens in order.
+NOT YET MEASURED ON A GPU.
 
 Axis legend: B batch, T time, H heads, K key dim, P pieces.
 """
