@@ -46,7 +46,7 @@ class MultiTokenConfig(HeadConfig):
             one number per token and head), "vector_gate" (one number per channel).
         init, init_post: start of the kernels before / after the softmax: "identity", "zero", "const" (0.3), "uniform" (-1, 1),
             "normal" (std 0.3, our choice: the paper names it without a value), "diagonal" (query i - a with key j - a: "same phrase").
-        backend: form of the op; None: the fastest that can run.
+        backend: form of the op, "materialized", "blocked", "native" (on a CPU) or "triton" (on a GPU); None: the fastest that can run.
     """
 
     kq: bool = True

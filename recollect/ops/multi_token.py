@@ -101,9 +101,9 @@ def multi_token_attention(
         pad_key: keys reached: "both" j - c_k // 2 .. j + c_k // 2 (c_k odd), "left" j - c_k + 1 .. j, "right" j .. j + c_k - 1.
         dropout_p: dropout of the final weights, in [0, 1).
         seed: of the dropout; None draws one from torch's global generator.
-        backend: "materialized" | "blocked" | "native" | None (the fastest that can run here).
+        backend: "materialized" | "blocked" | "native" (on a CPU) | "triton" (on a GPU) | None (the fastest that can run here).
     Returns:
-        [B, T, H, V].
+        [B, T, H, V] in q's dtype; where q, k and v differ in dtype, computed in the one that they promote to.
     Raises:
         ValueError: shapes that do not fit, an unknown backend or pad_key.
         RuntimeError: the named backend cannot run on these inputs.
@@ -139,17 +139,21 @@ def multi_token_rows(
     Args:
         rows: what the call on the previous T' positions returned (S - T keys wide); `Rows()` at the start of the sequence.
     Returns:
-        [B, T, H, V], and the rows of the last c_q - 1 positions, S wide.
+        [B, T, H, V] in q's dtype, and the rows of the last c_q - 1 positions, S wide.
     """
     check_shapes(q, k, v)
     check_mixing(mixing, q.shape[2], pad_key)
+    asked = q.dtype
+    common = torch.promote_types(asked, torch.promote_types(k.dtype, v.dtype))
+    q, k, v = (x.to(common) for x in (q, k, v))
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p lies in [0, 1); got {dropout_p}")
     if seed is None:
         seed = int(torch.randint(2**62, ()).item()) if dropout_p else 0
     settings = Settings(q.shape[-1] ** -0.5 if scale is None else scale, pad_key, dropout_p, seed)
     rows = _fit(rows, mixing, q, k.shape[1])
-    return choose(q, k, mixing, backend)(q, k, v, mixing, settings, start, rows)
+    out, rows = choose(q, k, mixing, backend)(q, k, v, mixing, settings, start, rows)
+    return out.to(asked), rows
 
 
 def choose(q: Tensor, k: Tensor, mixing: Mixing, backend: str | None = None) -> Backend:

@@ -61,6 +61,20 @@ def test_native_dropout_equals_the_oracle_over_strips(small_strips: None) -> Non
     assert_forms_agree(module_inputs(100), dropout_p=0.3, seed=5)
 
 
+def test_autocast_does_not_change_the_native_form() -> None:
+    """Prevents logits of a forward pass under autocast that are not those which the backward pass, outside it, computes again."""
+    named = {name: x.detach().float().requires_grad_() for name, x in module_inputs(40).items()}
+    with torch.no_grad():
+        named["q"] *= 40
+    results = []
+    for low in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            out = multi_token_attention(**named, backend="native")
+        results.append([out, *torch.autograd.grad(out.sin().sum(), list(named.values()))])
+    for name, plain, cast in zip(("out", *named), *results, strict=True):
+        assert torch.equal(plain, cast), name
+
+
 @pytest.mark.parametrize("pad_key", ["left", "right"])
 def test_native_one_sided_kernels_equal_the_oracle_over_strips(pad_key: str, small_strips: None) -> None:
     """Prevents a reach beyond the padding of the buffers."""

@@ -16,8 +16,14 @@ from tests.ops.test_multi_token import EXACT, FEW, Case, case_id, case_inputs, m
 
 pytest.importorskip("triton", reason="triton is not installed (pip install 'recollect[kernels]')")
 from recollect.kernels.triton import can_run, multi_token, stencil
+from tests.kernels.interpreter import quick
 
 pytestmark = pytest.mark.skipif(not can_run(torch.zeros(1)), reason="a GPU: TRITON_INTERPRET is not set")
+
+
+@pytest.fixture(autouse=True)
+def _quick_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    quick(monkeypatch)
 
 
 @pytest.fixture
@@ -145,6 +151,36 @@ def test_low_precision_error_is_at_most_twice_the_oracles(dtype: torch.dtype) ->
 
     for ours, theirs in zip(errors("triton"), errors("materialized"), strict=True):
         assert ours <= 2 * theirs + torch.finfo(dtype).eps
+
+
+def test_autocast_changes_nothing(small_blocks: None) -> None:
+    """Prevents a forward pass whose logits autocast has rounded, and a log-sum-exp of them that does not fit those which the backward
+    pass computes again: at logits of this size the gradients of q and k would be wrong by more than their own size."""
+    named = {name: torch.randn(1, 12, 2, 8, dtype=torch.float64).requires_grad_() for name in "qkv"}
+    named["kq_pre"] = torch.randn(2, 2, 3, dtype=torch.float64).requires_grad_()
+    with torch.no_grad():
+        named["q"] *= 40
+    single = {name: x.detach().float().requires_grad_() for name, x in named.items()}
+    wanted = everything(named, lambda: [multi_token_attention(**named, backend="materialized")])
+
+    def attend(low: bool) -> list[Tensor]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            return [multi_token_attention(**single, backend="triton")]
+
+    plain, forward = (everything(single, lambda low=low: attend(low)) for low in (False, True))
+    with torch.autocast("cpu", torch.bfloat16):
+        both = everything(single, lambda: attend(low=True))
+    for name, exact, *got in zip(["y", *named], wanted, plain, forward, both, strict=True):
+        assert float(((got[0].double() - exact).norm() / exact.norm()).detach()) < 1e-4, name
+        assert torch.equal(got[0], got[1]), name
+        assert torch.equal(got[0], got[2]), name
+
+
+def test_inputs_of_several_dtypes_are_promoted() -> None:
+    """Prevents the error of a matrix product where the forms of the CPU take what they are given."""
+    q, k, v = (torch.randn(1, 5, 2, 4).to(dtype) for dtype in (torch.bfloat16, torch.float32, torch.bfloat16))
+    out = multi_token_attention(q, k, v, backend="triton")
+    assert torch.equal(out, multi_token_attention(q.float(), k, v.float(), backend="triton").bfloat16())
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")

@@ -209,6 +209,28 @@ def module_inputs(length: int, n_heads: int = 4, n_kv: int = 2, group: int = 4) 
     return {name: tensor.requires_grad_() for name, tensor in named.items()}
 
 
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float32, torch.bfloat16, torch.float64), (torch.bfloat16, torch.float32, torch.bfloat16)]
+)
+@pytest.mark.parametrize("form", FORMS)
+def test_inputs_of_several_dtypes_are_promoted(form: str, dtypes: tuple[torch.dtype, ...]) -> None:
+    """Prevents forms that refuse what another takes, and one that rounds keys to the queries' dtype."""
+    named = module_inputs(9)
+    mixed = {name: named[name].detach().to(dtype).requires_grad_() for name, dtype in zip("qkv", dtypes, strict=True)}
+    common = max(dtypes, key=lambda dtype: dtype.itemsize)
+    whole = {name: x.detach().to(common).requires_grad_() for name, x in mixed.items()}
+    parts = {name: x.detach() for name, x in named.items() if name not in mixed}
+    out, expected = (multi_token_attention(**inputs, **parts, backend=form) for inputs in (mixed, whole))
+    assert out.dtype == dtypes[0]
+    assert torch.equal(out, expected.to(dtypes[0]))
+    weights = torch.randn(out.shape).to(dtypes[0])
+    pairs = (
+        torch.autograd.grad((x * weights.to(x.dtype)).sum(), inputs.values()) for x, inputs in ((out, mixed), (expected, whole))
+    )
+    for (name, x), a, b in zip(mixed.items(), *pairs, strict=True):
+        assert torch.equal(a, b.to(x.dtype)), name
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("length", [1, 2, 45, 70])
 def test_multi_token_equals_the_module_of_the_paper(length: int, form: str) -> None:

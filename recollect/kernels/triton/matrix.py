@@ -45,7 +45,7 @@ class _Plan:
     ) -> None:
         batch, length, n_heads, key = q.shape
         self.sizes = (length, n_heads, entries.shape[1])
-        self.pieces = (batch * n_heads, entries.shape[1])
+        self.n_programs, self.n_pieces = batch * n_heads, entries.shape[1]
         self.every: dict[str, Any] = {
             "KEY": key,
             "KW": _width(key),
@@ -67,7 +67,7 @@ class _Plan:
         width = _width(self.value)
         rows = width if bias == BIASES["huber_norm"] or self.every["LINK"] == LINKS["scaled"] else min(ROWS, width)
         kinds = {"VALUE": self.value, "BV": rows, "BIAS": bias, "SHARPNESS": sharpness, "THRESHOLD": threshold}
-        grid = (self.pieces[0], triton.cdiv(self.value, rows))
+        grid = (self.n_programs, triton.cdiv(self.value, rows))
         return grid, {**self.every, **self.given, **kinds, "num_warps": WARPS if rows <= ROWS else 2 * WARPS}
 
     def prepared(
@@ -76,8 +76,8 @@ class _Plan:
         """`prepare`'s decayed queries, eta k decayed to the piece's end, scores and decays over the pieces."""
         batch, length, n_heads, key = q.shape
         decayed, in_end = q.new_empty(2, batch, n_heads, length, key)
-        scores, total = q.new_empty(batch, n_heads, length, TOKENS), q.new_empty(batch, n_heads, self.pieces[1], key)
-        prepare[self.pieces](
+        scores, total = q.new_empty(batch, n_heads, length, TOKENS), q.new_empty(batch, n_heads, self.n_pieces, key)
+        prepare[(self.n_programs * self.n_pieces,)](
             *(*table, q, k, eta, log_alpha, decayed, in_end, scores, total, *self.sizes), **self.every, **self.gates
         )
         return decayed, in_end, scores, total
@@ -190,7 +190,7 @@ def _backward(
         d_state = d_state.masked_fill(full & (last == 0), 0)
     d_anchor = grad_anchor.masked_fill(full, 0).contiguous()
     left = [q.new_empty(n_blocks, batch, n_heads, length, width) for width in (key, key, key, TOKENS)]
-    left.append(q.new_empty(n_blocks, batch, n_heads, plan.pieces[1], key))
+    left.append(q.new_empty(n_blocks, batch, n_heads, plan.n_pieces, key))
     prepared = plan.prepared(table, query, keys, steps, decays)
     walk_back[grid](
         *(*table, keys, values, thresholds),
@@ -200,7 +200,7 @@ def _backward(
         **options,
     )
     summed = [x.sum(0) for x in left]
-    finish_back[plan.pieces](
+    finish_back[(plan.n_programs * plan.n_pieces,)](
         *(*table, query, keys, steps, decays, *summed, d_q, d_k, d_eta, d_log_alpha, *plan.sizes), **plan.every, **plan.gates
     )
     found = [d_q, d_k, d_v, d_eta, d_log_alpha]

@@ -1,6 +1,7 @@
 """What the matrix memory computes for its tokens without its matrix: all pieces at once, before and after the walk over them.
 
 One program has one piece of one head. What lies between these kernels and the walk is [B, H, T, K] or [B, H, T, 16], tokens in order.
+NOT YET MEASURED ON A GPU.
 
 Axis legend: B batch, T time, H heads, K key dim, P pieces.
 """
@@ -16,6 +17,7 @@ from recollect.kernels.triton.perceptron_parts import (
     attended_back,
     channels,
     line,
+    own_piece,
     put,
     put_line,
     put_square,
@@ -62,7 +64,7 @@ def prepare(
     PRECISION: tl.constexpr,
 ):
     """Queries decayed from the piece's start, eta k decayed to its end, their scores, and [B, H, P, K] the decay over the piece."""
-    program, n = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    program, n = own_piece(n_rows)
     batch, head = program // n_heads, program % n_heads
     if n < tl.load(ends + batch * 2):
         entry, tile = entries + (batch * n_rows + n) * 6, program * n_tokens * KEY
@@ -110,7 +112,7 @@ def finish_back(
     PRECISION: tl.constexpr,
 ):
     """Gradients of queries, keys and gates from what the walk has left, summed over its blocks of rows: one program for each piece."""
-    program, n = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    program, n = own_piece(n_rows)
     batch, head = program // n_heads, program % n_heads
     if n < tl.load(ends + batch * 2):
         entry, tile = entries + (batch * n_rows + n) * 6, program * n_tokens * KEY

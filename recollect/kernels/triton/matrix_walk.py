@@ -3,6 +3,7 @@
 One program has a block of the matrix' rows (value channels), which never meet inside a chunk: all of them only where a bias or link
 takes a norm over them. The matrix that is written and the one at the chunk's start stay in registers. Backward, a segment is computed
 again from the state saved at its first piece, then its pieces are differentiated from the last to the first.
+NOT YET MEASURED ON A GPU.
 
 Axis legend: B batch, T time, H heads, K key dim, V value dim, P pieces, N blocks of rows.
 """

@@ -3,7 +3,8 @@
 Faster equal of `recollect.ops.multi_token.materialized` (its oracle), forward and backward, in fp64, fp32, bf16 and fp16. Memory
 linear in the number of keys: a block's maps are scratch, and what is kept is a log-sum-exp a row. The backward pass recomputes block
 after block, from the last to the first, and hands the gradient of the rows above a block up to it. Results do not depend on the
-order in which programs run. NOT YET MEASURED ON A GPU: checked by Triton's interpreter, and compiled for NVIDIA GPUs in the tests.
+order in which programs run, nor on autocast: the precision is that of the inputs. NOT YET MEASURED ON A GPU: checked by Triton's
+interpreter, and compiled for NVIDIA GPUs in the tests.
 
 Axis legend: B batch, T queries, S keys, H heads, Hkv key-value heads, K key dim, V value dim.
 """
@@ -248,6 +249,12 @@ def query_gradient(call: Call, top: int, bottom: int, grad: Tensor, grads: Gradi
     grads.k[:, :n_keys] += (rows.mT @ grouped(call.q[:, top:bottom].transpose(1, 2), groups)).transpose(1, 2)
 
 
+def exact_products(x: Tensor) -> torch.autocast:
+    """Products in the inputs' own precision. Autocast reaches into the forward pass and not into the backward one, whose logits,
+    computed again, would not be those of the log-sum-exp: weights that do not sum to one, and gradients wrong by any factor."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
 @torch.library.custom_op("recollect::multi_token", mutates_args=())
 def _forward(
     q: Tensor,
@@ -266,7 +273,8 @@ def _forward(
     seed: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     mixing, settings = Mixing(kq_pre, head_pre, kq_post, head_post), Settings(scale, pad_key, dropout_p, seed)
-    out, lse, last = forward(Call(q, k, v, mixing, settings, start, Rows(raw, weights)))
+    with exact_products(q):
+        out, lse, last = forward(Call(q, k, v, mixing, settings, start, Rows(raw, weights)))
     missing = q.new_empty(0)
     return out, lse, missing if last.raw is None else last.raw, missing.clone() if last.weights is None else last.weights
 
@@ -303,7 +311,8 @@ def _backward(
     mixing, settings = Mixing(kq_pre, head_pre, kq_post, head_post), Settings(scale, pad_key, dropout_p, seed)
     call = Call(q, k, v, mixing, settings, start, Rows(raw, weights))
     grads = Gradients(call, grad_out, grad_raw, grad_weights)
-    backward(call, lse, grads)
+    with exact_products(q):
+        backward(call, lse, grads)
     names = ("kernel_pre", "matrix_pre", "kernel_post", "matrix_post")
     parts = [grads.sums[name].to(x.dtype) for name, x in zip(names, mixing, strict=True) if x is not None]
     return [grads.q, grads.k.to(k.dtype), grads.v.to(v.dtype), *parts]

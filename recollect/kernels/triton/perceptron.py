@@ -120,14 +120,14 @@ def _forward(
     total = q.new_empty(batch, n_heads, sizes[-1], 2, q.shape[-1])
     mix, late = q.new_empty(batch, n_heads, length, 4), q.new_empty(batch, n_heads, sizes[-1], 2)
     every, gates, inner, kinds, walks = _options(q, hidden, eta, log_alpha, delta, n_matrices, link, bias, sharpness, threshold)
-    grid = (batch * n_heads, sizes[-1])
+    heads, grid = (batch * n_heads,), (batch * n_heads * sizes[-1],)
     decays_in = decays if log_alpha_in is None else log_alpha_in.contiguous()
     before, gated = (query, keys, steps, decays), (decayed, in_end, rest, scores, total)
     if log_momentum is None:
         prepare[grid](*table, *before, decays_in, *gated, *sizes, **every, **inner)
     else:
         prepare_mixed[grid](*table, *before, slowing, *gated, mix, late, *sizes, **every)
-    walk[grid[:1]](
+    walk[heads](
         *(*table, query, keys, values, thresholds, *norm, radii, decayed, in_end, rest, gu, scores, total, mix, late),
         *(states, room, last, last_anchor, saved, written, read, factors, open_logs, kept, means, linked, *sizes, n_slots),
         **{**every, **kinds, **walks},
@@ -224,7 +224,7 @@ def _backward(
     mix, late = q.new_empty(batch, n_heads, length, 4), q.new_empty(batch, n_heads, sizes[-1], 2)
     d_mix, d_late = torch.empty_like(mix), torch.empty_like(late)
     every, gates, inner, kinds, walks = _options(q, hidden, eta, log_alpha, delta, n_matrices, link, bias, sharpness, threshold)
-    grid = (batch * n_heads, sizes[-1])
+    heads, grid = (batch * n_heads,), (batch * n_heads * sizes[-1],)
     decays_in = decays if log_alpha_in is None else log_alpha_in.contiguous()
     before, gated = (query, keys, steps, decays), (decayed, in_end, rest, scores, total)
     written_with, reads = (thresholds, *norm, written, read, scores_out), (gu, d_seen, moved, of_out, d_scores, *of_pieces)
@@ -241,7 +241,7 @@ def _backward(
             *(*table, keys, values, steps, decays, slowing, *written_with, grad_y, *reads, *sizes), **{**every, **own}
         )
     first = anchor if start is None else start
-    walk_back[grid[:1]](
+    walk_back[heads](
         *(
             *table,
             query,

@@ -5,6 +5,7 @@ Every gate is one number per token. In a piece both states are linear in what it
     Z_t = keep_t Z + boost_t S - sum over i <= t of weight[t, i] g_i,    S_t = slow_t S - sum over i <= t of pulled[t, i] g_i
 
 These kernels take the place of those in `perceptron_tokens`: all pieces at once, before and after the walk.
+NOT YET MEASURED ON A GPU.
 
 Axis legend: B batch, T time, H heads, K key dim, P pieces; t, i, j tokens of a piece.
 """
@@ -21,6 +22,7 @@ from recollect.kernels.triton.perceptron_parts import (
     line,
     normalised,
     normalised_back,
+    own_piece,
     product,
     put,
     put_line,
@@ -94,7 +96,7 @@ def prepare_mixed(
 ):
     """As `prepare`; mix [B, H, T, 4]: keep, boost, and weight and pulled of the last token; late [B, H, P, 2]: its boost and
     slow."""
-    program, n = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    program, n = own_piece(n_rows)
     batch, head = program // n_heads, program % n_heads
     if n < tl.load(ends + batch * 2):
         entry, tile = entries + (batch * n_rows + n) * 6, program * n_tokens * KEY
@@ -143,7 +145,7 @@ def finish_mixed(
     PRECISION: tl.constexpr,
 ):
     """As `finish`; `read` holds what W_out gives for the piece's first state and last change."""
-    program, n = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    program, n = own_piece(n_rows)
     batch, head = program // n_heads, program % n_heads
     if n < tl.load(ends + batch * 2):
         entry = entries + (batch * n_rows + n) * 6
@@ -194,7 +196,7 @@ def prepare_mixed_back(
     PRECISION: tl.constexpr,
 ):
     """As `prepare_back`; of_out is of gu."""
-    program, n = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    program, n = own_piece(n_rows)
     batch, head = program // n_heads, program % n_heads
     if n < tl.load(ends + batch * 2):
         entry, tile = entries + (batch * n_rows + n) * 6, program * n_tokens * KEY
@@ -259,7 +261,7 @@ def finish_mixed_back(
     PRECISION: tl.constexpr,
 ):
     """As `finish_back`; d_mix and d_late: as `walk_back` leaves them."""
-    program, n = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    program, n = own_piece(n_rows)
     batch, head = program // n_heads, program % n_heads
     if n < tl.load(ends + batch * 2):
         entry, tile = entries + (batch * n_rows + n) * 6, program * n_tokens * KEY

@@ -3,6 +3,7 @@
 A piece's decays act between every two of its tokens, channel by channel: P[t, i] = alpha_{i+1} ... alpha_t. Quotients of running
 products would overflow; halving does not. Of two tokens in the two halves of a block of 2, 4, 8 or 16, the decay between them is a
 running product up to the middle times one from there on: a sum over pairs is four products of matrices, one for each size of block.
+NOT YET MEASURED ON A GPU.
 
 Axis legend: t, i tokens of a piece (16 rows of a tile); columns are K channels, padded with zeros to a power of two.
 """
@@ -30,6 +31,13 @@ def product(a, b, PRECISION: tl.constexpr):
 def shrunk(w, THRESHOLD: tl.constexpr):
     """Entries nearer to zero by a threshold, those below it at zero."""
     return tl.where(w > THRESHOLD, w - THRESHOLD, tl.where(w < -THRESHOLD, w + THRESHOLD, 0.0))
+
+
+@triton.jit
+def own_piece(n_rows):
+    """The head (of all batch elements) and the piece of a program. One axis of the grid for both: the others end at 65,535."""
+    flat = tl.program_id(0).to(tl.int64)
+    return flat // n_rows, flat % n_rows
 
 
 @triton.jit

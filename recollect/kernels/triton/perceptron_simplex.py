@@ -3,6 +3,7 @@
 W_in's rows are K long, W_out's O. The 1 is added to products where it counts: once for W_in; never for W_out, where the norm takes it
 away. Reads inside a chunk multiply with a frame, kept * weights + (what the matrix has gained, less the mean of each row), kept being
 the decay since the chunk's start.
+NOT YET MEASURED ON A GPU.
 
 Axis legend: K key dim, O hidden size. Both matrices are [O, K]; lines are [1, K].
 """

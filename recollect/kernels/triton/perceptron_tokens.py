@@ -1,6 +1,7 @@
 """What the perceptron memory computes for its tokens without its matrices: all pieces at once, before and after the walk over them.
 
 One program has one piece of one head. What lies between these kernels and the walk is [B, H, T, K] or [B, H, T, 16], tokens in order.
+NOT YET MEASURED ON A GPU.
 
 Axis legend: B batch, T time, H heads, K key dim, P pieces.
 """
@@ -21,6 +22,7 @@ from recollect.kernels.triton.perceptron_parts import (
     line,
     normalised,
     normalised_back,
+    own_piece,
     put,
     put_line,
     put_square,
@@ -60,7 +62,7 @@ def prepare(
 ):
     """Queries decayed from the piece's start, eta k and eta decayed to its end, the first layer's scores, and [B, H, P, 2, K] the decay
     of both matrices over the piece. log_alpha_in: of W_in, where log_alpha is of W_out."""
-    program, n = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    program, n = own_piece(n_rows)
     batch, head = program // n_heads, program % n_heads
     if n < tl.load(ends + batch * 2):
         entry, tile = entries + (batch * n_rows + n) * 6, program * n_tokens * KEY
@@ -110,7 +112,7 @@ def finish(
     PRECISION: tl.constexpr,
 ):
     """Outputs, from what W_out gives for the piece's first state (`read`, which becomes that of every token's own) and the scores a."""
-    program, n = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    program, n = own_piece(n_rows)
     batch, head = program // n_heads, program % n_heads
     if n < tl.load(ends + batch * 2):
         entry = entries + (batch * n_rows + n) * 6
@@ -171,7 +173,7 @@ def prepare_back(
 ):
     """What the piece wrote with, and the gradients of the second layer's scores and of what the reads' norm took, as it is and decayed
     from the piece's start, and of eta gu by the reads. d_scale, d_shift [B, H, P, K], d_factors [B, H, P]: what the outputs give."""
-    program, n = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    program, n = own_piece(n_rows)
     batch, head = program // n_heads, program % n_heads
     if n < tl.load(ends + batch * 2):
         entry, tile = entries + (batch * n_rows + n) * 6, program * n_tokens * KEY
@@ -249,7 +251,7 @@ def finish_back(
 ):
     """Gradients of queries and gates, and the rest of those of keys, from what the walk has left: sums over hidden units and, along
     [B, H, P, 2, K], the gradients of the logs of the decays over the piece; ones [B, H, T, 4]: of link SIMPLEX, of a query's sum."""
-    program, n = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    program, n = own_piece(n_rows)
     batch, head = program // n_heads, program % n_heads
     if n < tl.load(ends + batch * 2):
         entry, tile = entries + (batch * n_rows + n) * 6, program * n_tokens * KEY

@@ -2,6 +2,7 @@
 
 A segment is computed again from the state saved at its first piece, then its pieces are differentiated from the last to the first, each
 in two passes over the hidden units as in `perceptron_walk`. The equations are those of memory.c.
+NOT YET MEASURED ON A GPU.
 
 Axis legend: B batch, T time, H heads, K key dim, O hidden size, P pieces.
 """

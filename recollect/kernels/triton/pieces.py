@@ -73,7 +73,7 @@ def cut(phase: Tensor, length: int, chunk_size: int, reset: Tensor | None, valid
 
     total = counts.sum(1)
     at = (~heads).to(torch.int8).argsort(dim=1, stable=True)
-    if reset is None and valid is None:
+    if reset is None:  # padding makes pieces fewer; documents, which may be a token each, as many as there are tokens
         at = at[:, : min(length, (length // chunk_size + 2) * need)]
     begin = torch.where(heads, index, length).gather(1, at)
     begin = torch.minimum(begin, total[:, None])

@@ -1,4 +1,7 @@
-"""Triton kernels on attention maps [B, H, rows, S]: softmax of rows in place, both passes. A row at position p has keys 0 .. p."""
+"""Triton kernels on attention maps [B, H, rows, S]: softmax of rows in place, both passes. A row at position p has keys 0 .. p.
+
+NOT YET MEASURED ON A GPU.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ ROW_KEYS = 1024  # keys that a program takes at a time
 @triton.jit
 def _softmax(x, lse, n_rows, n_keys, first, x_head, x_row, KNOWN: tl.constexpr, N: tl.constexpr, ACC: tl.constexpr):
     """Logits of one row into weights, in place; its log-sum-exp is written, or known."""
-    row, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    row, head = tl.program_id(0) % n_rows, (tl.program_id(0) // n_rows).to(tl.int64)
     x += head * x_head + row * x_row
     last = tl.minimum(first + row + 1, n_keys)
     column = tl.arange(0, N)
@@ -36,9 +39,9 @@ def _softmax(x, lse, n_rows, n_keys, first, x_head, x_row, KNOWN: tl.constexpr, 
 
 
 @triton.jit
-def _softmax_backward(weights, grad, n_keys, first, w_head, w_row, g_head, g_row, N: tl.constexpr, ACC: tl.constexpr):
+def _softmax_backward(weights, grad, n_rows, n_keys, first, w_head, w_row, g_head, g_row, N: tl.constexpr, ACC: tl.constexpr):
     """Gradient of one row's weights into that of its logits, in place."""
-    row, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    row, head = tl.program_id(0) % n_rows, (tl.program_id(0) // n_rows).to(tl.int64)
     weights += head * w_head + row * w_row
     grad += head * g_head + row * g_row
     last = tl.minimum(first + row + 1, n_keys)
@@ -58,7 +61,7 @@ def _softmax_backward(weights, grad, n_keys, first, w_head, w_row, g_head, g_row
 def softmax_(x: Tensor, lse: Tensor, frame: Frame, *, known: bool) -> None:
     """Logits [B, H, rows, S] into weights, in place; lse [B, H, rows] is written, or read if known."""
     batch, n_heads, n_rows, n_keys = x.shape
-    _softmax[(n_rows, batch * n_heads)](
+    _softmax[(n_rows * batch * n_heads,)](
         *(x, lse, n_rows, n_keys, frame.first, x.stride(1), x.stride(2)),
         KNOWN=known,
         N=min(ROW_KEYS, triton.next_power_of_2(n_keys)),
@@ -69,8 +72,8 @@ def softmax_(x: Tensor, lse: Tensor, frame: Frame, *, known: bool) -> None:
 def softmax_backward_(weights: Tensor, grad: Tensor, frame: Frame) -> None:
     """The gradient of weights [B, H, rows, S] into that of their logits, in place."""
     batch, n_heads, n_rows, n_keys = grad.shape
-    _softmax_backward[(n_rows, batch * n_heads)](
-        *(weights, grad, n_keys, frame.first, weights.stride(1), weights.stride(2), grad.stride(1), grad.stride(2)),
+    _softmax_backward[(n_rows * batch * n_heads,)](
+        *(weights, grad, n_rows, n_keys, frame.first, weights.stride(1), weights.stride(2), grad.stride(1), grad.stride(2)),
         N=min(ROW_KEYS, triton.next_power_of_2(n_keys)),
         ACC=accumulator(grad.dtype)[0],
     )

@@ -4,7 +4,10 @@ A map is [B, H, rows, S] with S contiguous. A convolution along keys is a produc
 reads BN + c_k - 1, so that c_q small products a tile, and not c_q c_k multiplications an entry, do the work on tensor cores. The
 tile and the bytes and operations that follow from it are derived in docs/kernels.md.
 
+Batch elements and heads share the first axis of a grid with tiles or rows: the other two end at 65,535.
+
 Which entries exist is arithmetic, not memory: query row i sees keys start_i .. i. Rows before the first query are carried ones.
+NOT YET MEASURED ON A GPU.
 """
 
 from __future__ import annotations
@@ -114,9 +117,11 @@ def _stencil(
 ):
     """One tile of every head of a group: y_o = sum_m matrix[o, m] sum_p taps[m, p] * x_p."""
     groups = n_heads // GROUP
-    batch, group = tl.program_id(2).to(tl.int64) // groups, tl.program_id(2) % groups
+    n_tiles = tl.cdiv(n_keys, BN)
+    low, some_group = tl.program_id(0) % n_tiles * BN, tl.program_id(0) // n_tiles
+    batch, group = some_group.to(tl.int64) // groups, some_group % groups
     row = tl.program_id(1) * BM + tl.arange(0, BM)
-    key = tl.program_id(0) * BN + tl.arange(0, BN)
+    key = low + tl.arange(0, BN)
     position = first + row
     start += batch * (n_positions - earlier)
     seen = _seen(position, key, start, earlier, n_positions, n_keys, HAS_START)
@@ -140,7 +145,7 @@ def _stencil(
                     kernel,
                     start,
                     row,
-                    tl.program_id(0) * BN,
+                    low,
                     position,
                     n_rows,
                     earlier,
@@ -205,7 +210,8 @@ def _mix_backward(
 ):
     """One row of every head of a group: out_m = sum_o matrix[o, m] grad_o, sums[o, m] = sum over keys of grad_o mid_m."""
     groups = n_heads // GROUP
-    row, batch, group = tl.program_id(0), tl.program_id(1).to(tl.int64) // groups, tl.program_id(1) % groups
+    row, some_group = tl.program_id(0) % n_rows, tl.program_id(0) // n_rows
+    batch, group = some_group.to(tl.int64) // groups, some_group % groups
     head = batch * n_heads + group * GROUP
     member = tl.arange(0, GROUP_WIDTH)
     position = first + row
@@ -236,7 +242,7 @@ def _mix_backward(
                 cross += tl.where(member[:, None] == o, tl.sum(middle * part[None, :], axis=1)[None, :], 0.0)
         to = out + (head + member)[:, None] * o_head + row * o_row + key[None, :]
         tl.store(to, total.to(out.dtype.element_ty), mask=(key < n_keys)[None, :] & (member < GROUP)[:, None])
-    place = ((row * tl.num_programs(1) + tl.program_id(1)) * GROUP + member[:, None]) * GROUP + member[None, :]
+    place = (tl.program_id(0).to(tl.int64) * GROUP + member[:, None]) * GROUP + member[None, :]
     tl.store(sums + place, cross, mask=(member < GROUP)[:, None] & (member < GROUP)[None, :])
 
 
@@ -268,13 +274,14 @@ def _kernel_gradient(
     PRECISION: tl.constexpr,
 ):
     """One row of taps over one stripe of rows: sums of grad[i, j] x[i - back, j + b - LEFT], as diagonals of grad^T x."""
-    back, pair = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    n_stripes = tl.cdiv(n_rows, BM)
+    back, stripe, pair = tl.program_id(1), tl.program_id(0) % n_stripes, tl.program_id(0).to(tl.int64) // n_stripes
     head, p = pair // MERGED, pair % MERGED
     batch = head // n_heads
     grad += head * g_head
     x += (head // MERGED * MERGED + p) * x_head
     start += batch * (n_positions - earlier)
-    row = tl.program_id(0) * BM + tl.arange(0, BM)
+    row = stripe * BM + tl.arange(0, BM)
     position = first + row
     column = tl.arange(0, KW)
     cross = tl.zeros((BN, KW), ACC)
@@ -290,7 +297,7 @@ def _kernel_gradient(
         values = tl.load(x + (row - back)[:, None] * x_row + source[None, :], mask=read, other=0.0).to(ACC)
         cross += tl.dot(tl.trans(part), values, input_precision=PRECISION, out_dtype=ACC)
     tap = column[None, :] - tl.arange(0, BN)[:, None]
-    place = sums + ((tl.program_id(0) * tl.num_programs(2) + pair) * C_Q + C_Q - 1 - back) * C_K
+    place = sums + ((pair * n_stripes + stripe) * C_Q + C_Q - 1 - back) * C_K
     for b in range(C_K):
         tl.store(place + b, tl.sum(tl.where(tap == b, cross, 0.0)))
 
@@ -350,7 +357,7 @@ def apply_side(
     c_q, c_k = (1, 1) if kernel is None else kernel.shape[-2:]
     group = 1 if matrix is None else matrix.shape[1]
     acc, dots = accumulator(precision)
-    grid = (triton.cdiv(n_keys, KEYS), triton.cdiv(n_rows, ROWS), batch * n_heads // group)
+    grid = (triton.cdiv(n_keys, KEYS) * (batch * n_heads // group), triton.cdiv(n_rows, ROWS))
     _stencil[grid](
         *(x, y, y if keep is None else keep, y if kernel is None else kernel, y if matrix is None else matrix),
         *(y if frame.start is None else frame.start, n_heads, n_rows, n_keys, x.shape[3], *frame.where),
@@ -383,9 +390,9 @@ def mix_backward(grad: Tensor, mid: Tensor, matrix: Tensor, frame: Frame, precis
     batch, n_heads, n_rows, n_keys = mid.shape
     groups, group, _ = matrix.shape
     out = mid.new_empty(mid.shape)
-    sums = matrix.new_empty(n_rows, batch, groups, group, group, dtype=mid.dtype)
+    sums = matrix.new_empty(batch, groups, n_rows, group, group, dtype=mid.dtype)
     acc, dots = accumulator(precision)
-    _mix_backward[(n_rows, batch * groups)](
+    _mix_backward[(n_rows * batch * groups,)](
         *(grad, mid, out, sums, matrix, matrix if frame.start is None else frame.start, n_heads, n_rows, n_keys, *frame.where),
         *(grad.stride(1), grad.stride(2), mid.stride(1), mid.stride(2), out.stride(1), out.stride(2)),
         GROUP=group,
@@ -397,7 +404,7 @@ def mix_backward(grad: Tensor, mid: Tensor, matrix: Tensor, frame: Frame, precis
         ACC=acc,
         PRECISION=dots,
     )
-    return out, sums.sum((0, 1))
+    return out, sums.sum((0, 2))
 
 
 def kernel_gradient(grad: Tensor, x: Tensor, kernel: Tensor, frame: Frame, left: int, precision: torch.dtype) -> Tensor:
@@ -410,8 +417,9 @@ def kernel_gradient(grad: Tensor, x: Tensor, kernel: Tensor, frame: Frame, left:
     merged = kernel.shape[1] if kernel.dim() == 4 else 1
     acc, dots = accumulator(precision)
     stripes = triton.cdiv(n_rows, ROWS)
-    sums = kernel.new_empty(stripes, batch, *kernel.shape, dtype=torch.promote_types(precision, torch.float32))
-    _kernel_gradient[(stripes, c_q, batch * n_heads * merged)](
+    shape = (batch, n_heads * merged, stripes, c_q, c_k)
+    sums = kernel.new_empty(shape, dtype=torch.promote_types(precision, torch.float32))
+    _kernel_gradient[(stripes * batch * n_heads * merged, c_q)](
         *(grad, x, sums, grad if frame.start is None else frame.start, n_heads, n_rows, n_keys, *frame.where),
         *(grad.stride(1), grad.stride(2), x.stride(1), x.stride(2)),
         LEFT=left,
@@ -425,4 +433,4 @@ def kernel_gradient(grad: Tensor, x: Tensor, kernel: Tensor, frame: Frame, left:
         ACC=acc,
         PRECISION=dots,
     )
-    return sums.sum((0, 1))
+    return sums.sum((0, 2)).view(kernel.shape)
