@@ -64,18 +64,31 @@ def header(setting: Setting, rates: Rates) -> str:
     machine: Any = setting.described()["machine"]
     where = f"{machine['gpu']}" if setting.kind == "cuda" else f"{machine['processor']}, {setting.threads} threads"
     return (
-        f"{setting.dtype}, B = {setting.batch}, {setting.heads} heads of {setting.head_dim}, median of {setting.repeats} rounds in "
+        f"{sizes(setting)}, median of {setting.repeats} rounds in "
         f"turn (lowest-highest); {where}, torch {machine['torch']}; products {rates.flops / 1e9:,.0f} GFLOP/s, "
         f"copy {rates.bytes / 1e9:,.0f} GB/s"
     )
 
 
+def sizes(setting: Setting) -> str:
+    """Precision and sizes in words."""
+    said = [setting.dtype, f"B = {setting.batch}", f"shape {setting.shape}" * bool(setting.shape)]
+    said += [
+        f"{setting.layers} layer{'s' * (setting.layers > 1)} of" * bool(setting.layers)
+        + f" {setting.heads} heads of {setting.head_dim}"
+    ]
+    said += [f"vocabulary {setting.vocabulary:,}" * bool(setting.layers)]
+    said += ["" if setting.chunk is None else f"chunks of {setting.chunk}"]
+    return ", ".join(text.strip() for text in said if text)
+
+
 def time_grid(setting: Setting, rows: Rows, names: Sequence[str]) -> Grid:
     """Time (of "train" tokens per second) by length, growth, achieved over floor at the longest, error against the oracle."""
     lengths = _lengths(rows, names)
-    what = {"train": "tokens per second, forward + backward", "decode": "time of one token after a context"}.get(
-        setting.suite, "forward + backward"
-    )
+    what = {
+        "train": "tokens per second of training steps: forward + backward + AdamW",
+        "decode": f"time of one token after a context, a {'model' if setting.layers else 'layer alone'}",
+    }.get(setting.suite, "forward + backward")
     lines = []
     for name in names:
         points = rows.points(name, "seconds")
@@ -155,9 +168,7 @@ def draw(setting: Setting, rows: Rows, names: Sequence[str]) -> Figure:
     titles = ("seconds per token", "state") if setting.suite == "decode" else ("seconds per step", "peak memory")
     _dress(panels[0], titles[0], _lengths(rows, shown), LogLocator(subs=(1.0, 2.0, 5.0), numticks=12), pretty)
     _dress(panels[1], titles[1], _lengths(rows, shown), LogLocator(base=2, numticks=9), units.size)
-    figure.suptitle(
-        f"{setting.suite}: {setting.dtype}, {setting.heads} heads of {setting.head_dim}, {setting.kind}", fontsize=10
-    )
+    figure.suptitle(f"{setting.suite}: {sizes(setting)}, {setting.kind}", fontsize=10)
     figure.legend(*panels[0].get_legend_handles_labels(), fontsize=8, frameon=False, loc="outside right center")
     return figure
 

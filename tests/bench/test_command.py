@@ -9,9 +9,10 @@ import pytest
 from typer.testing import CliRunner
 
 from bench import peers
-from recollect.bench import floor
+from recollect.bench import floor, memory
 from recollect.bench.runner import Runner
-from recollect.cli import app
+from recollect.cli import app, bench
+from recollect.models import sizes
 
 TINY = ("--lengths", "16,32", "--heads", "2", "--head-dim", "8", "--repeats", "2", "--device", "cpu")
 
@@ -43,6 +44,61 @@ def test_a_suite_is_measured_and_gone_on_with(tmp_path: Path, monkeypatch: pytes
     assert "sdpa" in again
 
 
+GOALS = {  # of the table in docs/kernels.md
+    "mta --lengths 4096": ("sdpa", "triton"),
+    "train --shape mta-880m": ("attention", "mta", "mta_hybrid"),
+    "train --shape miras-340m": ("attention", "yaad", "moneta", "memora"),
+    "decode --shape miras-340m": ("attention", "yaad", "moneta", "memora"),
+}
+
+
+def documented() -> list[str]:
+    """The commands of the table of goals, without their first two words."""
+    text = (Path(__file__).parents[2] / "docs" / "kernels.md").read_text(encoding="utf-8")
+    block = text.split("## On a GPU")[1].split("```bash\n")[1].split("```")[0]
+    return [line.split("#")[0].strip().removeprefix("recollect bench ") for line in block.splitlines()]
+
+
+@pytest.mark.parametrize("command", documented())
+def test_the_goals_commands_run_at_a_tiny_size(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prevents a goal that no command measures: what docs/kernels.md says, with its shape, lengths and batch made tiny."""
+    monkeypatch.setattr(floor, "rates", lambda device, dtype: floor.Rates(1e9, 1e9))
+    monkeypatch.setattr(
+        memory, "probe", lambda key, setting, length: memory.Probe(1000, 1e-3)
+    )  # no process knows the tiny shape
+    goal = next(goal for goal in GOALS if command.startswith(goal))
+    monkeypatch.setitem(sizes.SIZES, command.partition("--shape ")[2].split(" ")[0], sizes.Size(32, 4, 2, 64, 50, 32, "moneta"))
+    words = [*command.split(), "--device", "cpu", "--repeats", "1", "--out", str(tmp_path)]
+    for option, tiny in (("--lengths", "24"), ("--batch", "2"), ("--layers", "2")):
+        if option in words:
+            words[words.index(option) + 1] = tiny
+    if command.startswith("mta"):
+        words += ["--heads", "2", "--head-dim", "8"]
+    status, said, err = invoke(*words)
+    assert status == 0, err
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    timed = {row["contender"] for row in rows if row["length"] == 24 and row["status"] == "done"}
+    assert timed == set(GOALS[goal]) - {"triton"}, said
+    assert {row["setting"]["batch"] for row in rows} == {2 if "--batch" in words else 1}
+    assert {row["setting"]["chunk"] for row in rows} == {64 if "--chunk" in words else None}
+
+
+def test_every_goal_has_a_command() -> None:
+    """Prevents a row of the table without one."""
+    assert sorted(goal for command in documented() for goal in GOALS if command.startswith(goal)) == sorted(GOALS)
+
+
+def test_a_shape_gives_all_sizes(tmp_path: Path) -> None:
+    """Prevents a training step at 6 layers of 512 under the name of the 880M shape."""
+    asked = bench.Asked("cpu", None, 1, None, None, "mta-880m", None, None, 10, None, None)
+    for found in bench._settings(["mta", "train", "decode"], asked):
+        assert (found.shape, found.heads, found.head_dim) == ("mta-880m", 16, 96)
+        of_a_model = (0, 257, None) if found.suite == "mta" else (24, 128_256, 4096)
+        assert (found.layers, found.vocabulary, found.intermediate) == of_a_model
+    shallow = bench._settings(["decode"], asked._replace(layers=4))[0]
+    assert (shallow.layers, shallow.shape) == (4, "mta-880m")
+
+
 def test_the_contenders_are_listed_with_what_they_lack(tmp_path: Path) -> None:
     """Prevents names that nobody can find, and a folder for a mere question."""
     status, said, _ = invoke("--list", "--device", "cpu", "--out", tmp_path / "out")
@@ -63,6 +119,11 @@ def test_the_contenders_are_listed_with_what_they_lack(tmp_path: Path) -> None:
         (("mta", "--repeats", "0"), "--repeats is at least 1"),
         (("mta", "--head-dim", "7"), "--head-dim is even"),
         (("mta", "--limit", "0"), "--limit is a positive number"),
+        (("train", "--layers", "0"), "--layers is at least 1"),
+        (("mta", "--layers", "2"), "--layers is of the suites train, decode; mta has none"),
+        (("mta", "--chunk", "2"), "--chunk is of the suites miras, train, decode; mta has none"),
+        (("train", "--shape", "mta-88m"), "did you mean 'mta-880m'"),
+        (("train", "--shape", "mta-880m", "--heads", "2"), "leave them out"),
         (("mta", "--dtype", "int8"), "--dtype is one of float32"),
         (("mta", "--device", "cuda:99"), "device 'cuda:99' cannot be used here"),
         (("mta", "--device", "nowhere"), "device 'nowhere' cannot be used here"),

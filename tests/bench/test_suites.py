@@ -10,12 +10,13 @@ from recollect import state
 from recollect.bench import peers
 from recollect.bench.contenders import ATTENTIONS, UNMEASURED, missing
 from recollect.bench.setting import Setting
-from recollect.bench.suites import CONTENDERS, SUITES, attention, attention_peers, decoding, memories
+from recollect.bench.suites import CONTENDERS, SUITES, attention, attention_peers, decoding, memories, models, training
 from tests.bench.toys import SETTING
 
 
 def setting(suite: str) -> Setting:
-    return SETTING._replace(suite=suite)
+    """Models of two layers: six of so few channels make of fp32's last digits an error in Memora's gradients that no real width has."""
+    return SETTING._replace(suite=suite, layers=2 if suite == "train" else 0)
 
 
 HERE = [key for key, contender in CONTENDERS.items() if not missing(contender, setting(contender.suite))]
@@ -73,7 +74,7 @@ def test_a_stretched_state_has_the_shapes_of_one_that_was_read() -> None:
         mixer = decoding.build(here, name)
         with torch.inference_mode():
             _, whole = mixer(decoding.text(here, 100))
-        made = decoding.read(mixer, here, 100)
+        made = decoding.context(mixer, here, 100)
         assert [part.shape for _, part in state.leaves(made)] == [part.shape for _, part in state.leaves(whole)]
 
 
@@ -83,7 +84,7 @@ def test_a_constant_state_has_read_the_whole_context(monkeypatch: pytest.MonkeyP
     here, seen = setting("decode"), []
     mixer = decoding.build(here, "gla")
     mixer.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0].shape[1]))
-    decoding.read(mixer, here, 100)
+    decoding.context(mixer, here, 100)
     assert sum(seen) == 100 + 1, "and one token to see whether the state grows"
 
 
@@ -132,5 +133,58 @@ def test_a_cache_that_is_stretched_is_said_to_be(name: str) -> None:
     """Prevents numbers of a made-up context without a word about it, by what the state does."""
     here = setting("decode")
     mixer = decoding.build(here, name)
-    sizes = {state.nbytes(decoding.read(mixer, here, length)) for length in (70, 90)}
+    sizes = {state.nbytes(decoding.context(mixer, here, length)) for length in (70, 90)}
     assert (len(sizes) > 1) == (name in ATTENTIONS) == bool(CONTENDERS[f"decode/{name}"].note(here))
+
+
+@pytest.mark.parametrize("name", ["attention", "mta", "yaad", "moneta", "memora"])
+def test_a_model_that_decodes_is_right_and_reads_its_context(name: str) -> None:
+    """Prevents a decode benchmark of one layer where a model was asked for, and a cache that a step makes longer for the next one."""
+    here = setting("decode")._replace(layers=2, vocabulary=40)
+    contender = CONTENDERS[f"decode/{name}"]
+    assert contender.check is not None
+    assert contender.check(here).passed
+    step = contender.prepare(here, SUITES["decode"].inputs(here, 70))
+    first, again = step(), step()
+    assert first[0].shape == (here.batch, 1, 40)
+    assert torch.equal(first[0], again[0])
+    assert isinstance(step, decoding.Decoder)
+    model, read = decoding.whole(here, name)
+    assert len(model.model.layers) == 2
+    with torch.inference_mode():
+        _, carried = read(decoding.text(here, 70), None)
+    assert state.nbytes(carried) == decoding.state_bytes(step)
+
+
+def test_the_hybrid_convolves_where_mta_does_and_attends_plainly_elsewhere() -> None:
+    """Prevents a row "MTA in 6 of 24 layers" of some other model."""
+    hybrid = models.layers("mta_hybrid", 24)
+    assert [i for i, layer in enumerate(hybrid) if layer["mixer"] == "mta"] == [2, 6, 10, 14, 18, 22]
+    assert {layer["mixer"] for layer in hybrid} == {"mta", "attention"}
+    deep = setting("train")._replace(layers=24)
+    assert "convolutions in 6 of 24 layers, plain attention in the others" in CONTENDERS["train/mta_hybrid"].note(deep)
+    assert "convolutions in 6 of 24 layers, head mixing in all" in CONTENDERS["train/mta"].note(deep)
+
+
+def test_a_chosen_chunk_size_is_that_of_every_memory() -> None:
+    """Prevents rows of chunks of 16 under a heading of 64; a delta rule by single tokens stays as it is."""
+    train, decode, miras = (setting(suite)._replace(chunk=4) for suite in ("train", "decode", "miras"))
+    for name in ("yaad", "moneta", "memora"):
+        model = models.build(train, name)
+        assert {block.mixer.config.chunk_size for block in model.model.layers} == {4}
+        assert decoding.build(decode, name).config.chunk_size == 4  # type: ignore[attr-defined]
+        assert memories.PRESETS[name].at(miras).spec.chunk_size == 4
+        assert all("chunks of 4" in CONTENDERS[f"{here.suite}/{name}"].note(here) for here in (train, decode, miras))
+    assert memories.PRESETS["delta_net"].at(miras).spec.chunk_size == 1
+    changed = CONTENDERS["miras/yaad"].check
+    assert changed is not None
+    assert changed(miras).passed
+
+
+def test_a_training_step_moves_the_parameters() -> None:
+    """Prevents a training step without its optimiser."""
+    here = setting("train")
+    step = training.prepare(here, models.tokens(here, 12), name="attention")
+    before = [part.detach().clone() for part in step.model.parameters()]
+    step()
+    assert all(not torch.equal(a, b) for a, b in zip(before, step.model.parameters(), strict=True))

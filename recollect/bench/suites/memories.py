@@ -6,6 +6,7 @@ Axis legend: B batch, T time, H heads, K key and value dim.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -45,6 +46,11 @@ class Preset(NamedTuple):
     leaves: tuple[str, ...]
     gates: Callable[..., dict[str, Tensor]]
     about: str
+
+    def at(self, setting: Setting) -> Preset:
+        """With the setting's chunk size where chunks hold several tokens, which is part of what is computed."""
+        chunked = setting.chunk is not None and self.spec.chunk_size > 1
+        return self._replace(spec=replace(self.spec, chunk_size=setting.chunk)) if chunked else self  # type: ignore[arg-type]
 
 
 def _named(*names: str) -> Callable[..., dict[str, Tensor]]:
@@ -100,6 +106,7 @@ def leaves_of(preset: Preset, x: Memory) -> list[Tensor]:
 
 def prepare(setting: Setting, x: Memory, *, preset: Preset, backend: str | None = None) -> Step:
     """Forward and backward: the output and the gradients of q, k, v, gates and parameters."""
+    preset = preset.at(setting)
     leaves, learned = leaves_of(preset, x), parameters(preset.spec, x)
     weights = [] if learned is None else [*learned.fast, *learned.slow]
 
@@ -126,6 +133,7 @@ def perceptron_operations(head_dim: int, chunk: int) -> float:
 
 def work(setting: Setting, length: int, _: Any, *, preset: Preset) -> Work:
     """Forward and twice as much backward: a perceptron by chunks, a matrix by its recurrence (predict, write, read)."""
+    preset = preset.at(setting)
     if preset.spec.memory.name == "matrix":
         each = 2.0 * setting.head_dim**2 * (3 if preset.spec.bias.name == "l2" else 2)
     else:
@@ -133,6 +141,12 @@ def work(setting: Setting, length: int, _: Any, *, preset: Preset) -> Work:
     tokens = setting.batch * length * setting.heads
     channels = 8 * setting.head_dim + 2 * sum(setting.head_dim if "channels" in name else 1 for name in preset.leaves)
     return Work(3 * each * tokens, channels * tokens * setting.precision.itemsize)
+
+
+def note(setting: Setting, *, preset: Preset) -> str:
+    """The chunk size, and what nobody has measured."""
+    size = preset.at(setting).spec.chunk_size
+    return "; ".join(filter(None, [f"chunks of {size}" * (size > 1), unmeasured(setting)]))
 
 
 def contender(name: str) -> Contender:
@@ -143,11 +157,11 @@ def contender(name: str) -> Contender:
     return Contender(
         name=name,
         suite="miras",
-        about=f"{preset.about}; chunk {preset.spec.chunk_size}" if preset.spec.chunk_size > 1 else preset.about,
+        about=preset.about,
         prepare=make,
         check=partial(check, make=make, preset=preset),
         work=partial(work, preset=preset),
-        note=unmeasured,
+        note=partial(note, preset=preset),
     )
 
 
