@@ -129,7 +129,25 @@ def notes(rows: Rows, names: Sequence[str]) -> list[str]:
                 said += [f"{name}: {remark}"] * bool(remark)
             elif row["status"] != DONE:
                 said.append(f"{name} at {row['length']:,}: {row['reason']}")
+    said += apart(rows, names)
     return [*said, *(f"not here: {', '.join(some)} ({reason})" for reason, some in absent.items())]
+
+
+def apart(rows: Rows, names: Sequence[str]) -> list[str]:
+    """Which contenders of a length were timed in different runs, not in turn: a sentence for each way they were divided."""
+    divided: dict[tuple[tuple[str, ...], ...], list[int]] = {}
+    for length in _lengths(rows, names):
+        timed = {name: row for name in names if (row := rows.at(name, length)) is not None and row["status"] == DONE}
+        runs: dict[tuple[str, ...], list[str]] = {}
+        for name, row in timed.items():
+            runs.setdefault(tuple(row.get("among", ())), []).append(name)
+        if len(runs) > 1:
+            divided.setdefault(tuple(map(tuple, runs.values())), []).append(length)
+    return [
+        f"at {', '.join(f'{length:,}' for length in lengths)} timed in different runs, not in turn: "
+        f"{' | '.join(', '.join(run) for run in runs)}; between these the machine may have changed"
+        for runs, lengths in divided.items()
+    ]
 
 
 def for_terminal(grid: Grid) -> Table:

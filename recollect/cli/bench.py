@@ -133,7 +133,10 @@ def _run(setting: Setting, lengths: list[int], only: list[str] | None, out: Path
     try:
         with locked(out):
             rows = Rows(out, setting)
-            rates = floor.rates(setting.device, setting.precision)
+            if rows.rates is None:
+                rows.keep(floor.rates(setting.device, setting.precision))
+            assert rows.rates is not None
+            rates = rows.rates
             runner = Runner(setting, REGISTERED[setting.suite], rows, rates, lambda line: say(progress, line), probe)
             runner.run(entered, lengths)
             shown = report.write(out, setting, rows, [contender.name for contender in entered], rates)

@@ -34,14 +34,35 @@ def test_a_suite_is_measured_and_gone_on_with(tmp_path: Path, monkeypatch: pytes
         assert word in said
     assert {path.name for path in out.iterdir()} >= {"rows.jsonl", "mta.md", "mta.png", "mta.svg"}
     rows = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
-    timed = [row for row in rows if row["length"]]
+    assert [row["rates"] for row in rows if "rates" in row] == [{"flops": 1e9, "bytes": 1e9}]
+    timed = [row for row in rows if row.get("length")]
     assert {(row["contender"], row["length"]) for row in timed} == {(n, t) for n in ("native", "sdpa") for t in (16, 32)}
     assert all(row["low"] <= row["seconds"] <= row["high"] and row["floor_seconds"] > 0 for row in timed)
-    assert all("error" in row for row in rows if row["length"] is None)
+    assert all("error" in row for row in rows if row.get("length", "") is None)
     status, again, err = invoke(*words)
     assert (status, err) == (0, ""), "nothing was left to measure"
     assert len((out / "rows.jsonl").read_text().splitlines()) == len(rows)
     assert "sdpa" in again
+
+
+def test_what_was_not_timed_in_turn_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prevents a heading "in turn" over rows of two runs, and floors of other rates than the heading names."""
+    drawn = iter((floor.Rates(1e9, 1e9), floor.Rates(7e9, 7e9)))
+    monkeypatch.setattr(floor, "rates", lambda device, dtype: next(drawn))
+    monkeypatch.setattr(memory, "probe", lambda key, setting, length: memory.Probe(1000, 1e-3))
+    words = ("mta", *TINY, "--out", tmp_path, "--contenders")
+    _, first, _ = invoke(*words, "sdpa")
+    assert "timed in different runs" not in first
+    _, second, _ = invoke(*words, "sdpa,materialized,post_only")
+    note = "at 16, 32 timed in different runs, not in turn: materialized, post_only | sdpa"
+    assert note in second
+    assert note in (tmp_path / "mta.md").read_text()
+    assert "products 1 GFLOP/s" in second
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    floors = [row["flops"] / 1e9 for row in rows if row.get("length")]
+    assert [row["floor_seconds"] for row in rows if row.get("length")] == pytest.approx(
+        [max(a, row["bytes"] / 1e9) for a, row in zip(floors, (row for row in rows if row.get("length")), strict=True)]
+    )
 
 
 GOALS = {  # of the table in docs/kernels.md
@@ -77,7 +98,7 @@ def test_the_goals_commands_run_at_a_tiny_size(command: str, tmp_path: Path, mon
     status, said, err = invoke(*words)
     assert status == 0, err
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
-    timed = {row["contender"] for row in rows if row["length"] == 24 and row["status"] == "done"}
+    timed = {row["contender"] for row in rows if row.get("length") == 24 and row["status"] == "done"}
     assert timed == set(GOALS[goal]) - {"triton"}, said
     assert {row["setting"]["batch"] for row in rows} == {2 if "--batch" in words else 1}
     assert {row["setting"]["chunk"] for row in rows} == {64 if "--chunk" in words else None}
