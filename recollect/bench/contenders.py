@@ -131,6 +131,11 @@ def against(setting: Setting, got: list[Tensor], plain: list[Tensor], exact: lis
     return Check(relative_error(got, exact), allowed)
 
 
+def worst(checks: Iterable[Check]) -> Check:
+    """Of comparisons with an oracle the one that comes nearest to what is allowed, or exceeds it most."""
+    return max(checks, key=lambda check: (check.error or 0.0) / (check.allowed or 1.0))
+
+
 def loosely(setting: Setting, got: list[Tensor], exact: list[Tensor]) -> Check:
     """Half of the digits, for whole layers and models."""
     return Check(relative_error(got, exact), _half_of_the_digits(setting))

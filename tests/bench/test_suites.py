@@ -11,6 +11,7 @@ from recollect.bench import peers
 from recollect.bench.contenders import ATTENTIONS, UNMEASURED, missing
 from recollect.bench.setting import Setting
 from recollect.bench.suites import CONTENDERS, SUITES, attention, attention_peers, decoding, memories, models, training
+from recollect.ops import multi_token
 from tests.bench.toys import SETTING
 
 
@@ -24,7 +25,8 @@ HERE = [key for key, contender in CONTENDERS.items() if not missing(contender, s
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """24 tokens are a chunk and a half."""
+    """24 tokens are a chunk and a half; blocks of two heads' maps have 24 rows of 24."""
+    monkeypatch.setattr(multi_token, "BLOCK_ENTRIES", 2 * 24 * 24)
     for module in (attention, attention_peers, memories):
         monkeypatch.setattr(module, "CHECK_LENGTH", 24)
 
@@ -56,6 +58,33 @@ def test_a_wrong_output_or_gradient_is_noticed(spoiled: int) -> None:
         return step
 
     assert not attention.check(setting("mta"), make=make, part=attention.everything).passed  # type: ignore[arg-type]
+
+
+def test_a_wrong_hand_over_between_blocks_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prevents a check so short that no block follows another: every long timing would be of an unchecked hand-over."""
+    check, right = CONTENDERS["mta/blocked"].check, multi_token.spans
+    assert check is not None
+    assert check(setting("mta")).passed
+    monkeypatch.setattr(multi_token, "spans", lambda n_queries, block, reach: right(n_queries, block, 0))
+    assert not check(setting("mta")).passed
+
+
+def test_the_check_of_the_triton_form_crosses_its_blocks() -> None:
+    """Prevents a check of one block where the kernel's own division of rows changes."""
+    kernel = pytest.importorskip("recollect.kernels.triton.multi_token")
+    here = setting("mta")._replace(heads=512)
+    x = attention.inputs(here, attention.crossing(here, attention.entries_of(here, backend="triton")))
+    call = kernel.Call(x.q, x.k, x.v, x.mixing, multi_token.Settings(1.0, "both"), None, multi_token.Rows())
+    assert len(call.blocks()) >= 2
+
+
+@pytest.mark.parametrize(("batch", "heads"), [(1, 16), (1, 2), (64, 16), (1, 512)])
+def test_the_longer_check_is_of_two_blocks_at_any_size(batch: int, heads: int) -> None:
+    """Prevents a batch or a number of heads at which the longer check is one block again, by the rules that the forms divide by."""
+    here = setting("mta")._replace(batch=batch, heads=heads)
+    for entries, tile, least in ((2**21, 1, 16), (2**22, 32, 32)):
+        length = attention.crossing(here, entries)
+        assert length > max(least, entries // (batch * heads * length) // tile * tile)
 
 
 def test_an_oracle_that_loses_digits_itself_allows_no_more_than_half_of_them() -> None:
