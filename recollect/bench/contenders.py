@@ -19,7 +19,7 @@ from recollect.bench.setting import Setting
 ATTENTIONS = frozenset({"attention", "mta", "talking_heads", "diff"})  # mixers whose state grows with the context
 CHECK_LENGTH = 96  # tokens of the comparison with the oracle: several tiles and chunks, and a rest
 
-UNMEASURED = "never measured on a GPU by its authors"
+UNMEASURED = "not yet measured on a GPU by its authors"
 
 Step = Callable[[], "list[Tensor]"]
 

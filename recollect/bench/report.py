@@ -13,6 +13,7 @@ from rich import box
 from rich.table import Table
 
 from recollect.bench.clock import growth
+from recollect.bench.contenders import UNMEASURED
 from recollect.bench.floor import Rates
 from recollect.bench.rows import DONE, SKIPPED, WRONG, Row, Rows
 from recollect.bench.runner import pretty
@@ -123,7 +124,8 @@ def notes(rows: Rows, names: Sequence[str]) -> list[str]:
     for name in names:
         for row in rows.of(name):
             if row["status"] == SKIPPED:
-                absent.setdefault(row["reason"], []).append(name)
+                reason = f"{row['reason']}; {UNMEASURED}" if UNMEASURED in row.get("note", "") else row["reason"]
+                absent.setdefault(reason, []).append(name)
             elif row["length"] is None:
                 remark = "; ".join(text for text in (row.get("note"), _remark(row)) if text)
                 said += [f"{name}: {remark}"] * bool(remark)

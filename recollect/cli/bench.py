@@ -250,6 +250,6 @@ def _list(settings: list[Setting], only: list[str] | None) -> None:
     table = Table("suite", "contender", "what", "here")
     for setting in settings:
         for contender in chosen(setting.suite, only):
-            here = missing(contender, setting) or "; ".join(filter(None, ["yes", contender.note(setting)]))
+            here = "; ".join(filter(None, [missing(contender, setting) or "yes", contender.note(setting)]))
             table.add_row(setting.suite, contender.name, contender.about, here)
     terminal.show(table)

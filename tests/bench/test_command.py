@@ -18,7 +18,7 @@ TINY = ("--lengths", "16,32", "--heads", "2", "--head-dim", "8", "--repeats", "2
 
 
 def invoke(*words: object) -> tuple[int, str, str]:
-    done = CliRunner().invoke(app, ["bench", *(str(word) for word in words)], env={"COLUMNS": "200"})
+    done = CliRunner().invoke(app, ["bench", *(str(word) for word in words)], env={"COLUMNS": "400"})
     assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
     return done.exit_code, done.stdout, done.stderr
 
@@ -124,8 +124,21 @@ def test_the_contenders_are_listed_with_what_they_lack(tmp_path: Path) -> None:
     """Prevents names that nobody can find, and a folder for a mere question."""
     status, said, _ = invoke("--list", "--device", "cpu", "--out", tmp_path / "out")
     assert status == 0
-    for word in ("native", "liger", "fla_gla", "mamba_ssm", "titans_pytorch", "flex_attention", "gated_delta_net", "GPU only"):
+    for word in (
+        "native",
+        "liger",
+        "fla_gla",
+        "mamba_ssm",
+        "titans_pytorch",
+        "flex_attention",
+        "gated_delta_net",
+        "GPU only",
+        "moneta_triton",
+    ):
         assert word in said
+    kernels = [line for line in said.splitlines() if "Triton" in line and "GPU only" in line]
+    assert len(kernels) == 9
+    assert all("not yet measured on a GPU by its authors" in line for line in kernels)
     assert not (tmp_path / "out").exists()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from torch import Tensor
@@ -136,13 +138,27 @@ def test_the_post_only_form_is_what_liger_computes() -> None:
 
 
 def test_triton_says_that_nobody_has_measured_it() -> None:
-    """Prevents numbers of an untried kernel without a word about it."""
-    assert UNMEASURED in CONTENDERS["mta/triton"].note(setting("mta"))
-    for key in ("miras/gla", "train/mta", "decode/delta_net"):
+    """Prevents numbers of an untried kernel without a word about it, and a CPU on which nothing says that there is one."""
+    triton = [key for key in CONTENDERS if "triton" in key]
+    assert {"mta/triton", "miras/yaad_triton", "miras/memora_triton", "miras/delta_net_triton"} <= set(triton)
+    for key in triton:
+        here = setting(key.split("/")[0])
+        assert UNMEASURED in CONTENDERS[key].note(here)
+        assert missing(CONTENDERS[key], here) == "runs on a GPU only"
+    for key in ("miras/gla", "miras/yaad", "train/mta", "decode/delta_net"):
         here = setting(key.split("/")[0])
         assert UNMEASURED in CONTENDERS[key].note(here._replace(device="cuda"))
         assert UNMEASURED not in CONTENDERS[key].note(here)
-    assert missing(CONTENDERS["mta/triton"], setting("mta")) == "runs on a GPU only"
+
+
+@pytest.mark.parametrize("name", ["yaad", "gla", "mamba2", "delta_net", "gated_delta_net"])
+def test_the_triton_forms_of_memories_are_their_functions(name: str) -> None:
+    """Prevents a kernel's contender with the gates of another memory, in Triton's interpreter."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("needs Triton and its interpreter")
+    check = CONTENDERS[f"miras/{name}_triton"].check
+    assert check is not None
+    assert check(setting("miras")._replace(head_dim=16)).passed
 
 
 def test_every_peer_is_a_contender_and_leaves_torch_alone() -> None:

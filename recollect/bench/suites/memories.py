@@ -47,9 +47,14 @@ class Preset(NamedTuple):
     gates: Callable[..., dict[str, Tensor]]
     about: str
 
+    @property
+    def chunk(self) -> int:
+        """Tokens that share a gradient point; 1 where what is computed does not depend on it."""
+        return 1 if self.spec.hebbian else self.spec.chunk_size
+
     def at(self, setting: Setting) -> Preset:
-        """With the setting's chunk size where chunks hold several tokens, which is part of what is computed."""
-        chunked = setting.chunk is not None and self.spec.chunk_size > 1
+        """With the setting's chunk size where it is part of what is computed: chunks of several tokens, written by what was read."""
+        chunked = setting.chunk is not None and self.chunk > 1
         return self._replace(spec=replace(self.spec, chunk_size=setting.chunk)) if chunked else self  # type: ignore[arg-type]
 
 
@@ -74,6 +79,9 @@ PRESETS = {
         presets.mamba2(), ("strength",), lambda dt: {"eta": dt, "log_alpha": -dt}, "matrix, step size and decay of one gate"
     ),
 }
+
+
+PERCEPTRONS = tuple(name for name, preset in PRESETS.items() if preset.spec.memory.name != "matrix")
 
 
 def inputs(setting: Setting, length: int) -> Memory:
@@ -143,17 +151,26 @@ def work(setting: Setting, length: int, _: Any, *, preset: Preset) -> Work:
     return Work(3 * each * tokens, channels * tokens * setting.precision.itemsize)
 
 
+def own(setting: Setting, x: Memory, *, preset: Preset) -> Step:
+    """Our form without Triton: on a GPU chunks or tiles in plain PyTorch, on a CPU the default for perceptrons.
+
+    A matrix' default on a GPU may be flash-linear-attention, a perceptron's is Triton: both are contenders themselves.
+    """
+    plain = preset.spec.memory.name == "matrix" or setting.kind == "cuda"
+    return prepare(setting, x, preset=preset, backend="chunked" if plain else None)
+
+
 def note(setting: Setting, *, preset: Preset) -> str:
-    """The chunk size, and what nobody has measured."""
-    size = preset.at(setting).spec.chunk_size
-    return "; ".join(filter(None, [f"chunks of {size}" * (size > 1), unmeasured(setting)]))
+    """The chunk size, the form, and what nobody has measured."""
+    size = preset.at(setting).chunk
+    form = "plain PyTorch" if setting.kind == "cuda" else ""
+    return "; ".join(filter(None, [f"chunks of {size}" * (size > 1), form, unmeasured(setting)]))
 
 
 def contender(name: str) -> Contender:
     """One memory as a contender."""
     preset = PRESETS[name]
-    # Of matrices our own tiles: on a GPU the default may be flash-linear-attention, which is a contender itself.
-    make = partial(prepare, preset=preset, backend="chunked" if preset.spec.memory.name == "matrix" else None)
+    make = partial(own, preset=preset)
     return Contender(
         name=name,
         suite="miras",
