@@ -35,7 +35,7 @@ class Grid(NamedTuple):
 
 
 def write(out: Path, setting: Setting, rows: Rows, names: Sequence[str], rates: Rates) -> list[Any]:
-    """Write OUT/SUITE.md, .png and .svg, each whole or not at all.
+    """Write OUT/SUITE.md and, where anything was measured, .png and .svg, each whole or not at all.
 
     Args:
         names: contenders to show, in this order.
@@ -51,13 +51,18 @@ def write(out: Path, setting: Setting, rows: Rows, names: Sequence[str], rates: 
         [f"**{setting.suite}**: {head}", *map(markdown, grids), *(["\n".join(f"- {n}" for n in said)] * bool(said))]
     )
     replace_file(out / f"{setting.suite}.md", (text + "\n").encode())
-    if grids:
+    if measured(rows, names):
         figure = draw(setting, rows, names)
         for kind in ("png", "svg"):
             buffer = io.BytesIO()
             figure.savefig(buffer, format=kind, dpi=150)
             replace_file(out / f"{setting.suite}.{kind}", buffer.getvalue())
     return [head, *map(for_terminal, grids), *(f"  {note}" for note in said)]
+
+
+def measured(rows: Rows, names: Sequence[str]) -> bool:
+    """Whether there is a time of any of these contenders."""
+    return any(rows.points(name, "seconds") for name in names)
 
 
 def header(setting: Setting, rates: Rates) -> str:

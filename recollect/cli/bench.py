@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from recollect.bench.setting import Setting
 
 ALL = "all"
+THREADS_PER_CORE = 4  # more are no use, and torch ends with the process where it cannot start them
 
 
 class Asked(NamedTuple):
@@ -32,6 +33,13 @@ class Asked(NamedTuple):
     repeats: int
     limit: float | None
     threads: int | None
+
+
+class Found(NamedTuple):
+    """Of a suite: whether a contender is wrong or failed, and whether there is a time of any."""
+
+    wrong: bool
+    measured: bool
 
 
 @app.command()
@@ -79,12 +87,13 @@ def bench(
     """Time attention and memories side by side: right before fast, in turn, against the machine's floor.
 
     Every contender is compared with its oracle first and timed only if it is right. The same command goes on after an interruption.
+    Exit status 1: a contender is wrong or failed, or nothing could be measured here.
     """
     signal.signal(signal.SIGTERM, as_interrupt)
     from rich.console import Console
 
     progress = Console(stderr=True, force_terminal=False if os.environ.get("CI") else None)
-    wrong = False
+    wrong, measured = False, False
     try:
         names = _suites(suite)
         asked = Asked(device, dtype, batch, heads, head_dim, shape, layers, chunk, repeats, limit, threads)
@@ -101,18 +110,19 @@ def bench(
             return
         out.mkdir(parents=True, exist_ok=True)
         for setting in settings:
-            wrong |= _run(setting, tokens, only, out, progress)
+            found = _run(setting, tokens, only, out, progress)
+            wrong, measured = wrong or found.wrong, measured or found.measured
     except KeyboardInterrupt:
         say(progress, f"interrupted; finished rows are kept in {out}. To go on, run the same command again")
         raise SystemExit(INTERRUPTED) from None
     except (ValueError, TypeError, OSError) as error:
         refuse(error)
-    if wrong:
+    if wrong or not measured:
         raise SystemExit(SOME_FAILED)
 
 
-def _run(setting: Setting, lengths: list[int], only: list[str] | None, out: Path, progress: Any) -> bool:
-    """Measure a suite and print it; whether a contender is wrong or failed."""
+def _run(setting: Setting, lengths: list[int], only: list[str] | None, out: Path, progress: Any) -> Found:
+    """Measure a suite and print it."""
     import torch
 
     from recollect import terminal
@@ -126,7 +136,7 @@ def _run(setting: Setting, lengths: list[int], only: list[str] | None, out: Path
 
     entered = chosen(setting.suite, only)
     if not entered:  # --contenders names those of other suites
-        return False
+        return Found(wrong=False, measured=False)
     torch.set_num_threads(setting.threads)
     if torch.device(setting.device).index is not None:
         torch.cuda.set_device(setting.device)  # Triton launches on the current one
@@ -139,12 +149,17 @@ def _run(setting: Setting, lengths: list[int], only: list[str] | None, out: Path
             rates = rows.rates
             runner = Runner(setting, REGISTERED[setting.suite], rows, rates, lambda line: say(progress, line), probe)
             runner.run(entered, lengths)
-            shown = report.write(out, setting, rows, [contender.name for contender in entered], rates)
+            names = [contender.name for contender in entered]
+            shown = report.write(out, setting, rows, names, rates)
     except Busy as error:
         raise ValueError(str(error)) from error
     terminal.show(*shown)
-    print(f"rows: {rows.path}; picture: {out / setting.suite}.png\n")
-    return any(row["status"] in (WRONG, FAILED) for row in rows.rows)
+    measured = report.measured(rows, names)
+    if measured:
+        print(f"rows: {rows.path}; picture: {out / setting.suite}.png\n")
+    else:
+        print(f"{setting.suite}: nothing could be measured here, for the reasons above; rows: {rows.path}\n")
+    return Found(wrong=any(row["status"] in (WRONG, FAILED) for row in rows.rows), measured=measured)
 
 
 def _suites(suite: str) -> list[str]:
@@ -176,6 +191,9 @@ def _settings(suites: list[str], asked: Asked) -> list[Setting]:
         value = getattr(asked, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} is at least 1; got {value}")
+    most = THREADS_PER_CORE * (os.cpu_count() or 1)
+    if asked.threads is not None and asked.threads > most:
+        raise ValueError(f"--threads is at most {most} here, {THREADS_PER_CORE} for each core; got {asked.threads}")
     if asked.head_dim is not None and asked.head_dim % 2:
         raise ValueError(f"--head-dim is even, for rotary positions; got {asked.head_dim}")
     if asked.limit is not None and not asked.limit > 0:

@@ -65,6 +65,17 @@ def test_what_was_not_timed_in_turn_is_said(tmp_path: Path, monkeypatch: pytest.
     )
 
 
+def test_a_run_that_measures_nothing_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prevents a success without a number, and the name of a picture that was not drawn."""
+    monkeypatch.setattr(floor, "rates", lambda device, dtype: floor.Rates(1e9, 1e9))
+    status, said, err = invoke("mta", *TINY, "--contenders", "triton", "--out", tmp_path)
+    assert (status, err) == (1, "")
+    assert "mta: nothing could be measured here" in said
+    assert "triton (runs on a GPU only; not yet measured on a GPU by its authors)" in said
+    assert ".png" not in said
+    assert not list(tmp_path.glob("*.png"))
+
+
 GOALS = {  # of the table in docs/kernels.md
     "mta --lengths 4096": ("sdpa", "triton"),
     "train --shape mta-880m": ("attention", "mta", "mta_hybrid"),
@@ -151,6 +162,7 @@ def test_the_contenders_are_listed_with_what_they_lack(tmp_path: Path) -> None:
         (("mta", "--lengths", "16,16"), "different whole numbers"),
         (("mta", "--lengths", "0"), "at least 2"),
         (("mta", "--repeats", "0"), "--repeats is at least 1"),
+        (("mta", "--threads", "100000"), "--threads is at most"),
         (("mta", "--head-dim", "7"), "--head-dim is even"),
         (("mta", "--limit", "0"), "--limit is a positive number"),
         (("train", "--layers", "0"), "--layers is at least 1"),
