@@ -7,7 +7,9 @@ import os
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
+from bench import miras
 from recollect import state
 from recollect.bench import peers
 from recollect.bench.contenders import ATTENTIONS, UNMEASURED, missing
@@ -87,6 +89,20 @@ def test_the_longer_check_is_of_two_blocks_at_any_size(batch: int, heads: int) -
     for entries, tile, least in ((2**21, 1, 16), (2**22, 32, 32)):
         length = attention.crossing(here, entries)
         assert length > max(least, entries // (batch * heads * length) // tile * tile)
+
+
+@pytest.mark.parametrize("chunk", [16, 64])
+def test_the_floors_operations_are_those_of_the_chunks(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prevents a floor of other work than is done, by PyTorch's own counter of what the plain chunks multiply."""
+    monkeypatch.setattr(miras, "HEADS", 2)
+    spec = miras.perceptron(chunk)
+    x = miras.inputs(spec, 128, dtype=torch.float32)
+    with FlopCounterMode(display=False) as forward:
+        miras.forward(spec, x, "chunked")
+    assert forward.get_total_flops() == miras.operations(chunk, 128)
+    with FlopCounterMode(display=False) as both:
+        miras.step(spec, x, "chunked")
+    assert both.get_total_flops() == miras.training_operations(chunk, 128)
 
 
 def test_an_oracle_that_loses_digits_itself_allows_no_more_than_half_of_them() -> None:
