@@ -37,6 +37,7 @@ from recollect.ops.miras.rules import gd
 
 HEADS, SIZE, LENGTH = 8, 64, 2048
 CHUNKS = {64: 5.0, 16: 10.0}  # chunk size: how many times faster than the peer
+FLOOR_SHARE = 0.5  # of the rate of matrix products, forward
 INSTALL = f"{install('titans_pytorch')} --target FOLDER; then --peer FOLDER"
 
 
@@ -162,12 +163,26 @@ def peer_step(chunk: int) -> Callable[[], object]:
 
 
 def operations(chunk: int, length: int) -> float:
-    """FLOPs of the forward pass as matrix products: 28 K^2 + 10 C K multiply-adds per token and head."""
+    """FLOPs of the forward pass as matrix products: 28 K^2 + 10 C K multiply-adds per token and head.
+
+    Two matrices of 4 K x K: 8 K^2 predict the value of the key at the chunk's first weights, 4 K^2 take its error back to the hidden
+    units, 8 K^2 read the query there, 8 K^2 write the chunk. Of the tokens written inside the chunk a read takes C x (K + 4 K) scores
+    and C x (4 K + K) values, counted as whole squares.
+    """
     return perceptron_operations(SIZE, chunk) * length * HEADS
 
 
+def training_operations(chunk: int, length: int) -> float:
+    """FLOPs of forward + backward: a product of the forward pass has two in the backward pass, the gradients of both of its factors.
+
+    Every factor needs its gradient (the first weights are learned, too) but those of the last chunk's write, which nobody reads. What
+    a form computes again in its backward pass is not counted.
+    """
+    return 3 * operations(chunk, length) - 2 * 16 * SIZE**2 * chunk * HEADS
+
+
 def peer_rows(peer: bool, repeats: int) -> list[Measure]:
-    """Forward + backward against the peer, forward against the floor, for each chunk size."""
+    """Forward + backward against the peer, forward and both against the floor, for each chunk size."""
     rows = []
     for chunk, goal in CHUNKS.items():
         spec = perceptron(chunk)
@@ -199,14 +214,24 @@ def peer_rows(peer: bool, repeats: int) -> list[Measure]:
             )
         medians = [f"{label} {statistics.median(series):.3f}" for label, series in seconds.items()]
         rows.append(Measure(f"seconds, median, {name}: gates per head; per channel; forward alone; peer", "; ".join(medians)))
-        floor = operations(chunk, LENGTH) / matmul_rate()
+        rate = matmul_rate()
+        floor = operations(chunk, LENGTH) / rate
         share = floor / statistics.median(seconds["forward"])
+        trained = training_operations(chunk, LENGTH)
+        share_trained = trained / rate / statistics.median(seconds["ours"])
         rows.append(
             Measure(
                 f"forward, achieved / floor (operations at the matrix-product rate), {name}",
                 f"{share:.2f} (floor {floor:.4f} s, {operations(chunk, LENGTH) / 1e9:.1f} GFLOP)",
-                ">= 0.4",
-                share >= 0.4,
+                f">= {FLOOR_SHARE}",
+                share >= FLOOR_SHARE,
+            )
+        )
+        rows.append(
+            Measure(
+                f"forward + backward, achieved / floor (two products backward for each one forward; nothing that is computed "
+                f"again is counted), {name}",
+                f"{share_trained:.2f} (floor {trained / rate:.4f} s, {trained / 1e9:.1f} GFLOP)",
             )
         )
     return rows

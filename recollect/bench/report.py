@@ -13,6 +13,7 @@ from rich import box
 from rich.table import Table
 
 from recollect.bench.clock import growth
+from recollect.bench.contenders import UNMEASURED
 from recollect.bench.floor import Rates
 from recollect.bench.rows import DONE, SKIPPED, WRONG, Row, Rows
 from recollect.bench.runner import pretty
@@ -34,7 +35,7 @@ class Grid(NamedTuple):
 
 
 def write(out: Path, setting: Setting, rows: Rows, names: Sequence[str], rates: Rates) -> list[Any]:
-    """Write OUT/SUITE.md, .png and .svg, each whole or not at all.
+    """Write OUT/SUITE.md and, where anything was measured, .png and .svg, each whole or not at all.
 
     Args:
         names: contenders to show, in this order.
@@ -50,7 +51,7 @@ def write(out: Path, setting: Setting, rows: Rows, names: Sequence[str], rates: 
         [f"**{setting.suite}**: {head}", *map(markdown, grids), *(["\n".join(f"- {n}" for n in said)] * bool(said))]
     )
     replace_file(out / f"{setting.suite}.md", (text + "\n").encode())
-    if grids:
+    if measured(rows, names):
         figure = draw(setting, rows, names)
         for kind in ("png", "svg"):
             buffer = io.BytesIO()
@@ -59,23 +60,41 @@ def write(out: Path, setting: Setting, rows: Rows, names: Sequence[str], rates: 
     return [head, *map(for_terminal, grids), *(f"  {note}" for note in said)]
 
 
+def measured(rows: Rows, names: Sequence[str]) -> bool:
+    """Whether there is a time of any of these contenders."""
+    return any(rows.points(name, "seconds") for name in names)
+
+
 def header(setting: Setting, rates: Rates) -> str:
     """What was measured, and on what."""
     machine: Any = setting.described()["machine"]
     where = f"{machine['gpu']}" if setting.kind == "cuda" else f"{machine['processor']}, {setting.threads} threads"
     return (
-        f"{setting.dtype}, B = {setting.batch}, {setting.heads} heads of {setting.head_dim}, median of {setting.repeats} rounds in "
+        f"{sizes(setting)}, median of {setting.repeats} rounds in "
         f"turn (lowest-highest); {where}, torch {machine['torch']}; products {rates.flops / 1e9:,.0f} GFLOP/s, "
         f"copy {rates.bytes / 1e9:,.0f} GB/s"
     )
 
 
+def sizes(setting: Setting) -> str:
+    """Precision and sizes in words."""
+    said = [setting.dtype, f"B = {setting.batch}", f"shape {setting.shape}" * bool(setting.shape)]
+    said += [
+        f"{setting.layers} layer{'s' * (setting.layers > 1)} of" * bool(setting.layers)
+        + f" {setting.heads} heads of {setting.head_dim}"
+    ]
+    said += [f"vocabulary {setting.vocabulary:,}" * bool(setting.layers)]
+    said += ["" if setting.chunk is None else f"chunks of {setting.chunk}"]
+    return ", ".join(text.strip() for text in said if text)
+
+
 def time_grid(setting: Setting, rows: Rows, names: Sequence[str]) -> Grid:
     """Time (of "train" tokens per second) by length, growth, achieved over floor at the longest, error against the oracle."""
     lengths = _lengths(rows, names)
-    what = {"train": "tokens per second, forward + backward", "decode": "time of one token after a context"}.get(
-        setting.suite, "forward + backward"
-    )
+    what = {
+        "train": "tokens per second of training steps: forward + backward + AdamW",
+        "decode": f"time of one token after a context, a {'model' if setting.layers else 'layer alone'}",
+    }.get(setting.suite, "forward + backward")
     lines = []
     for name in names:
         points = rows.points(name, "seconds")
@@ -110,13 +129,32 @@ def notes(rows: Rows, names: Sequence[str]) -> list[str]:
     for name in names:
         for row in rows.of(name):
             if row["status"] == SKIPPED:
-                absent.setdefault(row["reason"], []).append(name)
+                reason = f"{row['reason']}; {UNMEASURED}" if UNMEASURED in row.get("note", "") else row["reason"]
+                absent.setdefault(reason, []).append(name)
             elif row["length"] is None:
                 remark = "; ".join(text for text in (row.get("note"), _remark(row)) if text)
                 said += [f"{name}: {remark}"] * bool(remark)
             elif row["status"] != DONE:
                 said.append(f"{name} at {row['length']:,}: {row['reason']}")
+    said += apart(rows, names)
     return [*said, *(f"not here: {', '.join(some)} ({reason})" for reason, some in absent.items())]
+
+
+def apart(rows: Rows, names: Sequence[str]) -> list[str]:
+    """Which contenders of a length were timed in different runs, not in turn: a sentence for each way they were divided."""
+    divided: dict[tuple[tuple[str, ...], ...], list[int]] = {}
+    for length in _lengths(rows, names):
+        timed = {name: row for name in names if (row := rows.at(name, length)) is not None and row["status"] == DONE}
+        runs: dict[tuple[str, ...], list[str]] = {}
+        for name, row in timed.items():
+            runs.setdefault(tuple(row.get("among", ())), []).append(name)
+        if len(runs) > 1:
+            divided.setdefault(tuple(map(tuple, runs.values())), []).append(length)
+    return [
+        f"at {', '.join(f'{length:,}' for length in lengths)} timed in different runs, not in turn: "
+        f"{' | '.join(', '.join(run) for run in runs)}; between these the machine may have changed"
+        for runs, lengths in divided.items()
+    ]
 
 
 def for_terminal(grid: Grid) -> Table:
@@ -155,9 +193,7 @@ def draw(setting: Setting, rows: Rows, names: Sequence[str]) -> Figure:
     titles = ("seconds per token", "state") if setting.suite == "decode" else ("seconds per step", "peak memory")
     _dress(panels[0], titles[0], _lengths(rows, shown), LogLocator(subs=(1.0, 2.0, 5.0), numticks=12), pretty)
     _dress(panels[1], titles[1], _lengths(rows, shown), LogLocator(base=2, numticks=9), units.size)
-    figure.suptitle(
-        f"{setting.suite}: {setting.dtype}, {setting.heads} heads of {setting.head_dim}, {setting.kind}", fontsize=10
-    )
+    figure.suptitle(f"{setting.suite}: {sizes(setting)}, {setting.kind}", fontsize=10)
     figure.legend(*panels[0].get_legend_handles_labels(), fontsize=8, frameon=False, loc="outside right center")
     return figure
 

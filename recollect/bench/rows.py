@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from recollect import state
+from recollect.bench.floor import Rates
 from recollect.bench.setting import Setting
 from recollect.training.journal import append_line, clean, drop_partial_line, read_lines
 
@@ -20,7 +21,8 @@ Row = dict[str, Any]
 class Rows:
     """The rows of one setting in OUT/rows.jsonl. Rows of other settings and failures of earlier runs stay in the file and are not seen.
 
-    A row is a contender, a length (None: said of all), a status of the five above with its reason, and what was measured.
+    A row is a contender, a length (None: said of all), a status of the five above with its reason, and what was measured. One line more
+    holds what the machine reaches: `rates`, None until they are kept.
     """
 
     def __init__(self, out: Path, setting: Setting) -> None:
@@ -29,9 +31,23 @@ class Rows:
         self.about = {"settings": state.fingerprint(described), "setting": described}
         drop_partial_line(self.path)
         self.rows: list[Row] = []
+        self.rates: Rates | None = None
         for row in read_lines(self.path):
-            if row.get("settings") == self.about["settings"] and row.get("status") in KEPT:
+            if row.get("settings") != self.about["settings"]:
+                continue
+            if "rates" in row:
+                self.rates = Rates(**row["rates"])
+            elif row.get("status") in KEPT:
                 self._hold(row)
+
+    def keep(self, rates: Rates) -> None:
+        """Append what the machine reaches, so that every row's floor, also after an interruption, is of the same rates.
+
+        Raises:
+            OSError: the file cannot be written; it is then as before.
+        """
+        append_line(self.path, json.dumps({**self.about, "rates": rates._asdict()}, sort_keys=True), durable=True)
+        self.rates = rates
 
     def add(self, contender: str, length: int | None, status: str, reason: str = "", **measured: Any) -> None:
         """Append one row; it takes the place of an earlier one of this contender and length.

@@ -58,7 +58,7 @@ class Runner(NamedTuple):
     def _can_run(self, contender: Contender) -> bool:
         reason = missing(contender, self.setting)
         if reason:
-            self.rows.add(contender.name, None, SKIPPED, reason)
+            self.rows.add(contender.name, None, SKIPPED, reason, note=contender.note(self.setting))
         return not reason
 
     def _ended(self, contender: Contender, length: int) -> bool:

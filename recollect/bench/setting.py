@@ -14,12 +14,19 @@ import recollect
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 LENGTHS = tuple(512 * 2**i for i in range(8))  # to 64K
 SIZES = {"mta": (16, 96), "miras": (8, 64), "decode": (16, 96), "train": (8, 64)}  # heads, channels of each
+LAYERS = {"train": 6}  # of a suite's models; "decode" has a layer alone unless a depth or a shape is asked for
+VOCABULARY = 257  # of models without a published shape: bytes and a separator
 LIMITS = {"cpu": 10.0, "cuda": 5.0}  # seconds of a step
 
 
 class Setting(NamedTuple):
     """suite: its name; device: a torch device; dtype: a name of DTYPES; batch, heads, head_dim: sizes; repeats: rounds; limit: seconds
-    that a step may take; threads: of torch on the CPU."""
+    that a step may take; threads: of torch on the CPU.
+
+    layers: of the suite's models, 0 where there is none; shape: name of the published size that all sizes are of, "" for none;
+    vocabulary, intermediate: tokens and SwiGLU of the models (None: the model's own rule); chunk: chunk size of Miras memories, None:
+    their own.
+    """
 
     suite: str
     device: str
@@ -30,6 +37,11 @@ class Setting(NamedTuple):
     repeats: int
     limit: float
     threads: int
+    layers: int = 0
+    shape: str = ""
+    vocabulary: int = VOCABULARY
+    intermediate: int | None = None
+    chunk: int | None = None
 
     @property
     def kind(self) -> str:

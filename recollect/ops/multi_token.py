@@ -30,6 +30,7 @@ from recollect.ops import plugins
 from recollect.ops.attention import check_shapes, visible
 
 DECODE_QUERIES = 8  # at most so many new queries count as decoding
+BLOCK_ENTRIES = 2**21  # numbers of one map of a block of `blocked`, about
 DROPOUT_TILE = 32  # rows that share one draw of the dropout mask, so that every block size sees the same mask
 
 
@@ -336,8 +337,8 @@ def blocked(
     block: int | None = None,
 ) -> tuple[Tensor, Rows]:
     """Blocks of `block` query rows over all heads, only the causal part, recomputed in the backward pass. Memory O(block S + T)."""
-    if block is None:  # about 2 million numbers a map
-        block = max(16, min(q.shape[1], 2**21 // max(1, q.shape[0] * q.shape[2] * k.shape[1])))
+    if block is None:
+        block = max(16, min(q.shape[1], BLOCK_ENTRIES // max(1, q.shape[0] * q.shape[2] * k.shape[1])))
     out, raw, weights = _Blocked.apply(settings, start, block, q, k, v, *mixing, *rows)
     return out, Rows(raw, weights)
 

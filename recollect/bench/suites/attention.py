@@ -25,9 +25,11 @@ from recollect.bench.contenders import (
     against,
     register,
     unmeasured,
+    worst,
 )
 from recollect.bench.floor import Work
 from recollect.bench.setting import Setting
+from recollect.ops import multi_token
 from recollect.ops.multi_token import ABLE, Mixing, backends, choose, multi_token_attention
 
 C_Q, C_K = 6, 11
@@ -97,11 +99,47 @@ def prepare(setting: Setting, x: Attention, *, part: Callable[[Attention], Mixin
     return lambda: step(x, part, backend)
 
 
-def check(setting: Setting, *, make: Callable[[Setting, Any], Step], part: Callable[[Attention], Mixing]) -> Check:
-    """Against the materialised form in fp64."""
-    x = inputs(setting, CHECK_LENGTH)
-    exact = step(x.to(torch.float64), part, "materialized")
-    return against(setting, make(setting, x)(), step(x, part, "materialized"), exact)
+def check(
+    setting: Setting,
+    *,
+    make: Callable[[Setting, Any], Step],
+    part: Callable[[Attention], Mixing],
+    block_entries: Callable[[Setting], int] = lambda setting: 0,
+) -> Check:
+    """Against the materialised form in fp64, at a short length and at one where rows are handed from a block to the next.
+
+    Args:
+        block_entries: numbers in one map of a block of a form that works block by block; 0: whatever its blocks are, the short length
+            crosses them.
+    """
+    entries = block_entries(setting)
+    lengths = [CHECK_LENGTH, crossing(setting, entries)] if entries else [CHECK_LENGTH]
+
+    def at(length: int) -> Check:
+        x = inputs(setting, length)
+        exact = step(x.to(torch.float64), part, "materialized")
+        return against(setting, make(setting, x)(), step(x, part, "materialized"), exact)
+
+    return worst(at(length) for length in lengths)
+
+
+def crossing(setting: Setting, entries: int) -> int:
+    """A length whose rows are two blocks or more, no multiple of any tile: B H T^2 is a half more than a block's entries."""
+    return max(CHECK_LENGTH, int(1.25 * (entries / (setting.batch * setting.heads)) ** 0.5) // 2 * 2 + 7)
+
+
+def entries_of(setting: Setting, *, backend: str | None) -> int:
+    """Numbers in one map of a block of a form (None: the default here); 0: of strips that the short length crosses, or all at once."""
+    if backend is None:
+        x = inputs(setting, 1)
+        backend = next(name for name, found in backends().items() if found is choose(x.q, x.k, x.mixing))
+    if backend == "blocked":
+        return multi_token.BLOCK_ENTRIES
+    if backend == "triton":
+        from recollect.kernels.triton.multi_token import BLOCK_ENTRIES  # here: triton is there where it is checked
+
+        return BLOCK_ENTRIES
+    return 0
 
 
 def operations(n_heads: int, head_dim: int, length: int, *, sides: int = 2, heads_mixed: bool = True) -> dict[str, float]:
@@ -153,7 +191,7 @@ def form(backend: str) -> Contender:
         suite="mta",
         about=ABOUT.get(backend, "a form of multi_token_attention"),
         prepare=make,
-        check=partial(check, make=make, part=everything),
+        check=partial(check, make=make, part=everything, block_entries=partial(entries_of, backend=backend)),
         work=work,
         lacks=partial(lacks, backend=backend),
         note=partial(note, backend=backend),
@@ -170,7 +208,7 @@ register(
         suite="mta",
         about="one convolution after the softmax and nothing else, in the default form",
         prepare=_post,
-        check=partial(check, make=_post, part=post_only),
+        check=partial(check, make=_post, part=post_only, block_entries=partial(entries_of, backend=None)),
         work=partial(work, sides=1, heads_mixed=False),
         note=lambda setting: "; ".join(filter(None, ["less than the full op", unmeasured(setting)])),
     )

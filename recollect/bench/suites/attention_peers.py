@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from recollect.bench.contenders import CHECK_LENGTH, Check, Contender, Step, against, only_cuda, register
+from recollect.bench.contenders import CHECK_LENGTH, Check, Contender, Step, against, only_cuda, register, worst
 from recollect.bench.floor import Work
 from recollect.bench.setting import Setting
 from recollect.bench.suites import attention
@@ -62,9 +62,13 @@ def step(x: Attention, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> li
 
 
 def check(setting: Setting, *, make: Callable[[Setting, Attention], Step]) -> Check:
-    """Against the equation in fp64."""
-    x = attention.inputs(setting, CHECK_LENGTH)
-    return against(setting, make(setting, x)(), step(x, plain), step(x.to(torch.float64), plain))
+    """Against the equation in fp64, at a short length and at one of several blocks of 64 or 128 rows and a rest."""
+
+    def at(length: int) -> Check:
+        x = attention.inputs(setting, length)
+        return against(setting, make(setting, x)(), step(x, plain), step(x.to(torch.float64), plain))
+
+    return worst(at(length) for length in (CHECK_LENGTH, 3 * CHECK_LENGTH + 12))
 
 
 def work(setting: Setting, length: int, _: Any) -> Work:

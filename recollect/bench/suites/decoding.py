@@ -1,21 +1,25 @@
 """Suite "decode": one token after a context of some length, and the state that carries the context.
 
-Axis legend: B batch, T time, D model dim.
+Of a layer alone; where a depth or a published shape is asked for, of a language model.
+
+Axis legend: B batch, T time, D model dim, C vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import recollect.mixers
 from recollect import state
 from recollect.bench.contenders import ATTENTIONS, SUITES, Check, Contender, Suite, loosely, register, unmeasured
 from recollect.bench.floor import Work
 from recollect.bench.setting import Setting
+from recollect.bench.suites import models
 from recollect.mixers import Mixer
 from recollect.state import State
 
@@ -26,26 +30,34 @@ PIECE = 512  # tokens read at a time
 SHORT = 64  # tokens after which it is known whether a state grows
 
 
+Read: TypeAlias = (
+    "Callable[[Tensor, State], tuple[Tensor, State]]"  # a piece and the state before it -> outputs, the next state
+)
+
+
 class Context(NamedTuple):
-    """length: tokens before the one that is timed; token: [B, 1, D]."""
+    """length: tokens before the one that is timed; token: [B, 1, D] of a layer, [B, 1] of a model."""
 
     length: int
     token: Tensor
 
 
 class Decoder:
-    """A layer, the state after a context, and one token: a step decodes it. The state is a value, so every step is the same."""
+    """A layer or model, the state after a context, and one token that a step decodes. The state is a value: every step is the same."""
 
-    def __init__(self, mixer: Mixer, carried: State, token: Tensor) -> None:
-        self.mixer, self.carried, self.token = mixer, carried, token
+    def __init__(self, module: nn.Module, read: Read, carried: State, token: Tensor) -> None:
+        self.module, self.read, self.carried, self.token = module, read, carried, token
 
     def __call__(self) -> list[Tensor]:
         with torch.inference_mode():
-            return [self.mixer(self.token, self.carried)[0]]
+            return [self.read(self.token, self.carried)[0]]
 
 
 def text(setting: Setting, length: int) -> Tensor:
-    """Random numbers [B, T, D] from a fixed seed; a longer text begins with a shorter one's only in distribution."""
+    """Tokens [B, T] for a model, random numbers [B, T, D] for a layer, from a fixed seed; a longer text begins with a shorter one's
+    only in distribution."""
+    if setting.layers:
+        return models.tokens(setting, length, seed=length)
     generator = torch.Generator().manual_seed(length)
     drawn = torch.randn(setting.batch, length, setting.width, generator=generator)
     return drawn.to(setting.device, setting.precision)
@@ -58,8 +70,25 @@ def inputs(setting: Setting, length: int) -> Context:
 def build(setting: Setting, name: str) -> Mixer:
     """The layer in evaluation mode, from a fixed seed."""
     torch.manual_seed(0)
-    mixer = recollect.mixers.build(name, dim=setting.width, n_heads=setting.heads)
+    mixer = recollect.mixers.build(name, dim=setting.width, n_heads=setting.heads, **models.chunk(setting, name))
     return mixer.eval().to(setting.device, setting.precision)
+
+
+def whole(setting: Setting, name: str) -> tuple[nn.Module, Read]:
+    """What decodes: the layer, or the model and what reads tokens with it; its outputs are the last token's logits [B, 1, C]."""
+    if not setting.layers:
+        mixer = build(setting, name)
+        return mixer, mixer
+    from recollect.models import RecollectCache  # here: transformers, which a layer does without
+
+    model: Any = models.build(setting, name).eval().to(setting.precision)
+
+    def read(tokens: Tensor, carried: State) -> tuple[Tensor, State]:
+        cache = RecollectCache([None] * setting.layers if carried is None else carried)
+        out = model(input_ids=tokens, cache=cache, use_cache=True, logits_to_keep=1)
+        return out.logits, cache.states
+
+    return model, read
 
 
 def stretched(carried: State, longer: State, length: int) -> State:
@@ -80,32 +109,33 @@ def stretched(carried: State, longer: State, length: int) -> State:
     return state.filled(carried, (stretch(a, b) for (_, a), (_, b) in pairs))
 
 
-def read(mixer: Mixer, setting: Setting, length: int) -> State:
+def context(read: Read, setting: Setting, length: int) -> State:
     """The state after `length` tokens: read whole where it is of constant size, stretched from a short one where it grows."""
     with torch.inference_mode():
         first = min(length, SHORT)
-        _, carried = mixer(text(setting, first))
-        _, longer = mixer(text(setting, 1), carried)
+        _, carried = read(text(setting, first), None)
+        _, longer = read(text(setting, 1), carried)
         shapes = [[part.shape for _, part in state.leaves(some)] for some in (carried, longer)]
         if shapes[0] != shapes[1]:
             return stretched(carried, longer, length)
         for begin in range(first, length, PIECE):
-            _, carried = mixer(text(setting, min(PIECE, length - begin)), carried)
+            _, carried = read(text(setting, min(PIECE, length - begin)), carried)
     return carried
 
 
 def prepare(setting: Setting, x: Context, *, name: str) -> Decoder:
-    mixer = build(setting, name)
-    return Decoder(mixer, read(mixer, setting, x.length), x.token)
+    module, read = whole(setting, name)
+    return Decoder(module, read, context(read, setting, x.length), x.token)
 
 
 def check(setting: Setting, *, name: str) -> Check:
     """A token decoded after 32, against the last of 33 in one call in fp64."""
-    mixer, x = build(setting, name), text(setting, 33)
+    (module, read), x = whole(setting, name), text(setting, 33)
     with torch.inference_mode():
-        _, carried = mixer(x[:, :-1])
-        got, _ = mixer(x[:, -1:], carried)
-        exact, _ = mixer.double()(x.double())
+        _, carried = read(x[:, :-1], None)
+        got, _ = read(x[:, -1:], carried)
+        module.double()
+        exact, _ = read(x.double() if x.is_floating_point() else x, None)
     return loosely(setting, [got], [exact[:, -1:]])
 
 
@@ -115,23 +145,24 @@ def state_bytes(step: Decoder) -> int:
 
 def work(setting: Setting, length: int, step: Decoder) -> Work:
     """Every parameter and the whole state is read once; two operations for each number of them."""
-    numbers = sum(part.numel() for part in step.mixer.parameters())
+    numbers = sum(part.numel() for part in step.module.parameters())
     held = sum(part.numel() for _, part in state.leaves(step.carried))
-    size = sum(part.numel() * part.element_size() for part in step.mixer.parameters()) + state.nbytes(step.carried)
+    size = sum(part.numel() * part.element_size() for part in step.module.parameters()) + state.nbytes(step.carried)
     return Work(2.0 * (setting.batch * numbers + held), float(size))
 
 
 def note(setting: Setting, *, name: str) -> str:
-    """That a cache was stretched, and what nobody has measured."""
-    return "; ".join(filter(None, [f"the cache repeats {SHORT} tokens" if name in ATTENTIONS else "", unmeasured(setting)]))
+    """That a cache was stretched, what stands in the layers, and what nobody has measured."""
+    repeats = f"the cache repeats {SHORT} tokens" if name in ATTENTIONS else ""
+    return "; ".join(filter(None, [repeats, models.note(setting, name), unmeasured(setting)]))
 
 
 def contender(name: str) -> Contender:
-    """One layer as a contender."""
+    """One layer, or a model of such layers, as a contender."""
     return Contender(
         name=name,
         suite="decode",
-        about=recollect.mixers.entry(name).summary,
+        about=models.about(name),
         prepare=partial(prepare, name=name),
         check=partial(check, name=name),
         work=work,

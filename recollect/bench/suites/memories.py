@@ -6,6 +6,7 @@ Axis legend: B batch, T time, H heads, K key and value dim.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -46,6 +47,16 @@ class Preset(NamedTuple):
     gates: Callable[..., dict[str, Tensor]]
     about: str
 
+    @property
+    def chunk(self) -> int:
+        """Tokens that share a gradient point; 1 where what is computed does not depend on it."""
+        return 1 if self.spec.hebbian else self.spec.chunk_size
+
+    def at(self, setting: Setting) -> Preset:
+        """With the setting's chunk size where it is part of what is computed: chunks of several tokens, written by what was read."""
+        chunked = setting.chunk is not None and self.chunk > 1
+        return self._replace(spec=replace(self.spec, chunk_size=setting.chunk)) if chunked else self  # type: ignore[arg-type]
+
 
 def _named(*names: str) -> Callable[..., dict[str, Tensor]]:
     return lambda *parts: dict(zip(names, parts, strict=True))
@@ -68,6 +79,9 @@ PRESETS = {
         presets.mamba2(), ("strength",), lambda dt: {"eta": dt, "log_alpha": -dt}, "matrix, step size and decay of one gate"
     ),
 }
+
+
+PERCEPTRONS = tuple(name for name, preset in PRESETS.items() if preset.spec.memory.name != "matrix")
 
 
 def inputs(setting: Setting, length: int) -> Memory:
@@ -100,6 +114,7 @@ def leaves_of(preset: Preset, x: Memory) -> list[Tensor]:
 
 def prepare(setting: Setting, x: Memory, *, preset: Preset, backend: str | None = None) -> Step:
     """Forward and backward: the output and the gradients of q, k, v, gates and parameters."""
+    preset = preset.at(setting)
     leaves, learned = leaves_of(preset, x), parameters(preset.spec, x)
     weights = [] if learned is None else [*learned.fast, *learned.slow]
 
@@ -126,6 +141,7 @@ def perceptron_operations(head_dim: int, chunk: int) -> float:
 
 def work(setting: Setting, length: int, _: Any, *, preset: Preset) -> Work:
     """Forward and twice as much backward: a perceptron by chunks, a matrix by its recurrence (predict, write, read)."""
+    preset = preset.at(setting)
     if preset.spec.memory.name == "matrix":
         each = 2.0 * setting.head_dim**2 * (3 if preset.spec.bias.name == "l2" else 2)
     else:
@@ -135,19 +151,34 @@ def work(setting: Setting, length: int, _: Any, *, preset: Preset) -> Work:
     return Work(3 * each * tokens, channels * tokens * setting.precision.itemsize)
 
 
+def own(setting: Setting, x: Memory, *, preset: Preset) -> Step:
+    """Our form without Triton: on a GPU chunks or tiles in plain PyTorch, on a CPU the default for perceptrons.
+
+    A matrix' default on a GPU may be flash-linear-attention, a perceptron's is Triton: both are contenders themselves.
+    """
+    plain = preset.spec.memory.name == "matrix" or setting.kind == "cuda"
+    return prepare(setting, x, preset=preset, backend="chunked" if plain else None)
+
+
+def note(setting: Setting, *, preset: Preset) -> str:
+    """The chunk size, the form, and what nobody has measured."""
+    size = preset.at(setting).chunk
+    form = "plain PyTorch" if setting.kind == "cuda" else ""
+    return "; ".join(filter(None, [f"chunks of {size}" * (size > 1), form, unmeasured(setting)]))
+
+
 def contender(name: str) -> Contender:
     """One memory as a contender."""
     preset = PRESETS[name]
-    # Of matrices our own tiles: on a GPU the default may be flash-linear-attention, which is a contender itself.
-    make = partial(prepare, preset=preset, backend="chunked" if preset.spec.memory.name == "matrix" else None)
+    make = partial(own, preset=preset)
     return Contender(
         name=name,
         suite="miras",
-        about=f"{preset.about}; chunk {preset.spec.chunk_size}" if preset.spec.chunk_size > 1 else preset.about,
+        about=preset.about,
         prepare=make,
         check=partial(check, make=make, preset=preset),
         work=partial(work, preset=preset),
-        note=unmeasured,
+        note=partial(note, preset=preset),
     )
 
 

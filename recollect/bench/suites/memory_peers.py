@@ -19,6 +19,7 @@ from recollect.bench.suites import memories
 from recollect.bench.suites.attention_peers import half_on_cuda
 from recollect.bench.suites.memories import PRESETS, Memory
 
+TITANS_CHUNK = 64  # unless one is chosen
 NOT_THE_SAME = "the same kind of memory, not the same function"
 
 
@@ -90,7 +91,7 @@ def titans_memory(heads: int, head_dim: int, chunk: int) -> Any:
 
 def titans(setting: Setting, x: Memory) -> Step:
     """Queries, keys and values are one tensor; the output and the gradient of that tensor."""
-    module = titans_memory(setting.heads, setting.head_dim, 64).to(setting.device, setting.precision)
+    module = titans_memory(setting.heads, setting.head_dim, setting.chunk or TITANS_CHUNK).to(setting.device, setting.precision)
     tokens = x.k.detach().flatten(2).clone().requires_grad_()
     grad = x.grad.flatten(2)
 
@@ -147,9 +148,9 @@ register(
     Contender(
         name="titans_pytorch",
         suite="miras",
-        about="titans-pytorch, NeuralMemory; perceptron, chunk 64",
+        about="titans-pytorch, NeuralMemory; perceptron",
         prepare=titans,
         needs=("titans_pytorch",),
-        note=lambda setting: f"{NOT_THE_SAME}: beside yaad",
+        note=lambda setting: f"{NOT_THE_SAME}: beside yaad; chunks of {setting.chunk or TITANS_CHUNK}",
     ),
 )

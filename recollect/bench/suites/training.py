@@ -1,4 +1,5 @@
-"""Suite "train": forward and backward of a whole language model: 6 layers, a byte vocabulary, SwiGLUs. The optimiser is left out.
+"""Suite "train": a training step of a whole language model: forward, backward, AdamW. Without a published shape it has 6 layers, a byte
+vocabulary and SwiGLUs.
 
 Axis legend: B batch, T time.
 """
@@ -13,24 +14,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import recollect.mixers
-from recollect.bench.contenders import ATTENTIONS, SUITES, Check, Contender, Suite, loosely, register, unmeasured
+from recollect.bench.contenders import SUITES, Check, Contender, Suite, loosely, register, unmeasured
 from recollect.bench.floor import Work
 from recollect.bench.setting import Setting
+from recollect.bench.suites import models
 
-LAYERS, VOCABULARY = 6, 257
-MIXERS = ("attention", "mta", "talking_heads", "diff", "yaad", "gated_delta_net")
+CONTENDERS = ("attention", "mta", models.HYBRID, "talking_heads", "diff", "yaad", "moneta", "memora", "gated_delta_net")
 CHECKED = 48  # tokens of the comparison in fp64
+RATE = 1e-5  # of AdamW: after hundreds of steps the numbers are still those of a fresh model
 
 
 class Training:
-    """A RecollectForCausalLM and its tokens: a step is forward and backward, and returns the loss and the gradient of the embedding.
+    """A RecollectForCausalLM, its tokens and its optimiser: a step is forward, backward and the optimiser's (None: without), and
+    returns the loss and the gradient of the embedding. Gradients are not clipped.
 
-    Half precision is that of `recollect train`: products in it, parameters in fp32.
+    Half precision is that of `recollect train`: products in it, parameters and the optimiser's moments in fp32.
     """
 
-    def __init__(self, model: Any, tokens: Tensor, products: torch.dtype | None = None) -> None:
-        self.model, self.tokens, self.products = model, tokens, products
+    def __init__(self, model: Any, tokens: Tensor, products: torch.dtype | None = None, optimiser: Any = None) -> None:
+        self.model, self.tokens, self.products, self.optimiser = model, tokens, products, optimiser
 
     def __call__(self) -> list[Tensor]:
         self.model.zero_grad(set_to_none=True)
@@ -38,35 +40,21 @@ class Training:
         with low:
             loss = self.model(input_ids=self.tokens, labels=self.tokens, use_cache=False).loss
         loss.backward()
+        if self.optimiser is not None:
+            self.optimiser.step()
         embedding = self.model.get_input_embeddings().weight
         return [loss.detach(), embedding.grad]
 
 
-def inputs(setting: Setting, length: int) -> Tensor:
-    """Tokens [B, T]."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, VOCABULARY - 1, (setting.batch, length), generator=generator).to(setting.device)
-
-
 def prepare(setting: Setting, tokens: Tensor, *, name: str) -> Training:
-    from recollect.models import (
-        RecollectConfig,
-        RecollectForCausalLM,
-    )  # here: it loads transformers, which other suites do without
+    from recollect.training.config import TrainingConfig
+    from recollect.training.optimiser import make_optimisers  # here: other suites need no optimiser
 
-    torch.manual_seed(0)
-    config = RecollectConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=setting.width,
-        num_attention_heads=setting.heads,
-        num_hidden_layers=LAYERS,
-        layers=name,
-    )
-    model: Any = RecollectForCausalLM(config)
-    model = model.to(setting.device)
-    if half(setting):
-        return Training(model, tokens, setting.precision)
-    return Training(model.to(setting.precision), tokens)
+    model = models.build(setting, name)
+    if not half(setting):
+        model = model.to(setting.precision)
+    optimiser = make_optimisers(model, TrainingConfig(steps=1, batch_size=setting.batch, lr=RATE))
+    return Training(model, tokens, setting.precision if half(setting) else None, optimiser)
 
 
 def half(setting: Setting) -> bool:
@@ -77,34 +65,42 @@ def half(setting: Setting) -> bool:
 def check(setting: Setting, *, name: str) -> Check:
     """Against the same model in fp64; in half precision the loss alone, since the gradient of a fresh gated_delta_net is then 15 %
     off whatever computes it."""
-    step = prepare(setting, inputs(setting, CHECKED), name=name)
+    step = prepare(setting, models.tokens(setting, CHECKED), name=name)
     exact = Training(copy.deepcopy(step.model).double(), step.tokens)()
     compared = 1 if half(setting) else 2
     return loosely(setting, step()[:compared], exact[:compared])
 
 
 def work(setting: Setting, length: int, step: Training, *, attends: bool) -> Work:
-    """6 operations per token and parameter beside the embedding, and attention's products on the causal part."""
-    embedding = step.model.get_input_embeddings().weight.numel()
+    """6 operations per token and parameter (the embedding is the output projection too), and attention's products on the causal part.
+
+    Every parameter is read forward and backward and its gradient written; AdamW reads parameter, gradient and two moments and writes
+    all but the gradient.
+    """
     numbers = sum(part.numel() for part in step.model.parameters())
-    flops = 6.0 * (numbers - embedding) * length
+    flops = 6.0 * numbers * length
     if attends:
-        flops += 12.0 * LAYERS * setting.width * length * (length + 1) / 2
-    return Work(setting.batch * flops, 3.0 * numbers * max(4, setting.precision.itemsize))
+        flops += 12.0 * setting.layers * setting.width * length * (length + 1) / 2
+    return Work(setting.batch * flops, (3.0 + 7.0) * numbers * max(4, setting.precision.itemsize))
+
+
+def note(setting: Setting, *, name: str) -> str:
+    """What stands in the layers, and what nobody has measured."""
+    return "; ".join(filter(None, [models.note(setting, name), unmeasured(setting)]))
 
 
 def contender(name: str) -> Contender:
-    """A model with one kind of layer as a contender."""
+    """A model with one kind of layer, or the hybrid, as a contender."""
     return Contender(
         name=name,
         suite="train",
-        about=recollect.mixers.entry(name).summary,
+        about=models.about(name),
         prepare=partial(prepare, name=name),
         check=partial(check, name=name),
-        work=partial(work, attends=name in ATTENTIONS),
-        note=unmeasured,
+        work=partial(work, attends=models.attends(name)),
+        note=partial(note, name=name),
     )
 
 
-SUITES["train"] = Suite("train", "forward and backward of a language model of 6 layers", inputs)
-register(*(contender(name) for name in MIXERS))
+SUITES["train"] = Suite("train", "a training step of a language model: forward, backward, AdamW", models.tokens)
+register(*(contender(name) for name in CONTENDERS))
