@@ -336,7 +336,7 @@ MUTANTS = [
     ),
     by_law(
         "gradient of the carried rows lost",
-        Edit(MULTI_TOKEN, "_Blocked", "if bottom == n_queries:", "if bottom < 0:"),
+        Edit(MULTI_TOKEN, "_block_gradients", "if bottom == n_queries", "if bottom < 0"),
         "law_gradient_through_split",
     ),
     by_law(

@@ -13,68 +13,78 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from recollect.kernels.compile import attention
-from recollect.kernels.layout import Plan, Side, SideStruct, compiled
+from recollect.kernels.compile import attention, stencil
+from recollect.kernels.layout import Plan, Side, SideStruct
 from recollect.ops.multi_token import Mixing, Rows, Settings, blocked
+from recollect.ops.operators import Inputs, operator
 
 
 def can_run(q: Tensor, mixing: Mixing) -> bool:
     """CPU, a compiler, kernels per head (not merged over head pairs) of at most 16 x 32 taps, 2 to 32 heads mixed."""
     kernels = [k for k in (mixing.kq_pre, mixing.kq_post) if k is not None]
     matrices = [m for m in (mixing.head_pre, mixing.head_post) if m is not None]
-    if any(x.device.type != "cpu" for x in (q, *kernels, *matrices)) or torch.compiler.is_compiling():
+    if any(x.device.type != "cpu" for x in (q, *kernels, *matrices)):
         return False
     if any(k.dim() != 3 or not 1 <= k.shape[1] <= 16 or not 1 <= k.shape[2] <= 32 for k in kernels):
         return False
     if any(not 2 <= m.shape[1] <= 32 for m in matrices):
         return False
-    dtype = torch.promote_types(q.dtype, torch.float32)
     sides = ((mixing.kq_pre, mixing.head_pre), (mixing.kq_post, mixing.head_post))
-    return attention(dtype) is not None and all(compiled(*parts, dtype == torch.float64) is not None for parts in sides)
+    for kernel, matrix in sides:
+        c_q, c_k = (0, 0) if kernel is None else kernel.shape[1:]
+        c_h = 1 if matrix is None else matrix.shape[1]
+        if torch.compiler.is_compiling():  # where sizes may be symbols, each is told by what it equals
+            c_q, c_k, c_h = (next(n for n in range(33) if n == size) for size in (c_q, c_k, c_h))
+        if not _built(c_q, c_k, c_h, q.dtype == torch.float64):
+            return False
+    return True
 
 
-class _Native(torch.autograd.Function):
-    """Forward keeps q, k, v, the parameters and a log-sum-exp a row; backward recomputes strip by strip."""
+def _built(c_q: int, c_k: int, c_h: int, double: bool) -> bool:
+    """Whether the code of a side can be built."""
+    return attention(torch.float64 if double else torch.float32) is not None and stencil(c_q, c_k, c_h, double) is not None
 
-    @staticmethod
-    def forward(ctx, settings, start, q, k, v, kq_pre, head_pre, kq_post, head_post, raw, weights):
-        plan = Plan(q, k, v, Mixing(kq_pre, head_pre, kq_post, head_post), settings, start)
-        lse = plan.new(plan.n_maps, plan.n_queries)
-        heads = plan.new(plan.n_maps, plan.n_queries, plan.v.shape[-1])
-        inputs = {"packed": plan.pack(plan.k), "woven_v": plan.woven(plan.v)}
-        last = [
-            None if given is None else plan.new(plan.batch, plan.n_heads, side.halo, plan.n_keys)
-            for given, side in ((raw, plan.pre), (weights, plan.post))
-        ]
-        point(plan, lse=lse, out=heads, last_raw=last[0], last_weights=last[1], **inputs, **carried(plan, Rows(raw, weights)))
-        plan.run(backward=False)
-        ctx.save_for_backward(q, k, v, kq_pre, head_pre, kq_post, head_post, raw, weights, lse)
-        ctx.settings, ctx.start = settings, start
-        shaped = heads.view(plan.batch, plan.n_heads, plan.n_queries, -1)[..., : v.shape[-1]].transpose(1, 2)
-        return shaped.to(q.dtype, copy=True), *last
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_out, grad_raw, grad_weights):
-        q, k, v, kq_pre, head_pre, kq_post, head_post, raw, weights, lse = ctx.saved_tensors
-        plan = Plan(q, k, v, Mixing(kq_pre, head_pre, kq_post, head_post), ctx.settings, ctx.start)
-        returned = {"grad_raw": last_rows(plan, grad_raw), "grad_weights": last_rows(plan, grad_weights)}
-        plan.call.n_raw, plan.call.n_weights = (0 if x is None else x.shape[1] for x in returned.values())
-        grad_q = plan.new(*plan.q.shape)
-        (given_k, grad_k), (given_v, grad_v) = (plan.gradients(x.shape[2]) for x in (plan.k, plan.v))
-        found = {"grad_q": grad_q, "grad_k": addresses(given_k), "grad_v": addresses(given_v)}
-        sums = [*side_gradients(plan, plan.pre, plan.call.pre), *side_gradients(plan, plan.post, plan.call.post)]
-        rows = plan.heads(grad_out)
-        summed = {"woven_k": plan.woven(plan.k), "turned_q": plan.turned(plan.q), "turned_grad": plan.turned(rows)}
-        inputs = {"packed": plan.pack(plan.k, plan.v), "lse": lse, "grad_out": rows, **summed}
-        above = carried(plan, Rows(raw, weights))
-        point(plan, **inputs, **above, **returned, **found)
-        plan.run(backward=True)
-        whole = grad_q.mul_(plan.settings.scale), total(grad_k), total(grad_v)
-        parts = [back(plan, x, like) for x, like in zip(whole, (q, k, v), strict=True)]
-        return None, None, *parts, *(None if x is None else x.sum((0, 1)) for x in sums), None, None
+_built._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compile runs it and does not look inside, see ops/plugins.py
+
+
+def _forward(call: Inputs) -> tuple[Tensor, Tensor, Rows]:
+    """Outputs, a log-sum-exp a row, the rows to carry on with."""
+    plan = Plan(call.q, call.k, call.v, call.mixing, call.settings, call.start)
+    lse = plan.new(plan.batch, plan.n_heads, plan.n_queries)
+    heads = plan.new(plan.n_maps, plan.n_queries, plan.v.shape[-1])
+    inputs = {"packed": plan.pack(plan.k), "woven_v": plan.woven(plan.v)}
+    last = [
+        None if given is None else plan.new(plan.batch, plan.n_heads, side.halo, plan.n_keys)
+        for given, side in zip(call.rows, (plan.pre, plan.post), strict=True)
+    ]
+    point(plan, lse=lse, out=heads, last_raw=last[0], last_weights=last[1], **inputs, **carried(plan, call.rows))
+    plan.run(backward=False)
+    shaped = heads.view(plan.batch, plan.n_heads, plan.n_queries, -1)[..., : call.v.shape[-1]].transpose(1, 2)
+    return shaped.to(call.q.dtype, memory_format=torch.contiguous_format), lse, Rows(*last)
+
+
+def _backward(call: Inputs, lse: Tensor, grad_out: Tensor, grad_rows: Rows) -> list[Tensor]:
+    """Gradients of q, k, v and the learned parts, strip by strip."""
+    q, k, v = call.q, call.k, call.v
+    plan = Plan(q, k, v, call.mixing, call.settings, call.start)
+    returned = {"grad_raw": last_rows(plan, grad_rows.raw), "grad_weights": last_rows(plan, grad_rows.weights)}
+    plan.call.n_raw, plan.call.n_weights = (0 if x is None else x.shape[1] for x in returned.values())
+    grad_q = plan.new(*plan.q.shape)
+    (given_k, grad_k), (given_v, grad_v) = (plan.gradients(x.shape[2]) for x in (plan.k, plan.v))
+    found = {"grad_q": grad_q, "grad_k": addresses(given_k), "grad_v": addresses(given_v)}
+    sums = [*side_gradients(plan, plan.pre, plan.call.pre), *side_gradients(plan, plan.post, plan.call.post)]
+    rows = plan.heads(grad_out)
+    summed = {"woven_k": plan.woven(plan.k), "turned_q": plan.turned(plan.q), "turned_grad": plan.turned(rows)}
+    inputs = {"packed": plan.pack(plan.k, plan.v), "lse": lse, "grad_out": rows, **summed}
+    above = carried(plan, call.rows)
+    point(plan, **inputs, **above, **returned, **found)
+    plan.run(backward=True)
+    whole = grad_q.mul_(plan.settings.scale), total(grad_k), total(grad_v)
+    parts = [back(plan, x, like) for x, like in zip(whole, (q, k, v), strict=True)]
+    learned = zip(sums, call.mixing, strict=True)
+    return [*parts, *(x.sum((0, 1)).to(like.dtype) for x, like in learned if x is not None and like is not None)]
 
 
 def point(plan: Plan, **tensors: Tensor | None) -> None:
@@ -129,11 +139,13 @@ def last_rows(plan: Plan, grad: Tensor | None) -> Tensor | None:
     return None if grad is None else grad[:, :, -min(grad.shape[2], plan.n_queries) :].flatten(0, 1).to(plan.dtype).contiguous()
 
 
+_in_strips = operator("multi_token_native", _forward, _backward, keeps=True, of_rows=False)
+
+
 def native(
     q: Tensor, k: Tensor, v: Tensor, mixing: Mixing, settings: Settings, start: Tensor | None, rows: Rows
 ) -> tuple[Tensor, Rows]:
     """The compiled form. Gradients of *carried* rows go through `blocked` instead."""
     if torch.is_grad_enabled() and any(row is not None and row.requires_grad for row in rows):
         return blocked(q, k, v, mixing, settings, start, rows)
-    out, raw, weights = _Native.apply(settings, start, q, k, v, *mixing, *rows)
-    return out, Rows(raw, weights)
+    return _in_strips(Inputs(q, k, v, mixing, start, rows, settings, 0))

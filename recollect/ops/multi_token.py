@@ -19,48 +19,18 @@ Source: Golovneva et al. 2025, arXiv 2504.00927, Eq. 3-7.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from recollect.ops import plugins
 from recollect.ops.attention import check_shapes, visible
+from recollect.ops.operators import Inputs, Mixing, Rows, Settings, operator
 
 DECODE_QUERIES = 8  # at most so many new queries count as decoding
 BLOCK_ENTRIES = 2**21  # numbers of one map of a block of `blocked`, about
 DROPOUT_TILE = 32  # rows that share one draw of the dropout mask, so that every block size sees the same mask
-
-
-class Mixing(NamedTuple):
-    """The learned parts. kq_*: [H, c_q, c_k], or [H, c_h, c_q, c_k] (merged 3-D convolution); head_*: [G, c_h, c_h]; None = off."""
-
-    kq_pre: Tensor | None = None
-    head_pre: Tensor | None = None
-    kq_post: Tensor | None = None
-    head_post: Tensor | None = None
-
-
-class Rows(NamedTuple):
-    """What a decoder needs beside keys and values: the last c_q - 1 rows that each convolution reads.
-
-    raw: [B, H, c_q - 1, S] raw logits for `kq_pre` (None without it); weights: the same of the softmax for `kq_post`.
-    """
-
-    raw: Tensor | None = None
-    weights: Tensor | None = None
-
-
-class Settings(NamedTuple):
-    """What is fixed in one call: logit scale, keys reached to the left by the convolution, dropout and its seed."""
-
-    scale: float
-    pad_key: str
-    dropout_p: float = 0.0
-    seed: int = 0
-
 
 Backend = Callable[[Tensor, Tensor, Tensor, Mixing, Settings, "Tensor | None", Rows], "tuple[Tensor, Rows]"]
 BACKENDS: dict[str, Backend] = {}
@@ -284,45 +254,46 @@ def halo(mixing: Mixing) -> int:
     return sum(kernel.shape[-2] - 1 for kernel in (mixing.kq_pre, mixing.kq_post) if kernel is not None)
 
 
-class _Blocked(torch.autograd.Function):
-    """Blocks of query rows, each the oracle on a slice with a halo of rows above it; the backward pass recomputes them one by one."""
+def _blocks(call: Inputs) -> tuple[Tensor, Tensor, Rows]:
+    """Blocks of query rows, each the oracle on a slice with a halo of rows above it."""
+    q, k, v, mixing, start, rows, settings, block = call
+    n_queries, earlier = q.shape[1], k.shape[1] - q.shape[1]
+    out, last = q.new_empty(*q.shape[:3], v.shape[-1]), rows
+    for low, top, bottom in spans(n_queries, block, halo(mixing)):
+        piece = _slice(q, k, v, start, rows, low, bottom, earlier)
+        values, last = materialized(piece[0], piece[1], piece[2], mixing, settings, piece[3], piece[4])
+        out[:, top:bottom] = values[:, top - low :]
+    return out, q.new_empty(0, dtype=torch.promote_types(q.dtype, torch.float32)), last
 
-    @staticmethod
-    def forward(ctx, settings, start, block, q, k, v, kq_pre, head_pre, kq_post, head_post, raw, weights):
-        mixing, rows = Mixing(kq_pre, head_pre, kq_post, head_post), Rows(raw, weights)
-        n_queries, earlier = q.shape[1], k.shape[1] - q.shape[1]
-        out, last = q.new_empty(*q.shape[:3], v.shape[-1]), rows
-        for low, top, bottom in spans(n_queries, block, halo(mixing)):
-            piece = _slice(q, k, v, start, rows, low, bottom, earlier)
-            values, last = materialized(piece[0], piece[1], piece[2], mixing, settings, piece[3], piece[4])
-            out[:, top:bottom] = values[:, top - low :]
-        ctx.save_for_backward(q, k, v, *mixing, *rows)
-        ctx.settings, ctx.start, ctx.block = settings, start, block
-        return out, *last
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_out, grad_raw, grad_weights):
-        q, k, v, *rest = ctx.saved_tensors
-        mixing, rows = Mixing(*rest[:4]), Rows(*rest[4:])
-        n_queries, earlier = q.shape[1], k.shape[1] - q.shape[1]
-        tensors = [q, k, v, *mixing, *rows]
-        totals = [None if t is None else torch.zeros_like(t) for t in tensors]
-        for low, top, bottom in spans(n_queries, ctx.block, halo(mixing)):
-            with torch.enable_grad():
-                leaf = [None if t is None else t.detach().requires_grad_() for t in tensors]
-                piece = _slice(leaf[0], leaf[1], leaf[2], ctx.start, Rows(*leaf[7:]), low, bottom, earlier)
-                values, last = materialized(piece[0], piece[1], piece[2], Mixing(*leaf[3:7]), ctx.settings, piece[3], piece[4])
-                pairs = [(values[:, top - low :], grad_out[:, top:bottom])]
-                if bottom == n_queries:
-                    pairs += [(t, g) for t, g in zip(last, (grad_raw, grad_weights), strict=True) if t is not None]
-                pairs = [(t, g) for t, g in pairs if t.requires_grad and g is not None]
-                wanted = [t for t in leaf if t is not None]
-                grads = iter(torch.autograd.grad([t for t, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True))
-            for total in totals:
-                if total is not None and (grad := next(grads)) is not None:
-                    total += grad
-        return None, None, None, *totals
+def _blocks_backward(call: Inputs, _: Tensor, grad_out: Tensor, grad_rows: Rows) -> list[Tensor]:
+    """The same blocks again, one by one, each differentiated."""
+    totals = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in call.differentiable]
+    for span in spans(call.q.shape[1], call.block, halo(call.mixing)):
+        for total, grad in zip(totals, _block_gradients(call, *span, grad_out, grad_rows), strict=True):
+            total += grad
+    return totals
+
+
+def _block_gradients(call: Inputs, low: int, top: int, bottom: int, grad_out: Tensor, grad_rows: Rows) -> tuple[Tensor, ...]:
+    """What one block gives to the gradients of all that is given. By `torch.func`: inside an operator autograd records nothing."""
+    n_queries, earlier = call.q.shape[1], call.k.shape[1] - call.q.shape[1]
+    returned = [grad for grad in grad_rows if grad is not None] if bottom == n_queries else []
+
+    def outputs(*given: Tensor) -> list[Tensor]:
+        rest = iter(given)
+        q, k, v = (next(rest) for _ in "qkv")
+        others = [None if x is None else next(rest) for x in (*call.mixing, *call.rows)]
+        piece = _slice(q, k, v, call.start, Rows(*others[4:]), low, bottom, earlier)
+        values, last = materialized(piece[0], piece[1], piece[2], Mixing(*others[:4]), call.settings, piece[3], piece[4])
+        rows = [x for x, grad in zip(last, grad_rows, strict=True) if x is not None and grad is not None]
+        return [values[:, top - low :], *(rows if returned else ())]
+
+    pull = torch.func.vjp(outputs, *call.differentiable)[1]
+    return pull([grad_out[:, top:bottom], *returned])
+
+
+_by_blocks = operator("multi_token_blocks", _blocks, _blocks_backward, keeps=False, of_rows=True)
 
 
 def blocked(
@@ -339,8 +310,7 @@ def blocked(
     """Blocks of `block` query rows over all heads, only the causal part, recomputed in the backward pass. Memory O(block S + T)."""
     if block is None:
         block = max(16, min(q.shape[1], BLOCK_ENTRIES // max(1, q.shape[0] * q.shape[2] * k.shape[1])))
-    out, raw, weights = _Blocked.apply(settings, start, block, q, k, v, *mixing, *rows)
-    return out, Rows(raw, weights)
+    return _by_blocks(Inputs(q, k, v, mixing, start, rows, settings, block))
 
 
 def spans(n_queries: int, block: int, reach: int) -> list[tuple[int, int, int]]:
