@@ -33,7 +33,7 @@ ALLOWED: dict[str, set[str]] = {
     # The loss that is reported is the one that is trained on.
     "evaluation": {"data", "inference", "models", "pages", "state", "tasks", "terminal", "training", "user_modules"},
     "comparison": {"data", "evaluation", "kernels", "mixers", "models", "pages", "state", "tasks", "training", "user_modules"},
-    "bench": {"comparison", "mixers", "models", "ops", "state", "training"},
+    "bench": {"comparison", "kernels", "mixers", "models", "ops", "state", "training"},
     "reproduction": {"comparison", "evaluation", "inference", "inspection", "models", "pages", "terminal", "training"},
     "inspection": {"evaluation", "mixers", "models", "ops", "pages"},
     "__main__": {"cli"},
