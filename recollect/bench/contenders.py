@@ -131,6 +131,11 @@ def against(setting: Setting, got: list[Tensor], plain: list[Tensor], exact: lis
     return Check(relative_error(got, exact), allowed)
 
 
+def over_a_chunk(setting: Setting) -> int:
+    """Tokens that are a chunk of the chosen size and a half; 0 where none is chosen."""
+    return 3 * (setting.chunk or 0) // 2
+
+
 def worst(checks: Iterable[Check]) -> Check:
     """Of comparisons with an oracle the one that comes nearest to what is allowed, or exceeds it most."""
     return max(checks, key=lambda check: (check.error or 0.0) / (check.allowed or 1.0))

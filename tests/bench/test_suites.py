@@ -237,9 +237,19 @@ def test_a_chosen_chunk_size_is_that_of_every_memory() -> None:
         assert memories.PRESETS[name].at(miras).spec.chunk_size == 4
         assert all("chunks of 4" in CONTENDERS[f"{here.suite}/{name}"].note(here) for here in (train, decode, miras))
     assert memories.PRESETS["delta_net"].at(miras).spec.chunk_size == 1
-    changed = CONTENDERS["miras/yaad"].check
-    assert changed is not None
-    assert changed(miras).passed
+
+
+@pytest.mark.parametrize("key", ["miras/yaad", "train/yaad", "decode/yaad"])
+def test_the_check_crosses_a_chunk_of_the_chosen_size(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prevents chunks of 64 that are timed over 8K tokens after a check of 48."""
+    lengths: list[int] = []
+    for module, name in ((memories, "inputs"), (models, "tokens"), (decoding, "text")):
+        drawn = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda s, n, *, drawn=drawn, **more: lengths.append(n) or drawn(s, n, **more))
+    check = CONTENDERS[key].check
+    assert check is not None
+    assert check(setting(key.split("/")[0])._replace(chunk=40)).passed
+    assert max(lengths) >= 60
 
 
 def test_a_training_step_moves_the_parameters() -> None:

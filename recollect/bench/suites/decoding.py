@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import recollect.mixers
 from recollect import state
-from recollect.bench.contenders import ATTENTIONS, SUITES, Check, Contender, Suite, loosely, register, unmeasured
+from recollect.bench.contenders import ATTENTIONS, SUITES, Check, Contender, Suite, loosely, over_a_chunk, register, unmeasured
 from recollect.bench.floor import Work
 from recollect.bench.setting import Setting
 from recollect.bench.suites import models
@@ -129,8 +129,8 @@ def prepare(setting: Setting, x: Context, *, name: str) -> Decoder:
 
 
 def check(setting: Setting, *, name: str) -> Check:
-    """A token decoded after 32, against the last of 33 in one call in fp64."""
-    (module, read), x = whole(setting, name), text(setting, 33)
+    """A token decoded after 32, or a chunk and a half, against the last of all of them in one call in fp64."""
+    (module, read), x = whole(setting, name), text(setting, 1 + max(32, over_a_chunk(setting)))
     with torch.inference_mode():
         _, carried = read(x[:, :-1], None)
         got, _ = read(x[:, -1:], carried)

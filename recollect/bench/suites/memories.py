@@ -14,7 +14,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from recollect.bench.contenders import CHECK_LENGTH, SUITES, Check, Contender, Step, Suite, against, register, unmeasured
+from recollect.bench.contenders import (
+    CHECK_LENGTH,
+    SUITES,
+    Check,
+    Contender,
+    Step,
+    Suite,
+    against,
+    over_a_chunk,
+    register,
+    unmeasured,
+)
 from recollect.bench.floor import Work
 from recollect.bench.setting import Setting
 from recollect.ops.miras import MirasSpec, Parameters, presets, scan
@@ -128,7 +139,7 @@ def prepare(setting: Setting, x: Memory, *, preset: Preset, backend: str | None 
 
 def check(setting: Setting, *, make: Callable[[Setting, Any], Step], preset: Preset) -> Check:
     """Against the token loop in fp64."""
-    x = inputs(setting, CHECK_LENGTH)
+    x = inputs(setting, max(CHECK_LENGTH, over_a_chunk(setting)))
     plain = prepare(setting, x, preset=preset, backend="sequential")()
     exact = prepare(setting, x.to(torch.float64), preset=preset, backend="sequential")()
     return against(setting, make(setting, x)(), plain, exact)

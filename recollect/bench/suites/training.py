@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recollect.bench.contenders import SUITES, Check, Contender, Suite, loosely, register, unmeasured
+from recollect.bench.contenders import SUITES, Check, Contender, Suite, loosely, over_a_chunk, register, unmeasured
 from recollect.bench.floor import Work
 from recollect.bench.setting import Setting
 from recollect.bench.suites import models
 
 CONTENDERS = ("attention", "mta", models.HYBRID, "talking_heads", "diff", "yaad", "moneta", "memora", "gated_delta_net")
-CHECKED = 48  # tokens of the comparison in fp64
+CHECKED = 48  # tokens of the comparison in fp64, or a chunk and a half
 RATE = 1e-5  # of AdamW: after hundreds of steps the numbers are still those of a fresh model
 
 
@@ -65,7 +65,7 @@ def half(setting: Setting) -> bool:
 def check(setting: Setting, *, name: str) -> Check:
     """Against the same model in fp64; in half precision the loss alone, since the gradient of a fresh gated_delta_net is then 15 %
     off whatever computes it."""
-    step = prepare(setting, models.tokens(setting, CHECKED), name=name)
+    step = prepare(setting, models.tokens(setting, max(CHECKED, over_a_chunk(setting))), name=name)
     exact = Training(copy.deepcopy(step.model).double(), step.tokens)()
     compared = 1 if half(setting) else 2
     return loosely(setting, step()[:compared], exact[:compared])
