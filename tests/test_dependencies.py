@@ -25,7 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "mixers": {"kernels", "ops", "state"},
     "models": {"mixers", "ops", "state"},
     "data": {"tasks"},  # the type of a batch
-    "training": {"data", "models", "state", "tasks"},
+    "training": {"data", "models", "ops", "state", "tasks"},  # ops: which form of them ran
     "user_modules": set(),
     "pages": set(),
     "terminal": set(),

@@ -2,25 +2,10 @@
 
 import torch
 
-from recollect.kernels import fla, miras, multi_token, triton
+from recollect.kernels import dispatch, fla, triton
 from recollect.kernels.compile import attention, compiler
-from recollect.ops import tiles
-from recollect.ops.miras.scan import ABLE as ABLE_TO_SCAN
-from recollect.ops.miras.scan import BACKENDS as SCANS
-from recollect.ops.miras.scan import PREFERRED as PREFERRED_SCANS
-from recollect.ops.multi_token import ABLE as ABLE_TO_ATTEND
-from recollect.ops.multi_token import BACKENDS as ATTENTIONS
-from recollect.ops.multi_token import PREFERRED as PREFERRED_ATTENTIONS
 
-ATTENTIONS.update(native=multi_token.native, triton=triton.attend)
-ABLE_TO_ATTEND.update(native=multi_token.can_run, triton=triton.can_attend)
-PREFERRED_ATTENTIONS.extend([("native", multi_token.can_run), ("triton", triton.should_attend)])
-SCANS.update(native=miras.native, triton=miras.triton)
-ABLE_TO_SCAN.update(native=miras.can_scan, triton=miras.can_scan_on_gpu)
-PREFERRED_SCANS.extend([("native", miras.can_scan), ("triton", miras.should_scan_on_gpu)])
-tiles.RECURRENCES.update(triton=triton.recur, fla=fla.run)
-tiles.LACKS.update(triton=triton.lacks, fla=fla.lacks)
-tiles.PREFERRED.extend([("triton", triton.should_recur), ("fla", fla.should_run)])
+dispatch.offer()
 
 
 def describe() -> str:

@@ -76,10 +76,10 @@ def lacks(x: Recurrence) -> str:
     return ""
 
 
-def should_run(x: Recurrence) -> bool:
-    """Where it can, for calls with gradients and long ones. Not inside torch.compile, which cannot look into their functions."""
+def meant(x: Recurrence) -> bool:
+    """For calls with gradients and long ones on a GPU. Not inside torch.compile, which cannot look into their functions."""
     worth = x.q.shape[1] > FEW_TOKENS or x.differentiated
-    return worth and not torch.compiler.is_compiling() and not lacks(x)
+    return worth and x.q.device.type in DEVICES and not torch.compiler.is_compiling()
 
 
 @torch.compiler.disable

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from recollect.kernels.compile import POINTER, SIZE, memory
+from recollect.kernels.missing import unbuilt
 
 BIASES = {"l2": 0, "lp3": 1, "huber": 2, "l1": 3, "huber_norm": 4}
 LINKS = {"identity": 0, "scaled": 1, "simplex": 2}  # what the weights are of what decays
@@ -32,8 +33,9 @@ class Perceptron(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """What is the same at every token: tokens of a chunk, bias, link and rule by their names above, `l1`'s sharpness, and by how much a
-    full chunk ends with entries nearer to zero (Triton only)."""
+    """What is the same at every token: tokens of a chunk, bias, link and rule by their names above, the number that a bias has
+    (`sharpness`: l1's; in Triton also p of lp and the temperature of l_infinity), and by how much a full chunk ends with entries
+    nearer to zero (Triton only)."""
 
     chunk_size: int
     bias: str = "l2"
@@ -44,18 +46,28 @@ class Settings(NamedTuple):
 
 
 def can_run(q: Tensor, hidden: int, bias: str, link: str = "identity", rule: str = "gd") -> bool:
-    """CPU, fp32 or fp64, a compiler, sizes that are multiples of 16 and at most 128 (key dim) and 1024 (hidden), names known above.
+    """Whether nothing is lacking."""
+    return not lacks(q, hidden, bias, link, rule)
 
-    Momentum goes with the identity link only.
+
+def lacks(q: Tensor, hidden: int, bias: str, link: str = "identity", rule: str = "gd") -> str:
+    """Why it cannot run, "" where it can: CPU, fp32 or fp64, a compiler, sizes that are multiples of 16 and at most 128 (key dim) and
+    1024 (hidden), names known above. Momentum goes with the identity link only.
     """
     key = q.shape[-1]
-    if q.device.type != "cpu" or q.dtype not in (torch.float32, torch.float64) or torch.compiler.is_compiling():
-        return False
+    if q.device.type != "cpu" or q.dtype not in (torch.float32, torch.float64):
+        return f"it runs on a CPU in fp32 or fp64, q is {q.dtype} on {q.device.type}"
+    if torch.compiler.is_compiling():
+        return "torch.compile cannot look into it"
     if rule not in RULES or (rule == "momentum" and link != "identity"):
-        return False
-    if bias not in BIASES or key % PIECE or hidden % PIECE or not 0 < key <= 128 or not 0 < hidden <= 1024:
-        return False
-    return memory(key, hidden, BIASES[bias], LINKS[link], RULES[rule], q.dtype == torch.float64) is not None
+        return f"it has no rule {rule!r} with weights that are {link!r}"
+    if bias not in BIASES:
+        return f"it has no bias {bias!r}"
+    if key % PIECE or hidden % PIECE or not 0 < key <= 128 or not 0 < hidden <= 1024:
+        return f"it takes multiples of {PIECE}, K up to 128 and hidden sizes up to 1024; these are {key} and {hidden}"
+    if memory(key, hidden, BIASES[bias], LINKS[link], RULES[rule], q.dtype == torch.float64) is None:
+        return unbuilt()
+    return ""
 
 
 def perceptron_scan(

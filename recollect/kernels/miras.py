@@ -7,33 +7,42 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from recollect.kernels.memory import Perceptron, Settings, can_run, perceptron_scan
-from recollect.kernels.triton import can_remember, can_remember_matrix
+from recollect.kernels import memory
+from recollect.kernels.memory import Perceptron, Settings, perceptron_scan
+from recollect.kernels.triton import lacks_matrix, lacks_memory
+from recollect.ops.miras.biases import AttentionalBias
 from recollect.ops.miras.inputs import reduced
-from recollect.ops.miras.retentions import NORM_EPS, q_norm
+from recollect.ops.miras.retentions import NORM_EPS, Retention, q_norm
 from recollect.ops.miras.scan import Call
 from recollect.ops.miras.spec import MirasSpec, MirasState
 
 
-def can_scan(call: Call) -> bool:
-    """Two gelu layers with norm and residual, gradient descent (with momentum), a retention and a bias that are built in."""
-    built_in = _built_in(call)
-    hidden = call.parameters.fast[0].shape[1]
-    return built_in is not None and _threshold(call.spec) == 0 and can_run(call.inputs.q, hidden, *built_in)
+def meant(call: Call) -> bool:
+    """For a perceptron memory on a CPU."""
+    return call.spec.memory.name == "mlp" and call.inputs.q.device.type == "cpu"
 
 
-def can_scan_on_gpu(call: Call) -> bool:
+def meant_on_gpu(call: Call) -> bool:
+    """For a perceptron on a GPU, and one matrix that has no closed form."""
+    spec = call.spec
+    return call.inputs.q.is_cuda and (spec.memory.name == "mlp" or (spec.memory.name == "matrix" and _walked(spec)))
+
+
+def lacks(call: Call) -> str:
+    """Why the compiled form cannot run, "" where it can: two gelu layers with norm and residual, gradient descent (with momentum), a
+    retention and a bias that are built in."""
+    if why := _unknown(call):
+        return why
+    if _threshold(call.spec) > 0:
+        return "it has no retention 'elastic_net'"
+    return memory.lacks(call.inputs.q, call.parameters.fast[0].shape[1], *_built_in(call))
+
+
+def lacks_on_gpu(call: Call) -> str:
     """The same of the Triton kernels, and one matrix in chunks of several tokens."""
     if call.spec.memory.name == "matrix":
-        bias = _matrix_bias(call)
-        return bias is not None and can_remember_matrix(call.inputs.q, call.inputs.v)
-    built_in = _built_in(call)
-    return built_in is not None and can_remember(call.inputs.q, call.parameters.fast[0].shape[1], *built_in)
-
-
-def should_scan_on_gpu(call: Call) -> bool:
-    """They can, and not in the interpreter."""
-    return call.inputs.q.is_cuda and can_scan_on_gpu(call)
+        return _unknown_matrix(call) or lacks_matrix(call.inputs.q, call.inputs.v)
+    return _unknown(call) or lacks_memory(call.inputs.q, call.parameters.fast[0].shape[1], *_built_in(call))
 
 
 def native(call: Call) -> tuple[Tensor, MirasState]:
@@ -55,9 +64,7 @@ def _scanned(
 ) -> tuple[Tensor, MirasState]:
     """The call as `recollect.kernels.memory.perceptron_scan` takes it, and what comes back as a state."""
     spec, inputs, state = call.spec, call.inputs, call.state
-    built_in = _built_in(call)
-    assert built_in is not None
-    bias, link, rule = built_in
+    bias, link, rule = _built_in(call)
     assert state.anchor is not None
     log_momentum = call.inputs.log_momentum
     if spec.rule.momentum and log_momentum is None:
@@ -90,7 +97,7 @@ def _scanned_matrix(call: Call) -> tuple[Tensor, MirasState]:
     from recollect.kernels.triton.matrix import matrix_scan
 
     spec, inputs, state = call.spec, call.inputs, call.state
-    bias = _matrix_bias(call)
+    bias = _bias(spec)
     assert bias is not None
     assert state.anchor is not None
     v, initial, log_alpha, link = inputs.v, call.parameters.fast[0], inputs.log_alpha, _link(spec) or "identity"
@@ -125,27 +132,51 @@ def _scanned_matrix(call: Call) -> tuple[Tensor, MirasState]:
     return y, MirasState((dual,), (anchor,), _kept(call, phase), None, None, phase)
 
 
-def _matrix_bias(call: Call) -> str | None:
-    """The kernel's name of the bias of one matrix written by gradient descent in chunks of several tokens, None if any part of the spec
-    is not built in. A bias that does not read (dot_product) has a closed form, and l2 with chunks of one token has another."""
+def _walked(spec: MirasSpec) -> bool:
+    """Whether one matrix is written by gradients that read it, in chunks of several tokens: all else has a closed form."""
+    return spec.bias.reads and spec.stale
+
+
+def _unknown_matrix(call: Call) -> str:
+    """Which part of the spec the kernel of one matrix does not know; "" if none."""
     spec = call.spec
-    fits = spec.memory.name == "matrix" and spec.rule.name == "gd" and spec.stale
-    kept = _link(spec) is not None or spec.retention.name == "towards_initial"
-    return _bias(spec) if fits and kept else None
+    if not _walked(spec):
+        return "it has chunks of several tokens and biases that read; the others have a closed form"
+    if spec.rule.name != "gd":
+        return f"it has no rule {spec.rule.name!r} for one matrix"
+    if _link(spec) is None and spec.retention.name != "towards_initial":
+        return _no("retention", spec.retention)
+    return "" if _bias(spec) else _no("bias", spec.bias)
 
 
-def _built_in(call: Call) -> tuple[str, str, str] | None:
-    """The kernels' names of the bias, the link and the rule, None if one of them is not built in."""
+def _unknown(call: Call) -> str:
+    """Which part of the spec the kernels of perceptrons do not know; "" if none."""
     spec = call.spec
     if spec.memory.name != "mlp" or (spec.memory.options[0], *spec.memory.options[2:]) != (2, "gelu", True, True):
-        return None
-    bias, link = _bias(spec), _link(spec)
-    if bias is None or link is None or spec.gradient_at != "previous" or spec.chunk_size == 1:
-        return None
+        return "it has memories of two gelu layers with norm and residual"
+    if _bias(spec) is None:
+        return _no("bias", spec.bias)
+    if _link(spec) is None:
+        return _no("retention", spec.retention)
+    if spec.gradient_at != "previous" or spec.chunk_size == 1:
+        return "it takes gradients at the chunk's first matrices, in chunks of several tokens"
     scalar = call.inputs.eta.shape[-1] == 1 and call.inputs.log_alpha.shape[-1] == 1
     if spec.rule.momentum and (not scalar or spec.retention.couple is not None):
-        return None
-    return bias, link, spec.rule.name
+        return "it has momentum with one gate a token and a decay of its own"
+    return ""
+
+
+def _no(kind: str, part: AttentionalBias | Retention) -> str:
+    """What is not built in, with what it was made of."""
+    return f"it has no {kind} {part.name!r}" + (f" with {part.options}" if part.options else "")
+
+
+def _built_in(call: Call) -> tuple[str, str, str]:
+    """The kernels' names of the bias, the link and the rule, all known."""
+    bias, link = _bias(call.spec), _link(call.spec)
+    assert bias is not None
+    assert link is not None
+    return bias, link, call.spec.rule.name
 
 
 def _settings(spec: MirasSpec, bias: str, link: str, rule: str = "gd") -> Settings:

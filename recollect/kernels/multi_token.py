@@ -16,29 +16,36 @@ from torch import Tensor
 
 from recollect.kernels.compile import attention, stencil
 from recollect.kernels.layout import Plan, Side, SideStruct
+from recollect.kernels.missing import unbuilt
 from recollect.ops.multi_token import Mixing, Rows, Settings, blocked
 from recollect.ops.operators import Inputs, operator
 
 
-def can_run(q: Tensor, mixing: Mixing) -> bool:
-    """CPU, a compiler, kernels per head (not merged over head pairs) of at most 16 x 32 taps, 2 to 32 heads mixed."""
+def meant(q: Tensor, mixing: Mixing) -> bool:
+    """For a CPU."""
+    return q.device.type == "cpu"
+
+
+def lacks(q: Tensor, mixing: Mixing) -> str:
+    """Why it cannot run, "" where it can: a CPU, a compiler, kernels per head of at most 16 x 32 taps, 2 to 32 heads mixed."""
     kernels = [k for k in (mixing.kq_pre, mixing.kq_post) if k is not None]
     matrices = [m for m in (mixing.head_pre, mixing.head_post) if m is not None]
     if any(x.device.type != "cpu" for x in (q, *kernels, *matrices)):
-        return False
-    if any(k.dim() != 3 or not 1 <= k.shape[1] <= 16 or not 1 <= k.shape[2] <= 32 for k in kernels):
-        return False
+        return f"it runs on a CPU, q is on {q.device.type}"
+    if any(k.dim() != 3 for k in kernels):
+        return "it has no kernels merged over pairs of heads, [H, c_h, c_q, c_k]"
+    if any(not 1 <= k.shape[1] <= 16 or not 1 <= k.shape[2] <= 32 for k in kernels):
+        return "it has kernels of at most 16 queries x 32 keys"
     if any(not 2 <= m.shape[1] <= 32 for m in matrices):
-        return False
-    sides = ((mixing.kq_pre, mixing.head_pre), (mixing.kq_post, mixing.head_post))
-    for kernel, matrix in sides:
+        return "it mixes 2 to 32 heads"
+    for kernel, matrix in ((mixing.kq_pre, mixing.head_pre), (mixing.kq_post, mixing.head_post)):
         c_q, c_k = (0, 0) if kernel is None else kernel.shape[1:]
         c_h = 1 if matrix is None else matrix.shape[1]
         if torch.compiler.is_compiling():  # where sizes may be symbols, each is told by what it equals
             c_q, c_k, c_h = (next(n for n in range(33) if n == size) for size in (c_q, c_k, c_h))
         if not _built(c_q, c_k, c_h, q.dtype == torch.float64):
-            return False
-    return True
+            return unbuilt()
+    return ""
 
 
 def _built(c_q: int, c_k: int, c_h: int, double: bool) -> bool:

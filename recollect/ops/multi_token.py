@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from recollect.ops import plugins
+from recollect.ops import forms, plugins
 from recollect.ops.attention import check_shapes, visible
 from recollect.ops.operators import Inputs, Mixing, Rows, Settings, operator
 
@@ -34,9 +34,10 @@ DROPOUT_TILE = 32  # rows that share one draw of the dropout mask, so that every
 
 Backend = Callable[[Tensor, Tensor, Tensor, Mixing, Settings, "Tensor | None", Rows], "tuple[Tensor, Rows]"]
 BACKENDS: dict[str, Backend] = {}
-# What a faster equal can run on, by its name, and where it is the default: the first that says so.
-ABLE: dict[str, Callable[[Tensor, Mixing], bool]] = {}
+# Of a faster equal, by its name: why it cannot run a call, "" where it can; and whether it is meant for it (`forms.choose`).
+LACKS: dict[str, Callable[[Tensor, Mixing], str]] = {}
 PREFERRED: list[tuple[str, Callable[[Tensor, Mixing], bool]]] = []
+DECODERS: list[tuple[str, Callable[[Tensor, Mixing], bool]]] = []  # the same for one new token
 
 
 def multi_token_attention(
@@ -128,20 +129,20 @@ def multi_token_rows(
 
 
 def choose(q: Tensor, k: Tensor, mixing: Mixing, backend: str | None = None) -> Backend:
-    """The form that will run: `backend` if named (RuntimeError when it cannot), else the first preferred one that can, else blocked.
+    """The form that will run: `backend` if named (RuntimeError when it cannot), else as `forms.choose` has it.
 
-    Decoding, few queries against many keys, has nothing to save by blocks: the plain form on these rows is the fastest.
+    Decoding, few queries against many keys, has nothing to save by blocks: a form made for it, or the plain one on these rows.
     """
-    known = backends()
-    if backend is None and q.shape[1] <= DECODE_QUERIES and q.shape[1] < k.shape[1]:
-        backend = "materialized"
-    elif backend is None:
-        backend = next((name for name, should in PREFERRED if should(q, mixing)), "blocked")
+    known, n_tokens = backends(), q.shape[0] * q.shape[1]
+    if backend is None:
+        preferred, plain = PREFERRED, "blocked"
+        if q.shape[1] <= DECODE_QUERIES and q.shape[1] < k.shape[1]:
+            preferred, plain = DECODERS if q.shape[1] == 1 else [], "materialized"
+        backend = forms.choose("multi_token_attention", (q, mixing), preferred, LACKS, plain=plain, n_tokens=n_tokens)
     elif backend not in known:
         raise ValueError(f"unknown backend {backend!r}; known: {', '.join(sorted(known))}")
-    elif backend in ABLE and not ABLE[backend](q, mixing):
-        where = f"{q.dtype} on {q.device.type}"
-        raise RuntimeError(f"backend {backend!r} cannot run multi_token_attention here ({where}); pass backend='blocked'")
+    elif backend in LACKS and (why := LACKS[backend](q, mixing)):
+        raise forms.refuse("multi_token_attention", backend, why, "blocked")
     return known[backend]
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from recollect.ops import plugins
+from recollect.ops import forms, plugins
 from recollect.ops.decay import cumulative_log_decay
 
 BACKENDS = ("chunked", "sequential")
@@ -54,6 +54,11 @@ class Recurrence(NamedTuple):
     rule: tuple[Tensor, Tensor] | None = None
 
     @property
+    def op(self) -> str:
+        """What it is called where forms are told."""
+        return "gated_linear_scan" if self.a is None else "delta_scan" if self.rule is None else "delta_rule_scan"
+
+    @property
     def differentiated(self) -> bool:
         """Whether anything here will get a gradient."""
         tensors = (self.q, self.k, self.v, self.a, self.b, self.log_decay, self.strength, self.state)
@@ -63,7 +68,7 @@ class Recurrence(NamedTuple):
 # Faster equals of the token loop on a matrix state add themselves here, each returning y [B, T, H, V] and the last state.
 RECURRENCES: dict[str, Callable[[Recurrence], tuple[Tensor, Tensor]]] = {}
 LACKS: dict[str, Callable[[Recurrence], str]] = {}  # why it cannot run one; "" where it can
-PREFERRED: list[tuple[str, Callable[[Recurrence], bool]]] = []  # where it is the default: the first that says so
+PREFERRED: list[tuple[str, Callable[[Recurrence], bool]]] = []  # whether it is meant for one (`forms.choose`)
 
 
 class Breaks(NamedTuple):
@@ -223,9 +228,11 @@ def by_faster_form(backend: str | None, x: Recurrence) -> tuple[Tensor, Tensor] 
     """
     plugins.load()
     if backend is None:
-        backend = next((name for name, should in PREFERRED if should(x)), None)
-    elif backend in RECURRENCES and (why := LACKS[backend](x)):
-        raise RuntimeError(f"backend {backend!r} cannot run here ({why}); pass backend='chunked'")
+        n_tokens = x.q.shape[0] * x.q.shape[1]
+        backend = forms.choose(x.op, (x,), PREFERRED, LACKS, plain="chunked", n_tokens=n_tokens)
+        return RECURRENCES[backend](x) if backend in RECURRENCES else None  # the plain one is its caller's
+    if backend in RECURRENCES and (why := LACKS[backend](x)):
+        raise forms.refuse(x.op, backend, why, "chunked")
     return RECURRENCES[backend](x) if backend in RECURRENCES else None
 
 

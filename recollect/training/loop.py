@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from recollect.models import set_inner_steps
+from recollect.ops.forms import recorded
 from recollect.tasks.base import IGNORE, Batch
 from recollect.training.carry import Carry
 from recollect.training.checkpoint import Progress, Run, Saving, load_checkpoint, save_checkpoint
@@ -103,7 +104,7 @@ def train(
         data: of this process.
         evaluate: (the LM in eval mode, final=) -> metrics; called before the first step, every `eval_every` steps, at the end.
         eval_every: steps between evaluations; 0 means at the start and end only.
-        report: takes events: {"event": "started" | "note" | "step" | "evaluation" | "saved", "step": int, ...}.
+        report: takes events: {"event": "started" | "note" | "forms" | "step" | "evaluation" | "saved", "step": int, ...}.
         report_seconds: least time between two "step" events.
         saving: where and when checkpoints are written; None: nowhere. The end and a stop write one, too.
         fingerprint: identifies the run; checkpoints of another one are not loaded.
@@ -144,6 +145,7 @@ def train(
     if progress.step == 0:
         look(False)
     module.train()
+    told = False  # which form each op takes, in this process' first step
     while progress.step < config.steps:
         due = saving is not None and _is_due(saving, progress.step - saved_step, time.monotonic() - saved_at)
         stopping, due = _agree(world, should_stop(), due)
@@ -153,12 +155,16 @@ def train(
             save()
         started = time.perf_counter()
         pieces = data.pieces(progress.step)
-        value, norm, n_tokens = update(module, run.optimisers, pieces, config, progress.step, world=world, carry=carry)
+        with recorded() as taken:
+            value, norm, n_tokens = update(module, run.optimisers, pieces, config, progress.step, world=world, carry=carry)
         n_tokens //= copies
         progress.step += 1
         progress.tokens += n_tokens
         progress.seconds += time.perf_counter() - started
         meter.add(value, norm, progress)
+        if taken and not told:
+            report({"event": "forms", "step": progress.step, "forms": [f"{op}: {form}" for op, form in sorted(taken)]})
+        told = True
         final = progress.step == config.steps
         if final or (eval_every and progress.step % eval_every == 0):
             meter.flush(progress)

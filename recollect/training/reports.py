@@ -127,6 +127,8 @@ def describe(event: Event, steps: int) -> str:
         return f"going on from step {step}" if event["resumed"] else ""
     if kind == "note":
         return str(event["note"])
+    if kind == "forms":
+        return f"forms on this device: {', '.join(event['forms'])}"
     if kind == "saved":
         return f"step {step}: checkpoint written"
     if kind == "evaluation":

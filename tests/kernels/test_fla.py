@@ -310,7 +310,7 @@ def test_one_precise_input_keeps_products_precise(here: Calls) -> None:
     named = {name: x.detach().float() for name, x in tokens("linear", "per head").items()} | {
         "q": torch.ones(B, T, H, K).half()
     }
-    with pytest.raises(RuntimeError, match=r"'fla' cannot run here .*these are in torch.float32.*pass backend='chunked'"):
+    with pytest.raises(RuntimeError, match=r"'fla' cannot run .* here: .*these are in torch.float32.*pass backend='chunked'"):
         gated_linear_scan(**named, backend="fla")
 
 
@@ -348,7 +348,7 @@ def test_it_is_never_the_default_on_a_cpu(theirs: Calls) -> None:
         SCANS[kind](**named)
     assert not theirs
     with pytest.raises(
-        RuntimeError, match=r"'fla' cannot run here .*needs a GPU; the inputs are on cpu.*pass backend='chunked'"
+        RuntimeError, match=r"'fla' cannot run .* here: .*needs a GPU; the inputs are on cpu.*pass backend='chunked'"
     ):
         delta_scan(**named, backend="fla")
 
@@ -389,7 +389,7 @@ def test_what_it_cannot_express_is_refused_and_goes_on_as_before(
     """Prevents a call that is silently another recurrence, and a default that fails where there was a form that works."""
     arguments: dict[str, Any] = dict(tokens(kind, decay))
     change(arguments)
-    with pytest.raises(RuntimeError, match=f"'fla' cannot run here .*{why}.*pass backend='chunked'"):
+    with pytest.raises(RuntimeError, match=f"'fla' cannot run .* here: .*{why}.*pass backend='chunked'"):
         SCANS[kind](**arguments, backend="fla")
     for a, b in zip(SCANS[kind](**arguments), SCANS[kind](**arguments, backend="chunked"), strict=True):
         assert torch.equal(a, b)

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from recollect.ops import Mixing, Rows, multi_token_rows
-from recollect.ops.multi_token import document_starts
+from recollect.ops import Mixing, Rows, multi_token, multi_token_rows
+from recollect.ops.multi_token import backends, choose, document_starts
 from tests.kernels.gpu_code import assert_compiles
 from tests.ops.test_multi_token import EXACT, FEW, Case, case_id, case_inputs
 
 pytest.importorskip("triton", reason="triton is not installed (pip install 'recollect[kernels]')")
-from recollect.kernels.triton import can_run, decode
+from recollect.kernels.triton import can_run, decode, meant_attention
 
 pytestmark = pytest.mark.skipif(not can_run(torch.zeros(1)), reason="a GPU: TRITON_INTERPRET is not set")
 
@@ -83,6 +83,20 @@ def test_it_is_one_node_of_a_graph() -> None:
     assert all(torch.equal(a, b) for a, b in zip((out, *after), (expected, *rows_expected), strict=True))
     given = (q, k, v, *mixing, None, *(torch.nn.functional.pad(row, (0, 1)) for row in rows), 0.5, "both")
     torch.library.opcheck(decode._decode, given, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_it_is_the_default_for_one_new_token_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prevents a decoder that has to be asked for; a few tokens at once, and a CPU, go on with the plain form."""
+    chosen = {}
+    for where, meant in (("gpu", lambda q, mixing: True), ("cpu", lambda q, mixing: q.is_cuda)):
+        monkeypatch.setattr(multi_token, "DECODERS", [("triton", meant)])
+        for n in (1, 2):
+            chosen[where, n] = choose(torch.zeros(1, n, 2, 4), torch.zeros(1, 9, 2, 4), Mixing())
+    forms = backends()
+    assert chosen["gpu", 1] is forms["triton"]
+    assert all(form is forms["materialized"] for which, form in chosen.items() if which != ("gpu", 1))
+    monkeypatch.undo()
+    assert ("triton", meant_attention) in multi_token.DECODERS
 
 
 CODE = """

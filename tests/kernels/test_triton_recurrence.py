@@ -99,7 +99,7 @@ def test_it_is_never_the_default_without_a_gpu(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(recurrence, "recurrence", None)
     gated_linear_scan(**named)
     monkeypatch.delenv("TRITON_INTERPRET")
-    with pytest.raises(RuntimeError, match=r"'triton' cannot run here .*pass backend='chunked'"):
+    with pytest.raises(RuntimeError, match=r"'triton' cannot run .* here: .*pass backend='chunked'"):
         gated_linear_scan(**named, backend="triton")
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recollect.ops import Mixing, multi_token_attention, softmax_attention
-from recollect.ops.multi_token import ABLE, backends
+from recollect.ops.multi_token import LACKS, backends
 from tests.ops import naive
 
 EXACT = 1e-12
@@ -20,8 +20,8 @@ EXACT = 1e-12
 
 def runs(form: str, mixing: Mixing) -> bool:
     """Whether `form` takes these learned parts on this machine (the compiled one needs a C compiler and kernels per head)."""
-    can = ABLE.get(form)
-    return can is None or can(torch.zeros(1, 1, 1, 1, dtype=torch.float64), mixing)
+    lacks = LACKS.get(form)
+    return lacks is None or not lacks(torch.zeros(1, 1, 1, 1, dtype=torch.float64), mixing)
 
 
 # Triton's interpreter takes seconds for what the others do in milliseconds: tests/kernels/test_triton_attention.py has its cases.

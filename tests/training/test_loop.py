@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from recollect.evaluation.metrics import score
 from recollect.training.checkpoint import Saving
 from recollect.training.loop import Drawn, NonFiniteLoss, train
+from recollect.training.reports import describe
 from tests.training.tiny import CONFIG, TASK, batch_at, bits, tiny_model
 
 
@@ -104,3 +105,12 @@ def test_training_learns() -> None:
     train(tiny_model(dropout=0.0), config, data=Drawn(batch_at), evaluate=evaluate, report=events.append)
     losses = evaluations(events)
     assert losses[60] < losses[0] - 0.5
+
+
+def test_the_forms_of_the_ops_are_told_once() -> None:
+    """Prevents a record that does not say which kernels a run took: of its first step here, told once."""
+    events = list[dict[str, Any]]()
+    train(tiny_model(), dataclasses.replace(CONFIG, steps=2), data=Drawn(batch_at), report=events.append)
+    (told,) = (event for event in events if event["event"] == "forms")
+    assert told["forms"] in (["multi_token_attention: native"], ["multi_token_attention: blocked"])
+    assert describe(told, 2) == f"forms on this device: {told['forms'][0]}"

@@ -30,7 +30,7 @@ from recollect.bench.contenders import (
 from recollect.bench.floor import Work
 from recollect.bench.setting import Setting
 from recollect.ops import multi_token
-from recollect.ops.multi_token import ABLE, Mixing, backends, choose, multi_token_attention
+from recollect.ops.multi_token import LACKS, Mixing, backends, choose, multi_token_attention
 
 C_Q, C_K = 6, 11
 ABOUT = {
@@ -171,9 +171,7 @@ def lacks(setting: Setting, *, backend: str) -> str:
     if backend == "triton" and setting.kind != "cuda":
         return "runs on a GPU only"
     x = inputs(setting, 1)
-    if backend in ABLE and not ABLE[backend](x.q, x.mixing):
-        return f"cannot run {setting.dtype} on {setting.kind} here"
-    return ""
+    return LACKS[backend](x.q, x.mixing) if backend in LACKS else ""
 
 
 def note(setting: Setting, *, backend: str) -> str:

@@ -26,17 +26,27 @@ def can_run(x: Tensor) -> bool:
     return INSTALLED and (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
 
 
-def can_attend(q: Tensor, mixing: Mixing) -> bool:
-    """Kernels of at most 113 keys, and at most 32 heads mixed."""
+def nowhere(x: Tensor) -> str:
+    """Why kernels cannot run where x lies, "" where they can."""
+    if not INSTALLED:
+        return "triton is not installed: pip install 'recollect[kernels]'"
+    return "" if can_run(x) else f"it runs on a GPU, the inputs are on {x.device.type}"
+
+
+def lacks_attention(q: Tensor, mixing: Mixing) -> str:
+    """Why attention cannot run, "" where it can: kernels of at most 113 keys, and at most 32 heads mixed."""
     kernels = [k for k in (mixing.kq_pre, mixing.kq_post) if k is not None]
     matrices = [m for m in (mixing.head_pre, mixing.head_post) if m is not None]
-    fits = all(k.shape[-1] <= 113 for k in kernels) and all(m.shape[1] <= 32 for m in matrices)
-    return fits and q.dtype in DTYPES and can_run(q)
+    if any(k.shape[-1] > 113 for k in kernels):
+        return "it has kernels of at most 113 keys"
+    if any(m.shape[1] > 32 for m in matrices):
+        return "it mixes at most 32 heads"
+    return nowhere(q) if q.dtype in DTYPES else f"it has no {q.dtype}"
 
 
-def should_attend(q: Tensor, mixing: Mixing) -> bool:
-    """It can, and not in the interpreter."""
-    return q.is_cuda and can_attend(q, mixing)
+def meant_attention(q: Tensor, mixing: Mixing) -> bool:
+    """For a GPU, not for the interpreter."""
+    return q.is_cuda
 
 
 def attend(
@@ -50,12 +60,12 @@ def attend(
 
 def lacks(x: Recurrence) -> str:
     """Why the recurrence cannot run; "" where it can."""
-    return "" if can_run(x.q) else f"{x.q.dtype} on {x.q.device.type}"
+    return nowhere(x.q)
 
 
 def should_recur(x: Recurrence) -> bool:
     """On a GPU, a few tokens that nobody differentiates: one launch instead of a dozen. Longer calls are tiles of matrix products."""
-    return x.q.is_cuda and can_run(x.q) and x.q.shape[1] <= FEW_TOKENS and not x.differentiated
+    return x.q.is_cuda and x.q.shape[1] <= FEW_TOKENS and not x.differentiated
 
 
 def recur(x: Recurrence) -> tuple[Tensor, Tensor]:
@@ -65,14 +75,21 @@ def recur(x: Recurrence) -> tuple[Tensor, Tensor]:
     return recurrence(x.q, x.k, x.v, x.a, x.b, x.log_decay, x.strength, x.state, x.reset, x.on_values)
 
 
-def can_remember(q: Tensor, hidden: int, bias: str, link: str, rule: str) -> bool:
-    """Miras' perceptron memories: fp32 and fp64, sizes that are multiples of 16 and at most 128 (key dim) and 1024 (hidden), and of the
-    biases, links and rules of `recollect.kernels.memory` those that are built in."""
+def lacks_memory(q: Tensor, hidden: int, bias: str, link: str, rule: str) -> str:
+    """Why Miras' perceptron memories cannot run, "" where they can: fp32 and fp64, sizes that are multiples of 16 and at most 128 (key
+    dim) and 1024 (hidden), and of the links and rules of `recollect.kernels.memory` those that are built in, with any bias above."""
     key = q.shape[-1]
-    sizes = key % 16 == 0 and hidden % 16 == 0 and 0 < key <= 128 and 0 < hidden <= 1024
-    return sizes and q.dtype in DTYPES[:2] and (link, rule) in REMEMBERED and bias in BIASES and can_run(q)
+    if key % 16 or hidden % 16 or not 0 < key <= 128 or not 0 < hidden <= 1024:
+        return f"it takes multiples of 16, K up to 128 and hidden sizes up to 1024; these are {key} and {hidden}"
+    if q.dtype not in DTYPES[:2]:
+        return f"it computes in fp32 or fp64, not {q.dtype}"
+    if (link, rule) not in REMEMBERED or bias not in BIASES:
+        return f"it has no rule {rule!r} with weights that are {link!r} and bias {bias!r}"
+    return nowhere(q)
 
 
-def can_remember_matrix(q: Tensor, v: Tensor) -> bool:
-    """Miras' matrix memories: fp32 and fp64, key and value dims of at most 128."""
-    return max(q.shape[-1], v.shape[-1]) <= 128 and q.dtype in DTYPES[:2] and can_run(q)
+def lacks_matrix(q: Tensor, v: Tensor) -> str:
+    """Why Miras' matrix memories cannot run, "" where they can: fp32 and fp64, key and value dims of at most 128."""
+    if max(q.shape[-1], v.shape[-1]) > 128:
+        return f"it takes K and V up to 128; these are {q.shape[-1]} and {v.shape[-1]}"
+    return nowhere(q) if q.dtype in DTYPES[:2] else f"it computes in fp32 or fp64, not {q.dtype}"

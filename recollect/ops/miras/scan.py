@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from recollect.ops import plugins
+from recollect.ops import forms, plugins
 from recollect.ops.miras.checks import check_gates, check_parameters, check_shapes, check_state
 from recollect.ops.miras.chunked import chunked
 from recollect.ops.miras.closed import delta_rule, hebbian, own_scan
@@ -44,8 +44,8 @@ class Call(NamedTuple):
 
 Backend = Callable[[Call], tuple[Tensor, MirasState]]
 BACKENDS: dict[str, Backend] = {}
-# Faster equals register here: can it run this call? And, with its name: is it the default? The first that says so is; else "chunked".
-ABLE: dict[str, Callable[[Call], bool]] = {}
+# Of a faster equal, by its name: why it cannot run a call, "" where it can; and whether it is meant for it (`forms.choose`).
+LACKS: dict[str, Callable[[Call], str]] = {}
 PREFERRED: list[tuple[str, Callable[[Call], bool]]] = []
 
 
@@ -132,13 +132,13 @@ def backends() -> dict[str, Backend]:
 
 
 def _choose(call: Call, backend: str | None) -> Backend:
-    """The form that will run: `backend` if named, else the first preferred one that can, else "chunked"."""
-    known = backends()
+    """The form that will run: `backend` if named, else as `forms.choose` has it."""
+    known, op = backends(), f"scan of memory {call.spec.memory.name!r}"
     if backend is None:
-        backend = next((name for name, should in PREFERRED if should(call)), "chunked")
-    elif backend in ABLE and not ABLE[backend](call):
-        where = f"{call.inputs.q.dtype} on {call.inputs.q.device.type}"
-        raise RuntimeError(f"backend {backend!r} cannot run this spec here ({where}); pass backend='chunked'")
+        n_tokens = call.inputs.q.shape[0] * call.inputs.q.shape[1]
+        backend = forms.choose(op, (call,), PREFERRED, LACKS, plain="chunked", n_tokens=n_tokens)
+    elif backend in LACKS and (why := LACKS[backend](call)):
+        raise forms.refuse(op, backend, why, "chunked")
     return known[backend]
 
 
