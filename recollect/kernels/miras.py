@@ -9,7 +9,7 @@ from torch import Tensor
 
 from recollect.kernels import memory
 from recollect.kernels.memory import Perceptron, Settings, perceptron_scan
-from recollect.kernels.triton import lacks_matrix, lacks_memory
+from recollect.kernels.triton import BIASES, lacks_matrix, lacks_memory
 from recollect.ops.miras.biases import AttentionalBias
 from recollect.ops.miras.inputs import reduced
 from recollect.ops.miras.retentions import NORM_EPS, Retention, q_norm
@@ -181,7 +181,7 @@ def _built_in(call: Call) -> tuple[str, str, str]:
 
 def _settings(spec: MirasSpec, bias: str, link: str, rule: str = "gd") -> Settings:
     """What is the same at every token, by the kernels' names."""
-    sharpness = float(spec.bias.options[0]) if bias == "l1" else 1.0
+    sharpness = float(spec.bias.options[0]) if bias in ("l1", "lp", "l_infinity") else 1.0
     return Settings(spec.chunk_size, bias, sharpness, link, rule, _threshold(spec))
 
 
@@ -223,13 +223,13 @@ def _kept(call: Call, phase: Tensor) -> tuple[Tensor, ...] | None:
 
 
 def _bias(spec: MirasSpec) -> str | None:
-    """The kernel's name of the attentional bias, None if it is not built in."""
+    """The kernels' name of the attentional bias, None if none of them has it."""
     name, options = spec.bias.name, spec.bias.options
-    if name in ("l2", "l1"):
-        return name
-    if name == "lp" and options[0] == 3:
-        return "lp3"
-    return {"coordinate": "huber", "norm": "huber_norm"}.get(str(options[0])) if name == "huber" else None
+    if name == "huber":
+        return {"coordinate": "huber", "norm": "huber_norm"}.get(str(options[0]))
+    if name == "lp":
+        return "lp3" if options[0] == 3 else "lp"
+    return name if name in BIASES else None
 
 
 def _link(spec: MirasSpec) -> str | None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from recollect.ops.miras import MirasSpec, MirasState, Parameters, scan
-from recollect.ops.miras.biases import AttentionalBias, huber, l1, l2, lp
+from recollect.ops.miras.biases import AttentionalBias, huber, l1, l2, l_infinity, lp, pseudo_huber, value_shift
 
 EXACT = 1e-12
 BIASES: dict[str, AttentionalBias] = {
@@ -18,6 +18,11 @@ BIASES: dict[str, AttentionalBias] = {
     "huber": huber(),
     "l1": l1(),
     "huber of the norm": huber("norm"),
+    "lp below 2": lp(1.3),
+    "lp above 3": lp(4.0),
+    "l_infinity": l_infinity(0.3),
+    "pseudo_huber": pseudo_huber(),
+    "value_shift": value_shift(),
 }
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from recollect.kernels import missing, multi_token
+from recollect.kernels import missing, multi_token, triton
 from recollect.kernels.compile import compiler
 from recollect.kernels.dispatch import SlowerFormWarning, recorded
 from recollect.ops import Mixing, forms, multi_token_attention
@@ -18,6 +18,8 @@ from recollect.ops.miras.biases import BIASES
 from recollect.ops.miras.memories import matrix, mlp
 from recollect.ops.miras.retentions import l2 as l2_retention
 from recollect.ops.miras.rules import gd
+from recollect.ops.miras.scan import BACKENDS as SCANS
+from recollect.ops.miras.scan import LACKS, Call
 from recollect.ops.multi_token import choose
 
 needs_compiler = pytest.mark.skipif(compiler() is None, reason="no C compiler on this machine")
@@ -108,6 +110,45 @@ def test_memories_tell_too() -> None:
     assert "scan of memory 'mlp' runs as 'chunked', several times slower than 'native', which cannot: it has no bias" in text
     assert said(lambda: written("l2", 1024)) == []
     assert said(lambda: written("value_shift", 1024, memory=matrix)) == []
+
+
+# Bias and options -> whether a perceptron has it: compiled for a CPU, in Triton.
+BUILT_IN: dict[tuple[str, tuple], tuple[bool, bool]] = {
+    ("dot_product", ()): (False, False),
+    ("l2", ()): (True, True),
+    ("l1", ()): (True, True),
+    ("lp", ()): (True, True),
+    ("lp", (1.5,)): (False, True),
+    ("l_infinity", ()): (False, True),
+    ("huber", ()): (True, True),
+    ("huber", ("norm",)): (True, True),
+    ("huber", ("switch",)): (False, False),
+    ("huber", ("switch_rms",)): (False, False),
+    ("pseudo_huber", ()): (False, True),
+    ("value_shift", ()): (False, True),
+}
+
+
+def test_every_bias_is_listed() -> None:
+    """Prevents a bias from being added without a word on which kernels have it."""
+    assert {name for name, _ in BUILT_IN} == set(BIASES)
+
+
+@needs_compiler
+@pytest.mark.parametrize(("bias", "built_in"), BUILT_IN.items(), ids=lambda x: str(x))
+def test_biases_are_built_in_or_named_in_the_reason(
+    bias: tuple[str, tuple], built_in: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prevents a bias that is refused without being named, or that is taken by a kernel that has no code for it."""
+    monkeypatch.setattr(triton, "nowhere", lambda x: "")
+    name, options = bias
+    calls: list[Call] = []
+    monkeypatch.setitem(SCANS, "chunked", lambda call: calls.append(call) or (call.inputs.v, call.state))
+    written(name, 4, backend="chunked", options=options)
+    for lacks, has in zip((LACKS["native"], LACKS["triton"]), built_in, strict=True):
+        assert (lacks(calls[0]) == "") == has
+        if not has:
+            assert name in lacks(calls[0])
 
 
 @needs_compiler

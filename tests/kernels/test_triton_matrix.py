@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recollect.ops.miras import MirasSpec, Parameters, Retention, scan
-from recollect.ops.miras.biases import AttentionalBias, dot_product, huber, l1, l2, l_infinity
+from recollect.ops.miras.biases import AttentionalBias, dot_product, huber, l1, l2
 from recollect.ops.miras.memories import matrix, mlp
 from recollect.ops.miras.retentions import elastic_net, kl, l2_coupled, logit, lq, none, towards_initial
 from recollect.ops.miras.retentions import l2 as decay
@@ -90,6 +90,13 @@ def results(named: dict[str, Tensor], *arguments: Any, **options: Any) -> list[T
         ("l1", 18, 64, (16, 16, 1)),
         ("huber of the norm", 18, 7, (1, 1, 1)),
         ("huber of the norm", 18, 64, (16, 16, 16)),
+        ("lp below 2", 18, 7, (1, 1, 1)),
+        ("lp above 3", 18, 16, (16, 1, 1)),
+        ("l_infinity", 18, 7, (1, 16, 1)),
+        ("pseudo_huber", 18, 7, (1, 1, 1)),
+        ("pseudo_huber", 18, 64, (1, 1, 16)),
+        ("value_shift", 18, 7, (1, 1, 1)),
+        ("value_shift", 18, 16, (1, 1, 16)),
     ],
 )
 def test_it_equals_the_plain_chunks(bias: str, length: int, chunk: int, widths: tuple[int, int, int]) -> None:
@@ -115,7 +122,9 @@ def test_it_goes_back_over_several_segments(length: int, chunk: int, cuts: tuple
     assert_equal(actual, results(named, chunk, BIASES["lp3"], "chunked"))
 
 
-@pytest.mark.parametrize(("bias", "key", "value"), [("huber", 3, 40), ("huber", 20, 5), ("huber of the norm", 20, 40)])
+@pytest.mark.parametrize(
+    ("bias", "key", "value"), [("huber", 3, 40), ("huber", 20, 5), ("huber of the norm", 20, 40), ("l_infinity", 3, 40)]
+)
 def test_sizes_of_keys_and_values_are_free(bias: str, key: int, value: int) -> None:
     """Prevents entries that pad a tile from being written or summed, and several blocks of rows that miss a part of a sum."""
     named = draw(11, n_heads=2, key=key, value=value, widths=(key, key, 1))
@@ -199,6 +208,17 @@ def test_without_gradients_it_gives_the_same() -> None:
         assert_equal(*(run(named, 16, BIASES["huber"], form) for form in ("triton", "chunked")))
 
 
+@pytest.mark.parametrize("bias", [bias for bias in BIASES if bias not in ("l2", "l1", "huber")])
+def test_perfect_predictions_are_differentiated(bias: str) -> None:
+    """Prevents 0 / 0, or a power of 0, where a residual is exactly zero: half of the tokens, and half of the channels of the others."""
+    named = draw(9)
+    with torch.no_grad():
+        named["first"].zero_()
+        named["v"][:, ::2] = 0
+        named["v"][..., ::2] = 0
+    assert_equal(*(results(named, 16, BIASES[bias], form) for form in ("triton", "chunked")))
+
+
 @pytest.mark.parametrize("bias", list(BIASES))
 def test_error_in_single_precision_is_at_most_twice_the_plain_chunks(bias: str) -> None:
     """Prevents sums or gates in less than fp32: mean error of three draws, each result and gradient."""
@@ -227,7 +247,6 @@ def test_it_is_never_the_default_without_a_gpu(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     "choice",
     [
-        {"bias": l_infinity()},
         {"bias": dot_product()},
         {"retention": logit()},
         {"rule": momentum()},
@@ -266,6 +285,8 @@ for kernel in (prepare, finish_back, walk, walk_back):
     check(kernel, "fp32", PRECISION="tf32x3", BIAS=4, **every)
     if SIMPLEX:
         check(kernel, "fp32", PRECISION="tf32x3", BIAS=2, **{**every, "ALPHA_WIDE": False, "LINK": 2})
+for bias in (5, 6, 7, 8):
+    check(walk, "fp32", PRECISION="tf32x3", BIAS=bias, **every)
 for kernel in (walk, walk_back):
     check(kernel, "fp64", PRECISION="ieee", BIAS=2, **{**every, "DELTA_WIDE": False})
 """

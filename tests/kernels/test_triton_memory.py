@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recollect.ops.miras import MirasSpec, Parameters, Retention, scan
-from recollect.ops.miras.biases import AttentionalBias, huber, l2, l_infinity, lp
+from recollect.ops.miras.biases import AttentionalBias, dot_product, huber, l2, lp
 from recollect.ops.miras.memories import mlp
 from recollect.ops.miras.retentions import elastic_net, kl, lq
 from recollect.ops.miras.retentions import l2 as decay
@@ -95,7 +95,18 @@ def results(named: dict[str, Tensor], *arguments: Any, **options: Any) -> list[T
 
 @pytest.mark.parametrize(
     ("bias", "length", "chunk", "width"),
-    [("l2", 35, 16, 1), ("lp3", 21, 5, SIZE), ("huber", 37, 64, SIZE), ("l1", 18, 64, 1), ("huber of the norm", 18, 7, 1)],
+    [
+        ("l2", 35, 16, 1),
+        ("lp3", 21, 5, SIZE),
+        ("huber", 37, 64, SIZE),
+        ("l1", 18, 64, 1),
+        ("huber of the norm", 18, 7, 1),
+        ("lp below 2", 18, 7, 1),
+        ("lp above 3", 18, 16, SIZE),
+        ("l_infinity", 18, 7, SIZE),
+        ("pseudo_huber", 18, 7, SIZE),
+        ("value_shift", 18, 16, 1),
+    ],
 )
 def test_it_equals_the_plain_chunks(bias: str, length: int, chunk: int, width: int) -> None:
     """Prevents a gradient point, a decay or a second-order term that is lost between pieces and chunks; one bias each."""
@@ -194,6 +205,13 @@ def test_key_dims_that_are_no_power_of_two(model: str) -> None:
     assert_equal(actual, expected, 3e-12 if model == "memora" else EXACT)
 
 
+@pytest.mark.parametrize("bias", ["l_infinity", "value_shift"])
+def test_biases_over_channels_leave_out_what_pads_them(bias: str) -> None:
+    """Prevents columns that pad a tile to a power of two from entering a bias' softmax or mean."""
+    named = draw(11, n_heads=2, size=48)
+    assert_equal(*(results(named, 7, BIASES[bias], form) for form in ("triton", "chunked")))
+
+
 @pytest.mark.parametrize("model", ["yaad", "memora", "titans"])
 def test_it_can_be_compiled_as_one_graph(model: str) -> None:
     """Prevents an op that breaks torch.compile's graph, or whose fake has other shapes than it."""
@@ -221,7 +239,7 @@ def test_it_is_never_the_default_without_a_gpu(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     "choice",
     [
-        {"bias": l_infinity()},
+        {"bias": dot_product()},
         {"retention": kl(2.0)},
         {"rule": omega()},
         {"memory": mlp(expansion=1, activation="silu")},
@@ -321,7 +339,7 @@ for kernel in some:
 for kernel in others:
     check(kernel, "fp32", PRECISION="tf32x3", **mixed_up)
     check(kernel, "fp64", PRECISION="ieee", **mixed_up)
-for bias in range(5) if PART == "walk" else ():
+for bias in range(9) if PART == "walk" else ():
     check(probe, "fp32", BIAS=bias)
 """
 

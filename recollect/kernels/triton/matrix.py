@@ -20,7 +20,8 @@ import torch
 import triton
 from torch import Tensor
 
-from recollect.kernels.memory import BIASES, LINKS, Settings
+from recollect.kernels.memory import LINKS, Settings
+from recollect.kernels.triton import BIASES, OVER_CHANNELS
 from recollect.kernels.triton.matrix_tokens import finish_back, prepare
 from recollect.kernels.triton.matrix_walk import walk, walk_back
 from recollect.kernels.triton.pieces import SEGMENT, TOKENS, cut
@@ -65,7 +66,11 @@ class _Plan:
     def walks(self, bias: int, sharpness: float, threshold: float) -> tuple[tuple[int, int], dict[str, Any]]:
         """The grid of a walk, and its options: rows meet where a bias or the link takes a norm over them."""
         width = _width(self.value)
-        rows = width if bias == BIASES["huber_norm"] or self.every["LINK"] == LINKS["scaled"] else min(ROWS, width)
+        rows = (
+            width
+            if bias in {BIASES[name] for name in OVER_CHANNELS} or self.every["LINK"] == LINKS["scaled"]
+            else min(ROWS, width)
+        )
         kinds = {"VALUE": self.value, "BV": rows, "BIAS": bias, "SHARPNESS": sharpness, "THRESHOLD": threshold}
         grid = (self.n_programs, triton.cdiv(self.value, rows))
         return grid, {**self.every, **self.given, **kinds, "num_warps": WARPS if rows <= ROWS else 2 * WARPS}

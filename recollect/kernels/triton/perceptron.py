@@ -19,7 +19,8 @@ import torch
 import triton
 from torch import Tensor
 
-from recollect.kernels.memory import BIASES, LINKS, Perceptron, Settings
+from recollect.kernels.memory import LINKS, Perceptron, Settings
+from recollect.kernels.triton import BIASES
 from recollect.kernels.triton.perceptron_mixture import finish_mixed, finish_mixed_back, prepare_mixed, prepare_mixed_back
 from recollect.kernels.triton.perceptron_tokens import finish, finish_back, prepare, prepare_back
 from recollect.kernels.triton.perceptron_walk import walk

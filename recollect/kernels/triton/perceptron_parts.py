@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-L2, LP3, HUBER, L1, HUBER_NORM = (tl.constexpr(n) for n in range(5))
+L2, LP3, HUBER, L1, HUBER_NORM, LP, L_INFINITY, PSEUDO_HUBER, VALUE_SHIFT = (tl.constexpr(n) for n in range(9))
 EPS = tl.constexpr(1e-6)  # of norms and of biases
 IDENTITY, SCALED, SIMPLEX = (tl.constexpr(n) for n in range(3))  # links
 LEAST = tl.constexpr(1e-8)  # of a matrix' norm
@@ -221,8 +221,19 @@ def normalised_back(d, unit, rate, KEY: tl.constexpr, KW: tl.constexpr):
 
 
 @triton.jit
+def _worst(r, KEY: tl.constexpr, TEMPERATURE: tl.constexpr):
+    """The softmax of (r, -r) / temperature over the channels of each row: its two halves, their sum and their difference."""
+    inside = (tl.arange(0, r.shape[1]) < KEY)[None, :]
+    most = tl.max(tl.abs(r), axis=1)[:, None]
+    up = tl.where(inside, tl.exp((r - most) / TEMPERATURE), 0.0)
+    down = tl.where(inside, tl.exp((-r - most) / TEMPERATURE), 0.0)
+    total = tl.sum(up + down, axis=1)[:, None]
+    return (up + down) / total, (up - down) / total
+
+
+@triton.jit
 def phi(r, delta, KEY: tl.constexpr, BIAS: tl.constexpr, SHARPNESS: tl.constexpr):
-    """The bias' gradient at residuals r."""
+    """The bias' gradient at residuals r. SHARPNESS: the number that a bias has, LP's exponent, L_INFINITY's temperature."""
     if BIAS == LP3:
         value = r * tl.sqrt(r * r + EPS)
     elif BIAS == L1:
@@ -232,6 +243,16 @@ def phi(r, delta, KEY: tl.constexpr, BIAS: tl.constexpr, SHARPNESS: tl.constexpr
     elif BIAS == HUBER_NORM:
         size, threshold = tl.sqrt(tl.sum(r * r, axis=1) + EPS), tl.sum(delta, axis=1) / KEY
         value = r * tl.minimum(threshold / size, 1.0)[:, None]
+    elif BIAS == LP:
+        value = r * tl.exp((SHARPNESS / 2 - 1) * tl.log(r * r + EPS))
+    elif BIAS == L_INFINITY:
+        _, value = _worst(r, KEY, SHARPNESS)
+    elif BIAS == PSEUDO_HUBER:
+        ratio = r / tl.maximum(delta, EPS)
+        value = r / tl.sqrt(1 + ratio * ratio)
+    elif BIAS == VALUE_SHIFT:
+        size, radius = tl.sqrt(tl.sum(r * r, axis=1) + EPS), tl.sum(delta, axis=1) / KEY
+        value = r * (1 + radius / size)[:, None]
     else:
         value = r
     return value
@@ -257,6 +278,23 @@ def phi_back(d, r, delta, KEY: tl.constexpr, BIAS: tl.constexpr, SHARPNESS: tl.c
         along = (tl.sum(r * d, axis=1) / size)[:, None]
         d_r = tl.where(beyond, (threshold / size)[:, None] * (d - r * along / size[:, None]), d)
         d_delta = tl.where(beyond, along / KEY, 0.0) + d_delta
+    elif BIAS == LP:
+        square = r * r + EPS
+        d_r = d * tl.exp((SHARPNESS / 2 - 1) * tl.log(square)) * (1 + (SHARPNESS - 2) * (r * r / square))
+    elif BIAS == L_INFINITY:
+        both, value = _worst(r, KEY, SHARPNESS)
+        d_r = (both * d - value * tl.sum(value * d, axis=1)[:, None]) / SHARPNESS
+    elif BIAS == PSEUDO_HUBER:
+        ratio = r / tl.maximum(delta, EPS)
+        rate = 1 / tl.sqrt(1 + ratio * ratio)
+        slope = ratio * rate
+        d_r = d * rate * rate * rate
+        d_delta = tl.where(delta >= EPS, d * slope * slope * slope, 0.0)
+    elif BIAS == VALUE_SHIFT:
+        size, radius = tl.sqrt(tl.sum(r * r, axis=1) + EPS), tl.sum(delta, axis=1) / KEY
+        share, along = (radius / size)[:, None], (tl.sum(r * d, axis=1) / size)[:, None]
+        d_r = d + share * (d - r * along / size[:, None])
+        d_delta = along / KEY + d_delta
     else:
         d_r = d
     return d_r, d_delta
