@@ -49,6 +49,7 @@ def assert_equal(actual: list[Tensor], expected: list[Tensor], tolerance: float 
 
 
 FORMS = ("triton", "materialized")
+PROMISES = ("test_schema", "test_faketensor")
 
 
 def leaves(case: Case, length: int) -> tuple[dict[str, Tensor], dict]:
@@ -206,7 +207,14 @@ def test_it_can_be_compiled_as_one_graph() -> None:
     assert_equal(everything(named, lambda: [compiled(**named)]), everything(named, lambda: [run(**named)]), 0.0)
     inputs = [x.detach() for x in named.values()]
     rows = torch.zeros(2, 4, 5, 6, dtype=torch.float64)
-    torch.library.opcheck(multi_token._forward, (*inputs[:4], None, inputs[4], None, None, rows, rows, 0.5, "both", 0.0, 0))
+    given = (*inputs[:4], None, inputs[4], None, None, rows, rows, 0.5, "both", 0.0, 0, 0)
+    torch.library.opcheck(torch.ops.recollect.multi_token.default, given)
+    out, lse, raw, weights = torch.ops.recollect.multi_token.default(*given)
+    back = torch.ops.recollect.multi_token_backward.default
+    grads = (x.detach().cos() for x in (out, raw, weights))
+    torch.library.opcheck(
+        back, (*grads, lse.detach(), *(x.detach() if isinstance(x, Tensor) else x for x in given)), test_utils=PROMISES
+    )
 
 
 def test_it_is_never_the_default_without_a_gpu() -> None:

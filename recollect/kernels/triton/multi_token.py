@@ -21,6 +21,7 @@ from recollect.kernels.triton import softmax, stencil
 from recollect.kernels.triton.decode import can_decode, decode
 from recollect.kernels.triton.stencil import Frame
 from recollect.ops.multi_token import Mixing, Rows, Settings, blocked, dropout_mask, key_padding, read, scores
+from recollect.ops.operators import Inputs, operator
 
 BLOCK_ENTRIES = 2**22  # of one map of a block: three maps of it fit the last-level cache of a large GPU
 
@@ -255,91 +256,24 @@ def exact_products(x: Tensor) -> torch.autocast:
     return torch.autocast(x.device.type, enabled=False)
 
 
-@torch.library.custom_op("recollect::multi_token", mutates_args=())
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    kq_pre: Tensor | None,
-    head_pre: Tensor | None,
-    kq_post: Tensor | None,
-    head_post: Tensor | None,
-    start: Tensor | None,
-    raw: Tensor | None,
-    weights: Tensor | None,
-    scale: float,
-    pad_key: str,
-    dropout_p: float,
-    seed: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    mixing, settings = Mixing(kq_pre, head_pre, kq_post, head_post), Settings(scale, pad_key, dropout_p, seed)
-    with exact_products(q):
-        out, lse, last = forward(Call(q, k, v, mixing, settings, start, Rows(raw, weights)))
-    missing = q.new_empty(0)
-    return out, lse, missing if last.raw is None else last.raw, missing.clone() if last.weights is None else last.weights
+def _ahead(call: Inputs) -> tuple[Tensor, Tensor, Rows]:
+    """Outputs, log-sum-exps and the rows to carry on with."""
+    with exact_products(call.q):
+        return forward(Call(call.q, call.k, call.v, call.mixing, call.settings, call.start, call.rows))
 
 
-@_forward.register_fake
-def _(q, k, v, kq_pre, head_pre, kq_post, head_post, start, raw, weights, scale, pad_key, dropout_p, seed):
-    batch, n_queries, n_heads, _ = q.shape
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    rows = (q.new_empty(0) if x is None else x.new_empty(x.shape, dtype=dtype) for x in (raw, weights))
-    return q.new_empty(*q.shape[:3], v.shape[-1]), q.new_empty(batch, n_heads, n_queries, dtype=dtype), *rows
-
-
-@torch.library.custom_op("recollect::multi_token_backward", mutates_args=())
-def _backward(
-    grad_out: Tensor,
-    grad_raw: Tensor | None,
-    grad_weights: Tensor | None,
-    lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    kq_pre: Tensor | None,
-    head_pre: Tensor | None,
-    kq_post: Tensor | None,
-    head_post: Tensor | None,
-    start: Tensor | None,
-    raw: Tensor | None,
-    weights: Tensor | None,
-    scale: float,
-    pad_key: str,
-    dropout_p: float,
-    seed: int,
-) -> list[Tensor]:
-    mixing, settings = Mixing(kq_pre, head_pre, kq_post, head_post), Settings(scale, pad_key, dropout_p, seed)
-    call = Call(q, k, v, mixing, settings, start, Rows(raw, weights))
-    grads = Gradients(call, grad_out, grad_raw, grad_weights)
-    with exact_products(q):
+def _back(given: Inputs, lse: Tensor, grad_out: Tensor, grad_rows: Rows) -> list[Tensor]:
+    """Gradients of q, k, v and the learned parts."""
+    call = Call(given.q, given.k, given.v, given.mixing, given.settings, given.start, given.rows)
+    grads = Gradients(call, grad_out, *grad_rows)
+    with exact_products(given.q):
         backward(call, lse, grads)
     names = ("kernel_pre", "matrix_pre", "kernel_post", "matrix_post")
-    parts = [grads.sums[name].to(x.dtype) for name, x in zip(names, mixing, strict=True) if x is not None]
-    return [grads.q, grads.k.to(k.dtype), grads.v.to(v.dtype), *parts]
+    parts = [grads.sums[name].to(x.dtype) for name, x in zip(names, given.mixing, strict=True) if x is not None]
+    return [grads.q, grads.k.to(given.k.dtype), grads.v.to(given.v.dtype), *parts]
 
 
-@_backward.register_fake
-def _(grad_out, grad_raw, grad_weights, lse, q, k, v, kq_pre, head_pre, kq_post, head_post, *rest):
-    return [x.new_empty(x.shape) for x in (q, k, v, kq_pre, head_pre, kq_post, head_post) if x is not None]
-
-
-def _keep(ctx, inputs, output):
-    *tensors, ctx.scale, ctx.pad_key, ctx.dropout_p, ctx.seed = inputs
-    ctx.save_for_backward(output[1], *tensors)
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate(ctx, grad_out, _, grad_raw, grad_weights):
-    lse, q, k, v, *rest = ctx.saved_tensors
-    *mixing, _, raw, weights = rest
-    if grad_out is None:
-        grad_out = q.new_zeros(*q.shape[:3], v.shape[-1])
-    carried = (None if x is None else grad for x, grad in ((raw, grad_raw), (weights, grad_weights)))
-    grads = iter(_backward(grad_out, *carried, lse, q, k, v, *rest, ctx.scale, ctx.pad_key, ctx.dropout_p, ctx.seed))
-    return *(None if x is None else next(grads) for x in (q, k, v, *mixing)), *(None for _ in range(7))
-
-
-_forward.register_autograd(_differentiate, setup_context=_keep)
+_run = operator("multi_token", _ahead, _back, keeps=True, of_rows=False)
 
 
 def fused(
@@ -350,5 +284,4 @@ def fused(
         return decode(q, k, v, mixing, settings, start, rows)
     if torch.is_grad_enabled() and any(row is not None and row.requires_grad for row in rows):
         return blocked(q, k, v, mixing, settings, start, rows)
-    out, _, raw, weights = _forward(q, k, v, *mixing, start, *rows, *settings)
-    return out, Rows(None if rows.raw is None else raw, None if rows.weights is None else weights)
+    return _run(Inputs(q, k, v, mixing, start, rows, settings, 0))
