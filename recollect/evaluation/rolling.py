@@ -53,15 +53,16 @@ def windows(lead: list[int], parts: Iterable[NDArray[Any]], length: int, overlap
 
 
 def depths(n: int, length: int | None, overlap: int) -> NDArray[np.int64]:
-    """How many of a text's tokens the model reads before each of n: int64 [n]; all where the context has no limit (None)."""
+    """Places of a text's n tokens in the windows that predict them: int64 [n], 0 .. length - 1, each from one token more than that;
+    in the text itself where the context has no limit (None)."""
     before = np.arange(n)
     if length is None or not n:
         return before
     step = length - overlap
     window = before // step
-    first = np.maximum(window * step - overlap - 1, 0)  # a window begins with tokens of the one before
+    first = np.maximum(window * step - overlap, 0)  # a window begins with tokens of the one before
     if n % step:
-        first[window == window[-1]] = max(0, n - length - 1)  # the last one is filled up
+        first[window == window[-1]] = max(0, n - length)  # the last one is filled up
     return before - first
 
 

@@ -27,7 +27,7 @@ class Perplexity(Suite):
 
     A recollect model carries its state through a document, so that its tokens are predicted from all before them; a model with a
     limited context (or --context) reads windows of that length, each of which sees `overlap` tokens of the one before. A position
-    counts the tokens of the text that a token is predicted from, so it never exceeds the context. A guess gives every token of the
+    is that in the window, so it stays below the context's length. A guess gives every token of the
     vocabulary the same probability.
 
     Attributes:
