@@ -32,6 +32,9 @@ typedef uint32_t word;
 
 typedef real vec __attribute__((vector_size(BYTES)));
 typedef word uvec __attribute__((vector_size(BYTES)));
+#ifndef REAL64
+typedef int32_t ivec __attribute__((vector_size(BYTES)));
+#endif
 typedef real loose __attribute__((vector_size(BYTES), aligned(sizeof(real)), may_alias));
 #define LOAD(p) ((vec)(*(const loose *)(p)))
 #define STORE(p, v) (*(loose *)(p) = (loose)(v))
@@ -69,6 +72,28 @@ INLINE vec exp_of(vec x) {
     uvec power = ((uvec)t - (uvec)magic + 127) << 23; /* unsigned: far below -87 it wraps */
     return (vec)((uvec)(p * (vec)power) & ~(uvec)(x <= -87.0f)); /* a NaN stays one */
 #endif
+}
+
+/* x^e for x >= 0, within |e log x| roundings; 0^e is 0. */
+INLINE vec power_of(vec x, real e) {
+    vec y;
+#ifdef REAL64
+    for (int i = 0; i < LANES; i++) y[i] = pow(x[i], e);
+#else
+    /* log x = n log 2 + 2 atanh(s), s = (m - 1) / (m + 1), the mantissa m within a factor sqrt(2) of 1 */
+    const uvec bits = (uvec)x - 0x3f3504f3u, n = (uvec)((ivec)bits >> 23);
+    const vec m = (vec)((bits & 0x7fffffu) + 0x3f3504f3u), s = (m - 1) / (m + 1), ss = s * s;
+    vec log = ss * 0.22222222222222f + 0.28571428571429f;
+    log = log * ss + 0.4f;
+    log = log * ss + 0.66666666666667f;
+    log = (log * ss + 2) * s + __builtin_convertvector((ivec)n, vec) * 0.693147180559945f;
+    const vec z = e * log;
+    const uvec grows = (uvec)(z > 0);
+    y = exp_of((vec)((uvec)z ^ (grows & 0x80000000u)));
+    y = (vec)(((uvec)(1 / y) & grows) | ((uvec)y & ~grows));
+    y = (vec)((uvec)y & ~(uvec)(x <= 0)) + (x - x); /* what is no number, or infinite, stays no number */
+#endif
+    return y;
 }
 
 INLINE real sum_of(vec x) {

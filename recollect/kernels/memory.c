@@ -36,8 +36,11 @@
 #define BIAS_EPS ((real)1e-6)
 #define LINK_EPS ((real)1e-8)
 
-enum { L2, LP3, HUBER, L1, HUBER_NORM };
-#define HAS_DELTA (BIAS == HUBER || BIAS == HUBER_NORM)
+enum { L2, LP3, HUBER, L1, HUBER_NORM, LP, L_INFINITY, PSEUDO_HUBER, VALUE_SHIFT };
+#define OVER_CHANNELS (BIAS == HUBER_NORM || BIAS == L_INFINITY || BIAS == VALUE_SHIFT) /* a channel's gradient has all residuals */
+#define DELTA_ALONE (BIAS == HUBER || BIAS == PSEUDO_HUBER)                          /* a threshold for each channel */
+#define DELTA_MEAN (BIAS == HUBER_NORM || BIAS == VALUE_SHIFT)                       /* one for all: their mean counts */
+#define HAS_DELTA (DELTA_ALONE || DELTA_MEAN)
 enum { IDENTITY, SCALED, SIMPLEX };
 enum { OUT = LINK == SIMPLEX }; /* index of W_out's decay, W_in's being at 0: SIMPLEX has one number per token for W_in */
 enum { CHUNK = 1, DOCUMENT = 2 };
@@ -51,7 +54,9 @@ typedef struct {
     ptrdiff_t batch, heads, length, rows, segments;           /* rows: of the table, per batch element */
     ptrdiff_t eta_channels, alpha_channels, delta_channels;   /* 1 or KEY */
     int threads;
-    double sharpness;
+    double sharpness;                                         /* the number that a bias has: L1's sharpness, LP's p, L_INFINITY's temperature */
+    double exponent;                                          /* q of link SCALED */
+    int capped;                                               /* link SCALED: leave matrices inside the radius as they are */
     const int32_t *order;                                     /* [batch][length] tokens that count, in order */
     const int32_t *n_entries, *closed;                        /* [batch]; closed: the last chunk is full */
     const Entry *table;                                       /* [batch][rows] */
@@ -84,7 +89,7 @@ typedef real hidden[HIDDEN][TOKENS] __attribute__((aligned(64)));
 typedef real square[TOKENS][TOKENS] __attribute__((aligned(64)));
 typedef real line[KEY] __attribute__((aligned(64)));
 
-typedef struct { real factor, bend, by_delta; } Bend; /* of HUBER_NORM, see huber_norm */
+typedef struct { real bend, by_delta; } Bend; /* see over_channels */
 
 /* What a piece writes with; kept from the replay to the backward pass. */
 typedef struct {
@@ -191,6 +196,8 @@ INLINE real total_of(const real *a) {
 
 INLINE vec where(uvec mask, vec yes, vec no) { return (vec)(((uvec)yes & mask) | ((uvec)no & ~mask)); }
 
+INLINE vec largest_of(vec a, vec b) { return where((uvec)(a > b), a, b); }
+
 INLINE vec root(vec x) {
     vec y;
     for (int i = 0; i < LANES; i++) y[i] = sizeof(real) == 4 ? sqrtf((float)x[i]) : sqrt(x[i]);
@@ -212,20 +219,30 @@ INLINE void gelu(vec x, vec *value, vec *slope, vec *curve) {
     if (curve) *curve = w * (2 * z1 + x * ((1 - 2 * s) * z1 * z1 + 6 * c * a * x));
 }
 
-/* Gradient of a bias that acts on every channel alone at residual r, its derivative by r and by delta. HUBER_NORM is not one: r. */
-INLINE void bias(vec r, vec delta, real sharpness, vec *value, vec *slope, vec *by_delta) {
+/* Gradient of a bias that acts on every channel alone at residual r, its derivative by r and by delta. Of others: r. */
+INLINE void bias(vec r, vec delta, real number, vec *value, vec *slope, vec *by_delta) {
     *by_delta = splat(0);
-    if (BIAS == L2 || BIAS == HUBER_NORM) {
+    if (BIAS == L2 || OVER_CHANNELS) {
         *value = r;
         *slope = splat(1);
     } else if (BIAS == LP3) {
         const vec size = root(r * r + BIAS_EPS);
         *value = r * size;
         *slope = size + r * r / size;
+    } else if (BIAS == LP) {
+        const vec squared = r * r + BIAS_EPS, weight = power_of(squared, number / 2 - 1);
+        *value = r * weight;
+        *slope = weight * (1 + (number - 2) * (r * r / squared));
     } else if (BIAS == L1) {
-        const vec s = sigmoid(2 * sharpness * r);
+        const vec s = sigmoid(2 * number * r);
         *value = 2 * s - 1;
-        *slope = 4 * sharpness * s * (1 - s);
+        *slope = 4 * number * s * (1 - s);
+    } else if (BIAS == PSEUDO_HUBER) {
+        const uvec tight = (uvec)(delta < BIAS_EPS);
+        const vec ratio = r / where(tight, splat(BIAS_EPS), delta), rate = 1 / root(1 + ratio * ratio), cube = rate * rate * rate;
+        *value = r * rate;
+        *slope = cube;
+        *by_delta = where(tight, splat(0), ratio * ratio * ratio * cube);
     } else {
         const uvec above = (uvec)(r > delta), below = (uvec)(r < -delta);
         *value = where(above, delta, where(below, -delta, r));
@@ -234,14 +251,38 @@ INLINE void bias(vec r, vec delta, real sharpness, vec *value, vec *slope, vec *
     }
 }
 
-/* r min(1, delta / |r|), delta the mean over the channels: scales r in place. Beyond the threshold the pullback of d is factor d -
- * r (r . d) bend in what is left of r, and (r . d) by_delta. */
-INLINE Bend huber_norm(real *r, const real *delta) {
-    const real size = (real)sqrt(dot(r, r) + BIAS_EPS), threshold = total_of(delta) / KEY;
-    if (size <= threshold || !(threshold > 0)) return (Bend){1, 0, 0}; /* padding has no threshold */
-    const real factor = threshold / size;
-    EACH(c) STORE(r + c, LOAD(r + c) * factor);
-    return (Bend){factor, 1 / (factor * size * size), 1 / (factor * size)};
+/* The gradient of a bias over all channels, in place of residuals r. Its pullback of d is slope d - r (r . d) bend in what is left of r,
+ * and (r . d) by_delta to the mean of delta, which is read where the bias has one.
+ * HUBER_NORM: r min(1, mean / |r|). VALUE_SHIFT: r (1 + mean / |r|). L_INFINITY: the first half of the softmax of (r, -r) / temperature
+ * less its second half. */
+INLINE Bend over_channels(real *r, const real *delta, real temperature, real *slope) {
+    if (BIAS == L_INFINITY) {
+        vec most = splat(0), total = splat(0);
+        real top = 0;
+        EACH(c) most = largest_of(most, largest_of(LOAD(r + c), -LOAD(r + c)));
+        for (int i = 0; i < LANES; i++) top = most[i] > top ? most[i] : top;
+        EACH(c) {
+            const vec up = exp_of((LOAD(r + c) - top) / temperature), down = exp_of((-LOAD(r + c) - top) / temperature);
+            total += up + down;
+            STORE(r + c, up - down);
+            STORE(slope + c, up + down);
+        }
+        const real share = 1 / sum_of(total);
+        EACH(c) {
+            STORE(r + c, LOAD(r + c) * share);
+            STORE(slope + c, LOAD(slope + c) * (share / temperature));
+        }
+        return (Bend){1 / temperature, 0};
+    }
+    const real size = (real)sqrt(dot(r, r) + BIAS_EPS), mean = total_of(delta) / KEY;
+    const int inside = BIAS == HUBER_NORM && (size <= mean || !(mean > 0)); /* padding has no threshold */
+    const real factor = inside ? 1 : BIAS == HUBER_NORM ? mean / size : 1 + mean / size;
+    EACH(c) {
+        STORE(r + c, LOAD(r + c) * factor);
+        STORE(slope + c, splat(factor));
+    }
+    if (inside) return (Bend){0, 0};
+    return (Bend){mean / (size * size * size * factor * factor), 1 / (factor * size)};
 }
 
 /* unit = (u - mean) / sqrt(variance + eps) of a row times `factor`; its rate. */
@@ -290,8 +331,8 @@ static void store(const Place *p, const wide in, real *to, ptrdiff_t channels) {
 /* ---- the link: weights of a state, and what reads inside the chunk use ---- */
 
 /* The state at the start of a chunk, and its weights: where the chunk's gradients are taken.
- * SCALED: weights = factor * dual, per matrix, factor = min(1, radius / (norm + eps))^2, norm the l_4 norm; all reads of the chunk are
- * scaled by the same factor.
+ * SCALED: weights = factor * dual, per matrix, factor = min(1, radius / (norm + eps))^(q - 2), norm the l_q norm (not capped: no min);
+ * all reads of the chunk are scaled by the same factor.
  * SIMPLEX: weights = I softmax(dual) - 1 along the I inputs of each row. The 1 is added to the products: once for W_in, never for W_out,
  * where the norm takes it away. Reads of the chunk multiply with decay * weights + (what dual has gained, less the mean of each row). */
 typedef struct {
@@ -301,8 +342,14 @@ typedef struct {
 
 INLINE real factor_of(const Point *point, int half) { return LINK == SCALED ? point->factor[half] : 1; }
 
-/* The l_4 norm of a matrix: in units of its largest entry, whose fourth power may not be a number. */
-static real norm_of(const real *x) {
+/* |x|^e of an entry of a matrix, in units of the largest one. */
+INLINE vec entry_power(vec unit, real e) {
+    if (e == 2) return unit * unit;
+    return power_of(where((uvec)(unit < 0), -unit, unit), e);
+}
+
+/* The l_q norm of a matrix: in units of its largest entry, whose power may not be a number. */
+static real norm_of(const real *x, const real q) {
     vec most = splat(0), total = splat(0);
     real largest = 0;
     for (ptrdiff_t n = 0; n < AREA; n += LANES) {
@@ -312,15 +359,13 @@ static real norm_of(const real *x) {
     for (int i = 0; i < LANES; i++) largest = most[i] > largest ? most[i] : largest;
     if (largest == 0) return 0;
     for (ptrdiff_t n = 0; n < AREA; n += LANES) {
-        const vec unit = LOAD(x + n) / largest, square = unit * unit;
-        total += square * square;
+        const vec unit = LOAD(x + n) / largest;
+        total += unit * unit * entry_power(unit, q - 2);
     }
-    return largest * (real)sqrt(sqrt(sum_of(total)));
+    return largest * (real)pow(sum_of(total), 1 / q);
 }
 
 #define ROW(n, o) ((n) + (o) * KEY)
-
-INLINE vec largest_of(vec a, vec b) { return where((uvec)(a > b), a, b); }
 
 /* out = I softmax(x) - 1 along the inputs of each row: W_in's KEY, W_out's HIDDEN. */
 static void softmax(const real *x, real *out) {
@@ -463,8 +508,9 @@ INLINE Point point_at(const Place *p, const real *dual, real *room) {
     Point point = {dual, LINK == IDENTITY ? dual : room, {1, 1}, {0, 0}};
     if (LINK == SIMPLEX) softmax(dual, room);
     if (LINK == SCALED) for (int half = 0; half < 2; half++) {
-        const real norm = norm_of(dual + half * AREA), ratio = p->call->radius[p->head * 2 + half] / (norm + LINK_EPS);
-        const real factor = ratio < 1 ? ratio * ratio : 1;
+        const real q = (real)p->call->exponent, norm = norm_of(dual + half * AREA, q);
+        const real ratio = p->call->radius[p->head * 2 + half] / (norm + LINK_EPS);
+        const real factor = ratio < 1 || !p->call->capped ? (real)pow(ratio, q - 2) : 1;
         for (ptrdiff_t n = half * AREA; n < (half + 1) * AREA; n += LANES) STORE(room + n, LOAD(dual + n) * factor);
         point.factor[half] = factor;
         point.norm[half] = norm;
@@ -522,15 +568,15 @@ static void write_piece(const Place *p, const real *anchor, Writes *w, const int
         EACH(c) {
             const vec gain = LOAD(scale + c), unit = LOAD(w->unit[t] + c);
             vec value, slope, by_delta;
-            bias(LOAD(w->k[t] + c) + gain * unit + LOAD(shift + c) - LOAD(v[t] + c), BIAS == HUBER ? LOAD(delta[t] + c) : splat(0), call->sharpness,
-                 &value, &slope, &by_delta);
+            bias(LOAD(w->k[t] + c) + gain * unit + LOAD(shift + c) - LOAD(v[t] + c), DELTA_ALONE ? LOAD(delta[t] + c) : splat(0),
+                 (real)call->sharpness, &value, &slope, &by_delta);
             STORE(w->phi[t] + c, value);
             if (again) {
                 STORE(w->phi_slope[t] + c, slope);
                 STORE(w->phi_delta[t] + c, by_delta);
             }
         }
-        if (BIAS == HUBER_NORM) w->bend[t] = huber_norm(w->phi[t], delta[t]);
+        if (OVER_CHANNELS) w->bend[t] = over_channels(w->phi[t], delta[t], (real)call->sharpness, w->phi_slope[t]);
         EACH(c) STORE(g + c, LOAD(scale + c) * LOAD(w->phi[t] + c));
         w->mean_g[t] = total_of(g) / KEY;
         w->mean_gu[t] = dot(g, w->unit[t]) / KEY;
@@ -899,7 +945,7 @@ static void write_back(const Place *p, const real *anchor, const Writes *w, real
         EACH(c) STORE(a + c, LOAD(d_gu[t] + c) * rate);
         const real mean = total_of(a) / KEY, along = dot(a, w->unit[t]) / KEY, of_rate = dot(d_gu[t], w->gu[t]) * rate / KEY;
         real of_phi = 0, bent = 0; /* phi . d_phi, and what the norm takes of it */
-        if (BIAS == HUBER_NORM) {
+        if (OVER_CHANNELS) {
             line d_phi;
             EACH(c) STORE(d_phi + c, LOAD(scale + c) * (LOAD(a + c) - mean - LOAD(w->unit[t] + c) * along));
             of_phi = dot(w->phi[t], d_phi);
@@ -908,14 +954,14 @@ static void write_back(const Place *p, const real *anchor, const Writes *w, real
         EACH(c) {
             const vec gain = LOAD(scale + c), u = LOAD(w->unit[t] + c), phi = LOAD(w->phi[t] + c), d = LOAD(a + c);
             const vec d_g = d - mean - u * along, d_phi = gain * d_g;
-            const vec d_r = BIAS == HUBER_NORM ? d_phi * w->bend[t].factor - phi * bent : d_phi * LOAD(w->phi_slope[t] + c);
+            const vec along_r = d_phi * LOAD(w->phi_slope[t] + c), d_r = OVER_CHANNELS ? along_r - phi * bent : along_r;
             STORE(unit + c, gain * d_r - d * w->mean_gu[t] - gain * phi * along);
             STORE(sums->scale + c, LOAD(sums->scale + c) + d_g * phi + d_r * u);
             STORE(sums->shift + c, LOAD(sums->shift + c) + d_r);
             STORE(b->k[t] + c, LOAD(b->k[t] + c) + d_r);
             STORE(b->v[t] + c, -d_r);
-            if (BIAS == HUBER) STORE(b->delta[t] + c, d_phi * LOAD(w->phi_delta[t] + c));
-            if (BIAS == HUBER_NORM) STORE(b->delta[t] + c, splat(of_phi * w->bend[t].by_delta / KEY));
+            if (DELTA_ALONE) STORE(b->delta[t] + c, d_phi * LOAD(w->phi_delta[t] + c));
+            if (DELTA_MEAN) STORE(b->delta[t] + c, splat(of_phi * w->bend[t].by_delta / KEY));
         }
         normalise_back(unit, w->unit[t], rate, g);
         EACH(c) STORE(d_u[t] + c, LOAD(g + c) - of_rate * LOAD(w->unit[t] + c));
@@ -962,15 +1008,15 @@ INLINE void point_back(const Place *p, const Point *point, Work *m, real *d_dual
     if (LINK == SIMPLEX) softmax_back(point->weights, m->d_weights, d_dual);
     if (LINK == SCALED) for (int half = 0; half < 2; half++) {
         const real *x = point->dual + half * AREA, *g = m->d_weights + half * AREA;
-        const real radius = p->call->radius[p->head * 2 + half], size = point->norm[half] + LINK_EPS, factor = point->factor[half];
+        const real q = (real)p->call->exponent, radius = p->call->radius[p->head * 2 + half], size = point->norm[half] + LINK_EPS, factor = point->factor[half];
         vec sum = splat(0);
         for (ptrdiff_t n = 0; n < AREA; n += LANES) sum += LOAD(x + n) * LOAD(g + n);
-        const real along = radius <= size ? 2 * factor * (m->sums.factor[half] + sum_of(sum)) : 0;
+        const real along = radius <= size || !p->call->capped ? (q - 2) * factor * (m->sums.factor[half] + sum_of(sum)) : 0;
         const real inverse = point->norm[half] > 0 ? 1 / point->norm[half] : 0;
         for (ptrdiff_t n = 0; n < AREA; n += LANES) {
             const vec unit = LOAD(x + n) * inverse;
             real *to = d_dual + half * AREA + n;
-            STORE(to, LOAD(to) + factor * LOAD(g + n) - along / size * unit * unit * unit);
+            STORE(to, LOAD(to) + factor * LOAD(g + n) - along / size * unit * entry_power(unit, q - 2));
         }
         m->sums.radius[half] += along / radius;
         m->sums.factor[half] = 0;

@@ -18,7 +18,8 @@ from torch.autograd.function import once_differentiable
 from recollect.kernels.compile import POINTER, SIZE, memory
 from recollect.kernels.missing import unbuilt
 
-BIASES = {"l2": 0, "lp3": 1, "huber": 2, "l1": 3, "huber_norm": 4}
+_NAMES = ("l2", "lp3", "huber", "l1", "huber_norm", "lp", "l_infinity", "pseudo_huber", "value_shift")
+BIASES = {name: number for number, name in enumerate(_NAMES)}  # of every kernel
 LINKS = {"identity": 0, "scaled": 1, "simplex": 2}  # what the weights are of what decays
 RULES = {"gd": 0, "momentum": 1}
 PIECE = 16  # tokens: key dim and hidden size are multiples of it
@@ -34,8 +35,8 @@ class Perceptron(NamedTuple):
 
 class Settings(NamedTuple):
     """What is the same at every token: tokens of a chunk, bias, link and rule by their names above, the number that a bias has
-    (`sharpness`: l1's; in Triton also p of lp and the temperature of l_infinity), and by how much a full chunk ends with entries
-    nearer to zero (Triton only)."""
+    (`sharpness`: l1's, or p of lp, or the temperature of l_infinity), by how much a full chunk ends with entries nearer to zero
+    (Triton only), and of link "scaled" q, and whether matrices inside the radius stay as they are."""
 
     chunk_size: int
     bias: str = "l2"
@@ -43,6 +44,8 @@ class Settings(NamedTuple):
     link: str = "identity"
     rule: str = "gd"
     threshold: float = 0.0
+    exponent: float = 4.0
+    capped: bool = True
 
 
 def can_run(q: Tensor, hidden: int, bias: str, link: str = "identity", rule: str = "gd") -> bool:
@@ -100,13 +103,14 @@ def perceptron_scan(
         anchor: those at the start of the open chunk (read only where phase > 0).
         slow: scale and shift of the norm, [H, K].
         phase: int64 [B], tokens already in the open chunk.
-        delta: threshold of bias "huber" (of every channel) or "huber_norm" (of the norm over channels; the mean counts),
-            [B, T, H, 1 or K], positive.
+        delta: threshold of bias "huber" or "pseudo_huber" (of every channel), "huber_norm" (of the norm over channels) or
+            "value_shift" (the mean over channels counts for both), [B, T, H, 1 or K], not negative.
         log_momentum: log of what is kept of the last change, [B, T, H], <= 0; rule "momentum", where eta and log_alpha have one
             channel.
         momentum: the last change of each matrix, as `state`; rule "momentum".
-        radius: of link "scaled", [H, 2], positive: in a chunk the weights are the matrices times min(1, (radius / |matrix|_4)^2), the
-            norm with 1e-8 added and taken at the chunk's start, for each matrix alone.
+        radius: of link "scaled", [H, 2], positive: in a chunk the weights are the matrices times
+            min(1, radius / |matrix|_q)^(q - 2), without the min if not `capped`; the l_q norm with 1e-8 added and taken at the chunk's
+            start, for each matrix alone.
         rows: of link "simplex": log of alpha for the first matrix [B, T, H, 1] (log_alpha is for the last one only), and log of the
             decay of the first and last matrix since the open chunk's start, [B, H, 1] and [B, H, log_alpha's channels]. The weights
             are, at a chunk's start, I softmax(matrix) along its rows of length I; inside it they decay to 1 and take what the matrix
@@ -142,6 +146,8 @@ class _Call(ctypes.Structure):
         ),
         ("threads", ctypes.c_int),
         ("sharpness", ctypes.c_double),
+        ("exponent", ctypes.c_double),
+        ("capped", ctypes.c_int),
         *((name, POINTER) for name in ("order", "n_entries", "closed", "table")),
         *((name, POINTER) for name in ("q", "k", "v", "eta", "log_alpha", "delta", "log_momentum", "scale", "shift", "radius")),
         *((name, POINTER) for name in ("log_alpha_first", "kept_first", "kept_last", "start_first", "start_last")),
@@ -258,6 +264,7 @@ def _call(
         *(*q.shape[:1], q.shape[2], q.shape[1], q.shape[1], table.segments),
         *(eta.shape[-1], log_alpha.shape[-1], 1 if delta is None else delta.shape[-1]),
         *(min(torch.get_num_threads(), q.shape[0] * q.shape[2]), settings.sharpness),
+        *(settings.exponent, settings.capped),
         *map(_pointer, (table.order, table.n_entries, table.closed, table.entries)),
         *map(_pointer, (*tensors[_TOKENS], *slow, *starts, *states, y, *kept)),
     )

@@ -182,7 +182,8 @@ def _built_in(call: Call) -> tuple[str, str, str]:
 def _settings(spec: MirasSpec, bias: str, link: str, rule: str = "gd") -> Settings:
     """What is the same at every token, by the kernels' names."""
     sharpness = float(spec.bias.options[0]) if bias in ("l1", "lp", "l_infinity") else 1.0
-    return Settings(spec.chunk_size, bias, sharpness, link, rule, _threshold(spec))
+    exponent = _exponent(spec.retention) if link == "scaled" else 4.0
+    return Settings(spec.chunk_size, bias, sharpness, link, rule, _threshold(spec), exponent, "paper" not in spec.retention.options)
 
 
 def _threshold(spec: MirasSpec) -> float:
@@ -191,9 +192,17 @@ def _threshold(spec: MirasSpec) -> float:
 
 
 def _radius(call: Call) -> Tensor:
-    """The l_4 norm of what is learned of each matrix, [H, 2]."""
-    norms = [q_norm(initial, 4.0) + NORM_EPS for initial in call.parameters.fast]
+    """Where each matrix starts to shrink, [H, 2]: what was asked for, or the l_q norm of what is learned of it."""
+    fast, (_, mode, given) = call.parameters.fast, call.spec.retention.options
+    if mode == "paper" or given is not None:
+        return fast[0].new_full((len(fast[0]), len(fast)), float(given or 1))
+    norms = [q_norm(initial, _exponent(call.spec.retention)) + NORM_EPS for initial in fast]
     return torch.cat(norms, dim=-1).squeeze(-2)
+
+
+def _exponent(retention: Retention) -> float:
+    """q of lq."""
+    return float(retention.options[0] or 0)
 
 
 def _rows(call: Call) -> tuple[Tensor, Tensor, Tensor]:
@@ -228,7 +237,7 @@ def _bias(spec: MirasSpec) -> str | None:
     if name == "huber":
         return {"coordinate": "huber", "norm": "huber_norm"}.get(str(options[0]))
     if name == "lp":
-        return "lp3" if options[0] == 3 else "lp"
+        return "l2" if options[0] == 2 else "lp3" if options[0] == 3 else "lp"
     return name if name in BIASES else None
 
 
@@ -242,4 +251,6 @@ def _link(spec: MirasSpec) -> str | None:
         return "identity"
     if spec.retention.name == "kl" and spec.retention.options == (None,):
         return "simplex"
-    return "scaled" if spec.retention.name == "lq" and spec.retention.options == (4, "safe", None) else None
+    if spec.retention.name != "lq" or spec.retention.options[1] == "ftrl":
+        return None
+    return "identity" if _exponent(spec.retention) == 2 else "scaled"

@@ -11,14 +11,13 @@ import os
 import torch
 from torch import Tensor
 
-from recollect.kernels.memory import BIASES as COMPILED
+from recollect.kernels.memory import BIASES
 from recollect.ops.multi_token import Mixing, Rows, Settings
 from recollect.ops.tiles import Recurrence
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 FEW_TOKENS = 16
 REMEMBERED = (("identity", "gd"), ("scaled", "gd"), ("simplex", "gd"), ("identity", "momentum"))
-BIASES = {**COMPILED, "lp": 5, "l_infinity": 6, "pseudo_huber": 7, "value_shift": 8}
 OVER_CHANNELS = ("huber_norm", "l_infinity", "value_shift")  # of one channel they depend on all
 INSTALLED = importlib.util.find_spec("triton") is not None
 
