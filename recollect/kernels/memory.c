@@ -55,8 +55,7 @@ typedef struct {
     ptrdiff_t eta_channels, alpha_channels, delta_channels;   /* 1 or KEY */
     int threads;
     double sharpness;                                         /* the number that a bias has: L1's sharpness, LP's p, L_INFINITY's temperature */
-    double exponent;                                          /* q of link SCALED */
-    int capped;                                               /* link SCALED: leave matrices inside the radius as they are */
+    double retention;                                         /* q of link SCALED; of IDENTITY by how much a full chunk ends nearer to zero */
     const int32_t *order;                                     /* [batch][length] tokens that count, in order */
     const int32_t *n_entries, *closed;                        /* [batch]; closed: the last chunk is full */
     const Entry *table;                                       /* [batch][rows] */
@@ -331,8 +330,8 @@ static void store(const Place *p, const wide in, real *to, ptrdiff_t channels) {
 /* ---- the link: weights of a state, and what reads inside the chunk use ---- */
 
 /* The state at the start of a chunk, and its weights: where the chunk's gradients are taken.
- * SCALED: weights = factor * dual, per matrix, factor = min(1, radius / (norm + eps))^(q - 2), norm the l_q norm (not capped: no min);
- * all reads of the chunk are scaled by the same factor.
+ * SCALED: weights = factor * dual, per matrix, factor = min(1, radius / (norm + eps))^(q - 2), norm the l_q norm; of a negative radius
+ * (|radius| / (norm + eps))^(q - 2); all reads of the chunk are scaled by the same factor.
  * SIMPLEX: weights = I softmax(dual) - 1 along the I inputs of each row. The 1 is added to the products: once for W_in, never for W_out,
  * where the norm takes it away. Reads of the chunk multiply with decay * weights + (what dual has gained, less the mean of each row). */
 typedef struct {
@@ -508,9 +507,9 @@ INLINE Point point_at(const Place *p, const real *dual, real *room) {
     Point point = {dual, LINK == IDENTITY ? dual : room, {1, 1}, {0, 0}};
     if (LINK == SIMPLEX) softmax(dual, room);
     if (LINK == SCALED) for (int half = 0; half < 2; half++) {
-        const real q = (real)p->call->exponent, norm = norm_of(dual + half * AREA, q);
-        const real ratio = p->call->radius[p->head * 2 + half] / (norm + LINK_EPS);
-        const real factor = ratio < 1 || !p->call->capped ? (real)pow(ratio, q - 2) : 1;
+        const real q = (real)p->call->retention, norm = norm_of(dual + half * AREA, q);
+        const real radius = p->call->radius[p->head * 2 + half], ratio = (real)fabs(radius) / (norm + LINK_EPS);
+        const real factor = ratio < 1 || radius < 0 ? (real)pow(ratio, q - 2) : 1;
         for (ptrdiff_t n = half * AREA; n < (half + 1) * AREA; n += LANES) STORE(room + n, LOAD(dual + n) * factor);
         point.factor[half] = factor;
         point.norm[half] = norm;
@@ -714,6 +713,25 @@ static void store_state(const real *state, real *in, real *out) {
         for (int o = 0; o < HIDDEN; o++) out[c * HIDDEN + o] = state[AREA + o * KEY + c];
 }
 
+/* Whether a full chunk ended before entry n of a call, at which entries of its state came nearer to zero. */
+INLINE int settled(const Call *call, const Entry *entry, int32_t n) {
+    return LINK == IDENTITY && call->retention > 0 && entry->flags == CHUNK && n > 0;
+}
+
+/* Entries of a state nearer to zero by the threshold, those below it at zero. */
+static void shrink(const Call *call, real *state) {
+    const vec by = splat((real)call->retention);
+    for (ptrdiff_t n = 0; n < STATE; n += LANES) {
+        const vec x = LOAD(state + n), above = x - by, below = x + by;
+        STORE(state + n, where((uvec)(x > by), above, where((uvec)(x < -by), below, splat(0))));
+    }
+}
+
+/* Its pullback: d where the state that it left is not zero. */
+static void shrink_back(const real *state, real *d) {
+    for (ptrdiff_t n = 0; n < STATE; n += LANES) STORE(d + n, where((uvec)(LOAD(state + n) == 0), splat(0), LOAD(d + n)));
+}
+
 #define COPY(to, from) memcpy(to, from, STATE * sizeof(real))
 #define COPY_FULL(to, from) memcpy(to, from, FULL * sizeof(real))
 
@@ -758,6 +776,7 @@ void forward(const Call *call) {
             for (int32_t n = 0; n < call->n_entries[p.batch]; n++) {
                 p.entry = entries + n;
                 if (p.entry->flags & DOCUMENT) start_state(&p, state);
+                if (settled(call, p.entry, n)) shrink(call, state);
                 if (p.entry->flags & CHUNK) COPY(anchor, state);
                 if (p.entry->flags & CHUNK || n == 0) point = point_at(&p, anchor, room);
                 if (p.entry->segment >= 0 && call->saved) COPY_FULL(call->saved + (h * call->segments + p.entry->segment) * FULL, state);
@@ -779,6 +798,7 @@ void forward(const Call *call) {
                 carry_piece(w, state);
 #endif
             }
+            if (LINK == IDENTITY && call->retention > 0 && call->closed[p.batch]) shrink(call, state);
             if (call->closed[p.batch]) COPY(anchor, state);
             store_state(state, call->in + h * AREA, call->out + h * AREA);
             if (MOMENTUM) store_state(state + STATE, call->momentum_in + h * AREA, call->momentum_out + h * AREA);
@@ -1008,10 +1028,10 @@ INLINE void point_back(const Place *p, const Point *point, Work *m, real *d_dual
     if (LINK == SIMPLEX) softmax_back(point->weights, m->d_weights, d_dual);
     if (LINK == SCALED) for (int half = 0; half < 2; half++) {
         const real *x = point->dual + half * AREA, *g = m->d_weights + half * AREA;
-        const real q = (real)p->call->exponent, radius = p->call->radius[p->head * 2 + half], size = point->norm[half] + LINK_EPS, factor = point->factor[half];
+        const real q = (real)p->call->retention, radius = p->call->radius[p->head * 2 + half], size = point->norm[half] + LINK_EPS, factor = point->factor[half];
         vec sum = splat(0);
         for (ptrdiff_t n = 0; n < AREA; n += LANES) sum += LOAD(x + n) * LOAD(g + n);
-        const real along = radius <= size || !p->call->capped ? (q - 2) * factor * (m->sums.factor[half] + sum_of(sum)) : 0;
+        const real along = radius <= size ? (q - 2) * factor * (m->sums.factor[half] + sum_of(sum)) : 0;
         const real inverse = point->norm[half] > 0 ? 1 / point->norm[half] : 0;
         for (ptrdiff_t n = 0; n < AREA; n += LANES) {
             const vec unit = LOAD(x + n) * inverse;
@@ -1063,6 +1083,7 @@ static void segment_back(Place *p, const Gradients *out, ptrdiff_t h, int32_t lo
         const int32_t at = n - low;
         p->entry = entries + n;
         if (at && entries[n].flags & DOCUMENT) start_state(p, m->state[at]);
+        if (at && settled(call, entries + n, n)) shrink(call, m->state[at]);
         if (entries[n].flags & CHUNK || !at) points[at] = point_at(p, entries[n].flags & CHUNK ? m->state[at] : m->anchor, m->room[at]);
         else points[at] = points[at - 1];
         write_piece(p, points[at].weights, &m->writes[at], 1);
@@ -1117,6 +1138,7 @@ static void segment_back(Place *p, const Gradients *out, ptrdiff_t h, int32_t lo
             point_back(p, &points[at], m, m->d_state);
             if (LINK == SIMPLEX) memset(m->sums.kept, 0, sizeof m->sums.kept);
         } else if (n == 0) point_back(p, &points[at], m, m->d_anchor);
+        if (settled(call, entries + n, n)) shrink_back(m->state[at], m->d_state);
         if (entries[n].flags & DOCUMENT) {
             add_state(m->d_start, m->d_state);
             memset(m->d_state, 0, sizeof m->d_state); /* a document starts without momentum */

@@ -35,17 +35,15 @@ class Perceptron(NamedTuple):
 
 class Settings(NamedTuple):
     """What is the same at every token: tokens of a chunk, bias, link and rule by their names above, the number that a bias has
-    (`sharpness`: l1's, or p of lp, or the temperature of l_infinity), by how much a full chunk ends with entries nearer to zero
-    (Triton only), and of link "scaled" q, and whether matrices inside the radius stay as they are."""
+    (`sharpness`: l1's, or p of lp, or the temperature of l_infinity), and that of a retention: of link "scaled" q; of "identity" by
+    how much a full chunk ends with entries nearer to zero, those below it at zero."""
 
     chunk_size: int
     bias: str = "l2"
     sharpness: float = 10.0
     link: str = "identity"
     rule: str = "gd"
-    threshold: float = 0.0
-    exponent: float = 4.0
-    capped: bool = True
+    retention: float = 0.0
 
 
 def can_run(q: Tensor, hidden: int, bias: str, link: str = "identity", rule: str = "gd") -> bool:
@@ -108,9 +106,8 @@ def perceptron_scan(
         log_momentum: log of what is kept of the last change, [B, T, H], <= 0; rule "momentum", where eta and log_alpha have one
             channel.
         momentum: the last change of each matrix, as `state`; rule "momentum".
-        radius: of link "scaled", [H, 2], positive: in a chunk the weights are the matrices times
-            min(1, radius / |matrix|_q)^(q - 2), without the min if not `capped`; the l_q norm with 1e-8 added and taken at the chunk's
-            start, for each matrix alone.
+        radius: of link "scaled", [H, 2]: in a chunk the weights are the matrices times min(1, radius / |matrix|_q)^(q - 2), the norm
+            with 1e-8 added and taken at the chunk's start, for each matrix alone; a negative radius: (|radius| / |matrix|_q)^(q - 2).
         rows: of link "simplex": log of alpha for the first matrix [B, T, H, 1] (log_alpha is for the last one only), and log of the
             decay of the first and last matrix since the open chunk's start, [B, H, 1] and [B, H, log_alpha's channels]. The weights
             are, at a chunk's start, I softmax(matrix) along its rows of length I; inside it they decay to 1 and take what the matrix
@@ -146,8 +143,7 @@ class _Call(ctypes.Structure):
         ),
         ("threads", ctypes.c_int),
         ("sharpness", ctypes.c_double),
-        ("exponent", ctypes.c_double),
-        ("capped", ctypes.c_int),
+        ("retention", ctypes.c_double),
         *((name, POINTER) for name in ("order", "n_entries", "closed", "table")),
         *((name, POINTER) for name in ("q", "k", "v", "eta", "log_alpha", "delta", "log_momentum", "scale", "shift", "radius")),
         *((name, POINTER) for name in ("log_alpha_first", "kept_first", "kept_last", "start_first", "start_last")),
@@ -220,7 +216,8 @@ class _Native(torch.autograd.Function):
             )
         states = [None if x is None else x.clone() for x in tensors[_STATES]]
         table.code.forward(ctypes.byref(_call(table, settings, tensors, states, y, kept)))
-        ctx.save_for_backward(*tensors, *kept)
+        shrinking = settings.link == "identity" and settings.retention > 0
+        ctx.save_for_backward(*tensors, *kept, *(states[:2] if shrinking else (None, None)))
         ctx.table, ctx.settings = table, settings
         return y, *(x for x in states if x is not None)
 
@@ -228,11 +225,15 @@ class _Native(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_y: Tensor, *d_states: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # unpacked once: checkpointing allows no second time
-        tensors, kept = list(saved[:-3]), saved[-3:]
+        tensors, kept, shrunk = list(saved[:-5]), saved[-5:-2], saved[-2:]
         table = ctx.table
         empty = torch.zeros_like if table.padded else torch.empty_like
         d_tokens = [None if x is None else empty(x) for x in tensors[_TOKENS]]
         given: list[Tensor | None] = [x.clone(memory_format=torch.contiguous_format) for x in d_states]
+        for n, last in enumerate(shrunk):
+            if last is not None:  # a chunk that the call's end made full left entries at zero, of the anchor too
+                at_zero = (last == 0) & (table.closed != 0).view(-1, 1, 1, 1)
+                given[n], given[2 + n] = (x.masked_fill(at_zero, 0) for x in (d_states[n], d_states[2 + n]))
         states = given + [None] * (len(tensors[_STATES]) - len(given))
         starts, slow = (
             [None if x is None else x.new_empty(len(d_y), *x.shape) for x in tensors[part]] for part in (_STARTS, _SLOW)
@@ -264,7 +265,7 @@ def _call(
         *(*q.shape[:1], q.shape[2], q.shape[1], q.shape[1], table.segments),
         *(eta.shape[-1], log_alpha.shape[-1], 1 if delta is None else delta.shape[-1]),
         *(min(torch.get_num_threads(), q.shape[0] * q.shape[2]), settings.sharpness),
-        *(settings.exponent, settings.capped),
+        settings.retention,
         *map(_pointer, (table.order, table.n_entries, table.closed, table.entries)),
         *map(_pointer, (*tensors[_TOKENS], *slow, *starts, *states, y, *kept)),
     )

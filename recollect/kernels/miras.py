@@ -33,8 +33,6 @@ def lacks(call: Call) -> str:
     retention and a bias that are built in."""
     if why := _unknown(call):
         return why
-    if _threshold(call.spec) > 0:
-        return "it has no retention 'elastic_net'"
     return memory.lacks(call.inputs.q, call.parameters.fast[0].shape[1], *_built_in(call))
 
 
@@ -182,8 +180,8 @@ def _built_in(call: Call) -> tuple[str, str, str]:
 def _settings(spec: MirasSpec, bias: str, link: str, rule: str = "gd") -> Settings:
     """What is the same at every token, by the kernels' names."""
     sharpness = float(spec.bias.options[0]) if bias in ("l1", "lp", "l_infinity") else 1.0
-    exponent = _exponent(spec.retention) if link == "scaled" else 4.0
-    return Settings(spec.chunk_size, bias, sharpness, link, rule, _threshold(spec), exponent, "paper" not in spec.retention.options)
+    retention = _exponent(spec.retention) if link == "scaled" else _threshold(spec)
+    return Settings(spec.chunk_size, bias, sharpness, link, rule, retention)
 
 
 def _threshold(spec: MirasSpec) -> float:
@@ -192,10 +190,11 @@ def _threshold(spec: MirasSpec) -> float:
 
 
 def _radius(call: Call) -> Tensor:
-    """Where each matrix starts to shrink, [H, 2]: what was asked for, or the l_q norm of what is learned of it."""
+    """Where each matrix starts to shrink, [H, number of matrices]: what was asked for, or the l_q norm of what is learned of it; of
+    the paper's, which always scales, -1."""
     fast, (_, mode, given) = call.parameters.fast, call.spec.retention.options
     if mode == "paper" or given is not None:
-        return fast[0].new_full((len(fast[0]), len(fast)), float(given or 1))
+        return fast[0].new_full((len(fast[0]), len(fast)), -1.0 if mode == "paper" else float(given or 0))
     norms = [q_norm(initial, _exponent(call.spec.retention)) + NORM_EPS for initial in fast]
     return torch.cat(norms, dim=-1).squeeze(-2)
 

@@ -160,10 +160,14 @@ def test_other_retentions(retention: str) -> None:
         assert 0.01 < float((expected[2] == 0).double().mean()) < 0.9
 
 
-@pytest.mark.parametrize("bias", ["lp3", "huber of the norm"])
-def test_a_scaled_memory_equals_the_plain_chunks(bias: str) -> None:
+@pytest.mark.parametrize(
+    ("bias", "retention"),
+    [("lp3", lq(4.0)), ("huber of the norm", lq(4.0)), ("lp3", lq(2.5, radius=0.05)), ("huber of the norm", lq(3.0, "paper"))],
+    ids=["4", "4, huber", "2.5 of a radius", "paper"],
+)
+def test_a_scaled_memory_equals_the_plain_chunks(bias: str, retention: Retention) -> None:
     """Prevents a scale, or its gradient, that is lost in an open chunk or between calls, once the memory has outgrown its radius."""
-    named, options = draw(40, n_heads=2, value=20, widths=(16, 16, 1)), {"retention": lq(4.0)}
+    named, options = draw(40, n_heads=2, value=20, widths=(16, 16, 1)), {"retention": retention}
     with torch.no_grad():
         named["first"] /= 100
     actual, expected = (
@@ -270,7 +274,7 @@ from recollect.kernels.triton.matrix_walk import walk, walk_back
 
 def check(kernel, real, **choice):
     numbers = {"n_tokens", "n_heads", "n_rows", "n_slots"}
-    sizes = dict(KEY=16, KW=16, VALUE=16, BV=16, SHARPNESS=10.0)
+    sizes = dict(KEY=16, KW=16, VALUE=16, BV=16, SHARPNESS=10.0, EXPONENT=3.0)
     constants = {name: value for name, value in {**sizes, **choice}.items() if name in kernel.arg_names}
     pointers = {name: "*" + real for name in kernel.arg_names if name not in numbers and name not in constants}
     tables = {name: "*i32" for name in ("order", "entries", "ends")}

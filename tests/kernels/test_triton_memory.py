@@ -255,10 +255,11 @@ def test_it_refuses_what_it_has_no_code_for(choice: dict[str, Any]) -> None:
         scan(MirasSpec(**{**same, **choice}), *(named[x] for x in "qkv"), {}, parameters=parameters, backend="triton")
 
 
-def test_a_scaled_memory_equals_the_plain_chunks() -> None:
+@pytest.mark.parametrize("retention", [lq(4.0), lq(2.5, radius=2.0), lq(3.0, "paper")], ids=["4", "2.5 of a radius", "paper"])
+def test_a_scaled_memory_equals_the_plain_chunks(retention: Retention) -> None:
     """Prevents a scale, or its gradient, that is lost in an open chunk or between calls, once the memory has outgrown its radius."""
     named = draw(40, n_heads=2, width=SIZE)
-    options = {"retention": lq(4.0)}
+    options = {"retention": retention}
     actual, expected = (
         results(named, 20, BIASES["lp3"], form, cuts=cuts, **options) for form, cuts in (("triton", (7, 23)), ("chunked", ()))
     )
@@ -313,7 +314,7 @@ from tests.kernels.gpu_probe import probe
 
 def check(kernel, real, **choice):
     numbers = {"n_tokens", "n_heads", "n_rows", "n_slots"}
-    sizes = dict(KEY=16, KW=16, HIDDEN=512, BO=16, SHARPNESS=10.0, THRESHOLD=0.0)
+    sizes = dict(KEY=16, KW=16, HIDDEN=512, BO=16, SHARPNESS=10.0, THRESHOLD=0.0, EXPONENT=3.0)
     constants = {name: value for name, value in {**sizes, **choice}.items() if name in kernel.arg_names}
     pointers = {name: "*" + real for name in kernel.arg_names if name not in numbers and name not in constants}
     tables = {name: "*i32" for name in ("order", "entries", "ends") if name in pointers}

@@ -11,7 +11,7 @@ import os
 import torch
 from torch import Tensor
 
-from recollect.kernels.memory import BIASES
+from recollect.kernels.memory import BIASES, LINKS
 from recollect.ops.multi_token import Mixing, Rows, Settings
 from recollect.ops.tiles import Recurrence
 
@@ -20,6 +20,12 @@ FEW_TOKENS = 16
 REMEMBERED = (("identity", "gd"), ("scaled", "gd"), ("simplex", "gd"), ("identity", "momentum"))
 OVER_CHANNELS = ("huber_norm", "l_infinity", "value_shift")  # of one channel they depend on all
 INSTALLED = importlib.util.find_spec("triton") is not None
+
+
+def numbers(link: int, retention: float) -> dict[str, float]:
+    """The number that a retention has, as the walks of memories are compiled with it; see `recollect.kernels.memory.Settings`."""
+    scaled = link == LINKS["scaled"]
+    return {"THRESHOLD": retention if link == LINKS["identity"] else 0.0, "EXPONENT": retention if scaled else 0.0}
 
 
 def can_run(x: Tensor) -> bool:

@@ -21,7 +21,7 @@ import triton
 from torch import Tensor
 
 from recollect.kernels.memory import LINKS, Settings
-from recollect.kernels.triton import BIASES, OVER_CHANNELS
+from recollect.kernels.triton import BIASES, OVER_CHANNELS, numbers
 from recollect.kernels.triton.matrix_tokens import finish_back, prepare
 from recollect.kernels.triton.matrix_walk import walk, walk_back
 from recollect.kernels.triton.pieces import SEGMENT, TOKENS, cut
@@ -63,7 +63,7 @@ class _Plan:
             "DELTA_WIDE": self.wide,
         }
 
-    def walks(self, bias: int, sharpness: float, threshold: float) -> tuple[tuple[int, int], dict[str, Any]]:
+    def walks(self, bias: int, sharpness: float, retention: float) -> tuple[tuple[int, int], dict[str, Any]]:
         """The grid of a walk, and its options: rows meet where a bias or the link takes a norm over them."""
         width = _width(self.value)
         rows = (
@@ -71,8 +71,9 @@ class _Plan:
             if bias in {BIASES[name] for name in OVER_CHANNELS} or self.every["LINK"] == LINKS["scaled"]
             else min(ROWS, width)
         )
-        kinds = {"VALUE": self.value, "BV": rows, "BIAS": bias, "SHARPNESS": sharpness, "THRESHOLD": threshold}
+        kinds = {"VALUE": self.value, "BV": rows, "BIAS": bias, "SHARPNESS": sharpness}
         grid = (self.n_programs, triton.cdiv(self.value, rows))
+        kinds |= numbers(self.every["LINK"], retention)
         return grid, {**self.every, **self.given, **kinds, "num_warps": WARPS if rows <= ROWS else 2 * WARPS}
 
     def prepared(
@@ -114,7 +115,7 @@ def _forward(
     link: int,
     bias: int,
     sharpness: float,
-    threshold: float,
+    retention: float,
 ) -> list[Tensor]:
     tokens = [(q if x is None else x).contiguous() for x in (q, k, v, eta, log_alpha, delta)]
     query, keys, values, steps, decays, thresholds = tokens
@@ -126,7 +127,7 @@ def _forward(
     factors = q.new_empty(*state.shape[:2], entries.shape[1] if radius is not None else 0, 2)
     simplex = state.shape[0] if open_kept is not None else 0
     kept_before = q.new_empty(simplex, *plan.sizes[1:], q.shape[-1])
-    grid, options = plan.walks(bias, sharpness, threshold)
+    grid, options = plan.walks(bias, sharpness, retention)
     walk[grid](
         *(*table, keys, values, thresholds, *plan.prepared(table, query, keys, steps, decays)),
         *(state.contiguous() if x is None else x.contiguous() for x in (state, anchor, start, radius, open_kept)),
@@ -174,13 +175,13 @@ def _backward(
     link: int,
     bias: int,
     sharpness: float,
-    threshold: float,
+    retention: float,
 ) -> list[Tensor]:
     tokens = [(q if x is None else x).contiguous() for x in (q, k, v, eta, log_alpha, delta)]
     query, keys, values, steps, decays, thresholds = tokens
     plan, table = _Plan(q, v, eta, log_alpha, delta, start, link, entries), (order, entries, ends)
     batch, length, n_heads, key = q.shape
-    grid, options = plan.walks(bias, sharpness, threshold)
+    grid, options = plan.walks(bias, sharpness, retention)
     n_blocks = grid[1]
     empty = torch.zeros_like if padded else torch.empty_like
     d_q, d_k, d_v, d_eta, d_log_alpha, d_delta = (empty(x) for x in tokens)
@@ -191,7 +192,7 @@ def _backward(
     d_radius, d_kept = q.new_empty(anchor.shape[:2]), q.new_empty(n_blocks, batch, n_heads, key)
     full = (ends[:, 1] != 0).view(-1, 1, 1, 1)
     d_state = (grad_last + grad_anchor.masked_fill(~full, 0)).contiguous()
-    if threshold > 0:
+    if options["THRESHOLD"] > 0:
         d_state = d_state.masked_fill(full & (last == 0), 0)
     d_anchor = grad_anchor.masked_fill(full, 0).contiguous()
     left = [q.new_empty(n_blocks, batch, n_heads, length, width) for width in (key, key, key, TOKENS)]
@@ -223,14 +224,14 @@ def _(grad_y, grad_last, grad_anchor, last, saved, written, factors, kept_before
 
 
 def _keep(ctx, inputs, output):
-    *tensors, _, ctx.padded, ctx.link, ctx.bias, ctx.sharpness, ctx.threshold = inputs
+    *tensors, _, ctx.padded, ctx.link, ctx.bias, ctx.sharpness, ctx.retention = inputs
     del tensors[6]  # the state: it is what was saved first
     ctx.save_for_backward(output[1], *output[3:], *tensors)
 
 
 def _differentiate(ctx, grads):
     saved = ctx.saved_tensors
-    found = iter(_backward(*grads[:3], *saved, ctx.padded, ctx.link, ctx.bias, ctx.sharpness, ctx.threshold))
+    found = iter(_backward(*grads[:3], *saved, ctx.padded, ctx.link, ctx.bias, ctx.sharpness, ctx.retention))
     given = [*saved[5:12], *saved[11:15]]
     return *(None if x is None else next(found) for x in given), *(None,) * 9
 
@@ -264,12 +265,12 @@ def matrix_scan(
         state: the matrix before the first token, [B, H, V, K].
         anchor: the one at the start of the open chunk, likewise (read only where phase > 0).
         phase: int64 [B], tokens already in the open chunk.
-        settings: chunk size, bias, link, and threshold >= 0, by how much a full chunk ends with entries nearer to zero (those below
-            it at zero).
+        settings: chunk size, bias, link, and retention: of link "identity" by how much a full chunk ends with entries nearer to zero
+            (those below it at zero), of "scaled" q.
         delta: threshold of the bias "huber" or "huber_norm", [B, T, H, 1 or V].
         start: the matrix at the start of a document, [H, V, K]; needed with `reset`.
-        radius: of link "scaled", [H], positive: in a chunk the weights are the matrix times min(1, (radius / |matrix|_4)^2), the norm
-            with 1e-8 added and taken at the chunk's start. None: link "identity".
+        radius: of link "scaled", [H]: in a chunk the weights are the matrix times min(1, radius / |matrix|_q)^(q - 2), the norm with
+            1e-8 added and taken at the chunk's start; a negative radius: (|radius| / |matrix|_q)^(q - 2).
         kept: of link "simplex", [B, H, 1]: the log of the decay in the open chunk before the call. In a chunk the weights are
             K softmax(rows) - 1 of the matrix at its start, and reads frame what it has gained since; log_alpha: one number per token.
         reset, valid: bool [B, T]: first token of a document; False where the token is padding.
@@ -283,6 +284,6 @@ def matrix_scan(
     y, last, last_anchor, *_ = _forward(
         *inputs,
         *(pieces.order, pieces.entries, pieces.ends, max(pieces.n_slots, 1) if learning else 0, valid is not None),
-        *(LINKS[settings.link], BIASES[settings.bias], settings.sharpness, settings.threshold),
+        *(LINKS[settings.link], BIASES[settings.bias], settings.sharpness, settings.retention),
     )
     return y, last, last_anchor, pieces.phase

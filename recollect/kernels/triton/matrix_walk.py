@@ -18,8 +18,10 @@ from recollect.kernels.triton.perceptron_parts import (
     SCALED,
     SIMPLEX,
     channels,
+    entry_power,
     factor_of,
     line,
+    norm_of_units,
     phi,
     phi_back,
     product,
@@ -67,21 +69,20 @@ def put_some(x, row, real, rows, value, VALUE: tl.constexpr):
 
 
 @triton.jit
-def norm_of(w):
-    """The l_4 norm of a matrix: in units of its largest entry, whose fourth power may not be a number."""
+def norm_of(w, EXPONENT: tl.constexpr):
+    """The l_q norm of a matrix, q = EXPONENT: in units of its largest entry, whose power may not be a number."""
     largest = tl.max(tl.abs(w))
-    squared = w / tl.where(largest == 0, 1.0, largest)
-    squared = squared * squared
-    return largest * tl.sqrt(tl.sqrt(tl.sum(squared * squared)))
+    entry = w / tl.where(largest == 0, 1.0, largest)
+    return norm_of_units(largest, tl.sum(entry * entry * entry_power(entry, EXPONENT - 2)), EXPONENT)
 
 
 @triton.jit
-def scaled_back(x, d_weights, norm, radius, factor, to_factor):
+def scaled_back(x, d_weights, norm, radius, factor, to_factor, EXPONENT: tl.constexpr):
     """From the gradients of a chunk's weights, the first matrix x times a factor, and of the factor to those of x and the radius."""
     size = norm + LEAST
-    along = tl.where(radius <= size, 2 * factor * (to_factor + tl.sum(x * d_weights)), 0.0)
+    along = tl.where(radius <= size, (EXPONENT - 2) * factor * (to_factor + tl.sum(x * d_weights)), 0.0)
     unit = x * tl.where(norm > 0, 1 / tl.where(norm > 0, norm, 1.0), 0.0)
-    return factor * d_weights - along / size * unit * unit * unit, along / radius
+    return factor * d_weights - along / size * unit * entry_power(unit, EXPONENT - 2), along / radius
 
 
 @triton.jit
@@ -137,6 +138,7 @@ def walk(
     HAS_DELTA: tl.constexpr,
     HAS_START: tl.constexpr,
     THRESHOLD: tl.constexpr,
+    EXPONENT: tl.constexpr,
     LINK: tl.constexpr,
     LEARN: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -170,8 +172,8 @@ def walk(
         frame = w
         if LINK == SCALED:
             if (flags % 2 == 1) | (n == 0):
-                norm = norm_of(point)
-                by = factor_of(norm, tl.load(radius + head))
+                norm = norm_of(point, EXPONENT)
+                by = factor_of(norm, tl.load(radius + head), EXPONENT)
             tl.store(factors + (program * n_rows + n) * 2, by)
             tl.store(factors + (program * n_rows + n) * 2 + 1, norm)
         if LINK == SIMPLEX:
@@ -254,6 +256,7 @@ def walk_back(
     HAS_DELTA: tl.constexpr,
     HAS_START: tl.constexpr,
     THRESHOLD: tl.constexpr,
+    EXPONENT: tl.constexpr,
     LINK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -370,7 +373,7 @@ def walk_back(
                 d_weights += of_point
                 if (flags % 2 == 1) | (n == 0):
                     norm, rho = tl.load(factors + n * 2 + 1), tl.load(radius + head)
-                    of_point, of_radius = scaled_back(point, d_weights, norm, rho, by, to_by)
+                    of_point, of_radius = scaled_back(point, d_weights, norm, rho, by, to_by, EXPONENT)
                     d_point += of_point
                     to_radius += of_radius
                     d_weights, to_by = tl.zeros_like(d), tl.full((), 0.0, d.dtype)

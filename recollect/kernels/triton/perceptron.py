@@ -20,7 +20,7 @@ import triton
 from torch import Tensor
 
 from recollect.kernels.memory import LINKS, Perceptron, Settings
-from recollect.kernels.triton import BIASES
+from recollect.kernels.triton import BIASES, numbers
 from recollect.kernels.triton.perceptron_mixture import finish_mixed, finish_mixed_back, prepare_mixed, prepare_mixed_back
 from recollect.kernels.triton.perceptron_tokens import finish, finish_back, prepare, prepare_back
 from recollect.kernels.triton.perceptron_walk import walk
@@ -41,7 +41,7 @@ def _options(
     link: int,
     bias: int,
     sharpness: float,
-    threshold: float,
+    retention: float,
 ) -> tuple[dict[str, Any], ...]:
     """What kernels are compiled for: all; those with gates, of W_out or both matrices; with bias and link; those that walk."""
     every = {
@@ -61,7 +61,7 @@ def _options(
         gates,
         inner,
         kinds,
-        {"THRESHOLD": threshold, "MOMENTUM": n_matrices == 4, "HIDDEN": hidden, "BO": units, "num_warps": WARPS},
+        {**numbers(link, retention), "MOMENTUM": n_matrices == 4, "HIDDEN": hidden, "BO": units, "num_warps": WARPS},
     )
 
 
@@ -90,7 +90,7 @@ def _forward(
     link: int,
     bias: int,
     sharpness: float,
-    threshold: float,
+    retention: float,
 ) -> list[Tensor]:
     batch, length, n_heads, _ = q.shape
     n_matrices, hidden = state.shape[2:4]
@@ -120,7 +120,7 @@ def _forward(
     factors = q.new_empty(batch, n_heads, entries.shape[1] if radius is not None else 0, 4)
     total = q.new_empty(batch, n_heads, sizes[-1], 2, q.shape[-1])
     mix, late = q.new_empty(batch, n_heads, length, 4), q.new_empty(batch, n_heads, sizes[-1], 2)
-    every, gates, inner, kinds, walks = _options(q, hidden, eta, log_alpha, delta, n_matrices, link, bias, sharpness, threshold)
+    every, gates, inner, kinds, walks = _options(q, hidden, eta, log_alpha, delta, n_matrices, link, bias, sharpness, retention)
     heads, grid = (batch * n_heads,), (batch * n_heads * sizes[-1],)
     decays_in = decays if log_alpha_in is None else log_alpha_in.contiguous()
     before, gated = (query, keys, steps, decays), (decayed, in_end, rest, scores, total)
@@ -187,7 +187,7 @@ def _backward(
     link: int,
     bias: int,
     sharpness: float,
-    threshold: float,
+    retention: float,
 ) -> list[Tensor]:
     batch, length, n_heads, _ = q.shape
     n_matrices, hidden = anchor.shape[2:4]
@@ -208,7 +208,8 @@ def _backward(
     d_start = anchor.new_zeros(anchor.shape if start is not None else 0)
     full = (ends[:, 1] != 0).view(-1, 1, 1, 1, 1)
     d_state = (grad_last + grad_anchor.masked_fill(~full, 0)).contiguous()
-    if threshold > 0:  # not of the last change, if there is one
+    every, gates, inner, kinds, walks = _options(q, hidden, eta, log_alpha, delta, n_matrices, link, bias, sharpness, retention)
+    if walks["THRESHOLD"] > 0:  # not of the last change, if there is one
         d_state[:, :, :2] = d_state[:, :, :2].masked_fill(full & (last[:, :, :2] == 0), 0)
     d_anchor = grad_anchor.masked_fill(full, 0).contiguous()
     simplex = open_kept is not None
@@ -224,7 +225,6 @@ def _backward(
     total = q.new_empty(batch, n_heads, sizes[-1], 2, q.shape[-1])
     mix, late = q.new_empty(batch, n_heads, length, 4), q.new_empty(batch, n_heads, sizes[-1], 2)
     d_mix, d_late = torch.empty_like(mix), torch.empty_like(late)
-    every, gates, inner, kinds, walks = _options(q, hidden, eta, log_alpha, delta, n_matrices, link, bias, sharpness, threshold)
     heads, grid = (batch * n_heads,), (batch * n_heads * sizes[-1],)
     decays_in = decays if log_alpha_in is None else log_alpha_in.contiguous()
     before, gated = (query, keys, steps, decays), (decayed, in_end, rest, scores, total)
@@ -301,7 +301,7 @@ def _(grad_y, grad_last, grad_anchor, last, saved, written, read, scores_out, fa
 
 
 def _keep(ctx, inputs, output):
-    *tensors, _, ctx.padded, ctx.link, ctx.bias, ctx.sharpness, ctx.threshold = inputs
+    *tensors, _, ctx.padded, ctx.link, ctx.bias, ctx.sharpness, ctx.retention = inputs
     del tensors[12]  # the state: it is what was saved first
     ctx.save_for_backward(output[1], *output[3:], *tensors)
 
@@ -309,7 +309,7 @@ def _keep(ctx, inputs, output):
 def _differentiate(ctx, grads):
     grad_y, grad_last, grad_anchor, *_ = grads
     saved = ctx.saved_tensors
-    settings = (ctx.padded, ctx.link, ctx.bias, ctx.sharpness, ctx.threshold)
+    settings = (ctx.padded, ctx.link, ctx.bias, ctx.sharpness, ctx.retention)
     found = iter(_backward(grad_y, grad_last, grad_anchor, *saved, *settings))
     given = [*saved[8:20], saved[20], *saved[20:22]]
     return *(None if x is None else next(found) for x in given), *(None,) * 9
@@ -361,7 +361,7 @@ def perceptron_scan(
     y, last, last_anchor, *_ = _forward(
         *inputs,
         *(pieces.order, pieces.entries, pieces.ends, max(pieces.n_slots, 1) if learning else 0, valid is not None),
-        *(LINKS[settings.link], BIASES[settings.bias], settings.sharpness, settings.threshold),
+        *(LINKS[settings.link], BIASES[settings.bias], settings.sharpness, settings.retention),
     )
     now, then = (Perceptron(x[:, :, 0], x[:, :, 1].mT) for x in (last, last_anchor))
     change = None if momentum is None else Perceptron(last[:, :, 2], last[:, :, 3].mT)

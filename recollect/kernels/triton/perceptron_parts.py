@@ -331,8 +331,28 @@ def descent_back(
 
 
 @triton.jit
-def norm_of(x, HIDDEN: tl.constexpr, KEY: tl.constexpr, KW: tl.constexpr, BO: tl.constexpr):
-    """The l_4 norm of a matrix: in units of its largest entry, whose fourth power may not be a number."""
+def entry_power(unit, EXPONENT: tl.constexpr):
+    """|x|^EXPONENT of entries x in units of the largest one, EXPONENT > 0."""
+    if EXPONENT == 2:
+        found = unit * unit
+    else:
+        found = tl.where(unit == 0, 0.0, tl.exp(EXPONENT * tl.log(tl.where(unit == 0, 1.0, tl.abs(unit)))))
+    return found
+
+
+@triton.jit
+def norm_of_units(largest, total, EXPONENT: tl.constexpr):
+    """The l_q norm, q = EXPONENT, from the largest entry's size and the sum of powers in units of it (at least 1, or all is 0)."""
+    if EXPONENT == 4:
+        norm = largest * tl.sqrt(tl.sqrt(total))
+    else:
+        norm = largest * tl.exp(tl.log(tl.maximum(total, 1.0)) / EXPONENT)
+    return norm
+
+
+@triton.jit
+def norm_of(x, HIDDEN: tl.constexpr, KEY: tl.constexpr, KW: tl.constexpr, BO: tl.constexpr, EXPONENT: tl.constexpr):
+    """The l_q norm of a matrix, q = EXPONENT: in units of its largest entry, whose power may not be a number."""
     most = tl.zeros((BO, KW), x.dtype.element_ty)
     total = tl.zeros_like(most)
     for o in range(0, HIDDEN, BO):
@@ -340,17 +360,17 @@ def norm_of(x, HIDDEN: tl.constexpr, KEY: tl.constexpr, KW: tl.constexpr, BO: tl
     largest = tl.max(most)
     unit = tl.where(largest == 0, 1.0, largest)
     for o in range(0, HIDDEN, BO):
-        squared = block(x, o, KEY, KW, BO) / unit
-        squared = squared * squared
-        total += squared * squared
-    return largest * tl.sqrt(tl.sqrt(tl.sum(total)))
+        entry = block(x, o, KEY, KW, BO) / unit
+        total += entry * entry * entry_power(entry, EXPONENT - 2)
+    return norm_of_units(largest, tl.sum(total), EXPONENT)
 
 
 @triton.jit
-def factor_of(norm, radius):
-    """What link SCALED multiplies a matrix of this norm with."""
-    ratio = tl.minimum(radius / (norm + LEAST), 1.0)
-    return ratio * ratio
+def factor_of(norm, radius, EXPONENT: tl.constexpr):
+    """What link SCALED multiplies a matrix of this norm with; a negative radius: whether or not the norm is below it."""
+    ratio = tl.abs(radius) / (norm + LEAST)
+    ratio = tl.where(radius > 0, tl.minimum(ratio, 1.0), ratio)
+    return entry_power(ratio, EXPONENT - 2)
 
 
 @triton.jit

@@ -87,6 +87,7 @@ def walk(
     BIAS: tl.constexpr,
     SHARPNESS: tl.constexpr,
     THRESHOLD: tl.constexpr,
+    EXPONENT: tl.constexpr,
     DELTA_WIDE: tl.constexpr,
     HAS_DELTA: tl.constexpr,
     LEARN: tl.constexpr,
@@ -132,10 +133,11 @@ def walk(
 
         if LINK == SCALED:
             if (flags % 2 == 1) | (n == 0):
-                norm_in, norm_out = norm_of(origin, HIDDEN, KEY, KW, BO), norm_of(origin + AREA, HIDDEN, KEY, KW, BO)
+                norm_in = norm_of(origin, HIDDEN, KEY, KW, BO, EXPONENT)
+                norm_out = norm_of(origin + AREA, HIDDEN, KEY, KW, BO, EXPONENT)
                 by_in, by_out = (
-                    factor_of(norm_in, tl.load(radius + head * 2)),
-                    factor_of(norm_out, tl.load(radius + head * 2 + 1)),
+                    factor_of(norm_in, tl.load(radius + head * 2), EXPONENT),
+                    factor_of(norm_out, tl.load(radius + head * 2 + 1), EXPONENT),
                 )
             to = factors + (program * n_rows + n) * 4
             tl.store(to, by_in)

@@ -22,6 +22,7 @@ from recollect.kernels.triton.perceptron_parts import (
     column,
     copy,
     descent_back,
+    entry_power,
     gelu,
     hidden,
     line,
@@ -55,6 +56,7 @@ def _scaled_back(
     KEY: tl.constexpr,
     KW: tl.constexpr,
     BO: tl.constexpr,
+    EXPONENT: tl.constexpr,
 ):
     """The gradients of one matrix' weights (used up) and factor to the matrix x where its chunk began: in d_state if it began here,
     else in d_anchor. Returns that of the radius."""
@@ -62,13 +64,13 @@ def _scaled_back(
     for o in range(0, HIDDEN, BO):
         along += tl.sum(block(x, o, KEY, KW, BO) * block(d_weights, o, KEY, KW, BO))
     size = norm + LEAST
-    along = tl.where(radius <= size, 2 * factor * along, 0.0)
+    along = tl.where(radius <= size, (EXPONENT - 2) * factor * along, 0.0)
     inverse = tl.where(norm > 0, 1 / tl.where(norm > 0, norm, 1.0), 0.0)
     for o in range(0, HIDDEN, BO):
         unit = block(x, o, KEY, KW, BO) * inverse
         g = block(d_weights, o, KEY, KW, BO)
         put_block(d_weights, o, g * 0, KEY, KW, BO)  # of g, so that no thread stores what another has yet to load
-        g = factor * g - along / size * unit * unit * unit + block(d_anchor, o, KEY, KW, BO)
+        g = factor * g - along / size * unit * entry_power(unit, EXPONENT - 2) + block(d_anchor, o, KEY, KW, BO)
         put_block(d_anchor, o, tl.where(fresh, 0.0, g), KEY, KW, BO)
         if fresh:
             put_block(d_state, o, block(d_state, o, KEY, KW, BO) + g, KEY, KW, BO)
@@ -140,6 +142,7 @@ def walk_back(
     BIAS: tl.constexpr,
     SHARPNESS: tl.constexpr,
     THRESHOLD: tl.constexpr,
+    EXPONENT: tl.constexpr,
     ETA_WIDE: tl.constexpr,
     DELTA_WIDE: tl.constexpr,
     HAS_DELTA: tl.constexpr,
@@ -460,7 +463,7 @@ def walk_back(
                 fresh = flags % 2 == 1
                 norm, rho = tl.load(factors + n * 4 + 2), tl.load(radius)
                 to_radius_in += _scaled_back(
-                    origin, d_weights, d_anchor, d_state, fresh, norm, rho, by_in, to_by_in, HIDDEN, KEY, KW, BO
+                    origin, d_weights, d_anchor, d_state, fresh, norm, rho, by_in, to_by_in, HIDDEN, KEY, KW, BO, EXPONENT
                 )
                 norm, rho = tl.load(factors + n * 4 + 3), tl.load(radius + 1)
                 to_radius_out += _scaled_back(
@@ -477,6 +480,7 @@ def walk_back(
                     KEY,
                     KW,
                     BO,
+                    EXPONENT,
                 )
                 to_by_in, to_by_out = one * 0, one * 0
             if LINK == SIMPLEX and ((flags % 2 == 1) | (n == 0)):
