@@ -298,6 +298,19 @@ def test_page_escapes_what_came_from_files(tmp_path: Path) -> None:
     assert "&lt;img src=x onerror=alert(2)&gt;&amp;amp;" in page
 
 
+def test_page_names_the_forms_that_ran(tmp_path: Path) -> None:
+    """A mixer that was several times slower because a compiled form could not run it is told on the page, whichever seed said so."""
+    out = make_folder(tmp_path / "out", mixers=("attention", "moneta"))
+    write(out)
+    assert "Forms of the operations" not in (out / "report.html").read_text()
+    for seed, form in ((0, "native"), (2, "chunked <i>")):
+        event = {"event": "forms", "step": 1, "forms": [f"scan of memory 'mlp': {form}"]}
+        (out / "runs" / f"moneta-seed{seed}" / "progress.jsonl").write_text(json.dumps(event) + "\n")
+    write(out)
+    page = (out / "report.html").read_text()
+    assert "scan of memory &#x27;mlp&#x27;: chunked &lt;i&gt;; scan of memory &#x27;mlp&#x27;: native</td>" in page
+
+
 def test_page_joins_the_mixers_answers_to_one_example(tmp_path: Path) -> None:
     """Every mixer answers the same examples: one card each, with the wrong letters marked."""
     out = make_folder(tmp_path / "out")

@@ -46,7 +46,9 @@ def html(comparison: Comparison) -> str:
             pages.section("examples", "Example predictions", *_examples(comparison, inspected)),
             _drawn("kernels", "Learned kernels", KERNELS, "kernel-controls", "kernel-grid"),
             _drawn("maps", "What one example attends to", MAPS, "map-controls", "map-panels"),
-            pages.section("plan", "Configuration", pages.folded("The whole plan (comparison.json)", comparison.plan)),
+            pages.section(
+                "plan", "Configuration", _forms(table), pages.folded("The whole plan (comparison.json)", comparison.plan)
+            ),
         ],
         data=_data(comparison, table, inspected),
         scripts=[pages.asset(__package__, name) for name in SCRIPTS],
@@ -147,6 +149,13 @@ def _seeds(comparison: Comparison, table: Sequence[Row]) -> str:
     lines = [pages.row(row.label, [cell(run) for run in row.runs], before=_swatch(i)) for i, row in enumerate(table)]
     unit = "error %" if comparison.metric == "error" else "bits per byte"
     return pages.table(f"Every seed, {unit}", ["mixer", *(f"seed {seed}" for seed in comparison.plan["seeds"])], lines)
+
+
+def _forms(table: Sequence[Row]) -> str:
+    """Which forms of the ops each mixer ran: a plain one where a compiled one could not is several times slower."""
+    ran = [(row.label, sorted({form for run in row.runs for form in run.forms}), _swatch(i)) for i, row in enumerate(table)]
+    lines = [pages.row(label, ["; ".join(forms)], before=swatch) for label, forms, swatch in ran if forms]
+    return pages.table("Forms of the operations that ran", ["mixer", "forms"], lines) if lines else ""
 
 
 def _incomplete(comparison: Comparison, table: Sequence[Row]) -> str:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from recollect.training.journal import read_lines
+from recollect.training.journal import Event, read_lines
 
 Status = Literal["finished", "unfinished", "failed", "not started"]
 
@@ -35,7 +35,8 @@ class Point(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One mixer with one seed: its evaluations in order of steps, and how it ended (`reason` says why it failed)."""
+    """One mixer with one seed: its evaluations in order of steps, how it ended (`reason` says why it failed), and the forms of ops
+    that it ran, "OP: FORM"."""
 
     label: str
     seed: int
@@ -44,6 +45,7 @@ class Run:
     status: Status
     reason: str
     folder: Path
+    forms: tuple[str, ...] = ()
 
     @property
     def last(self) -> Point | None:
@@ -159,6 +161,7 @@ def _number(value: float | None) -> float:
 def _run(out: Path, plan: Mapping[str, Any], label: str, seed: int, points: Mapping[int, Point]) -> Run:
     folder = out / "runs" / f"{label}-seed{seed}"
     ordered = tuple(points[step] for step in sorted(points))
+    events = read_lines(folder / "progress.jsonl")
     steps = plan.get("steps")
     status: Status
     reason = ""
@@ -166,7 +169,7 @@ def _run(out: Path, plan: Mapping[str, Any], label: str, seed: int, points: Mapp
         status = "finished"
         if not math.isfinite(ordered[-1].score):
             status, reason = "failed", f"the result is {ordered[-1].score}"
-    elif reason := _failure(folder):
+    elif reason := _failure(folder, events):
         status = "failed"
     else:
         status = "unfinished" if ordered or folder.is_dir() else "not started"
@@ -178,12 +181,14 @@ def _run(out: Path, plan: Mapping[str, Any], label: str, seed: int, points: Mapp
         status=status,
         reason=reason,
         folder=folder,
+        forms=tuple(
+            dict.fromkeys(str(form) for event in events if event.get("event") == "forms" for form in event.get("forms") or ())
+        ),
     )
 
 
-def _failure(folder: Path) -> str:
+def _failure(folder: Path, events: Sequence[Event]) -> str:
     """Why an unfinished run failed: the end of its journal, else the exception that ends its log; "" if it was only stopped."""
-    events = read_lines(folder / "progress.jsonl")
     if events and events[-1].get("event") == "failed":
         return str(events[-1].get("reason") or "no reason given")
     lines = _lines(folder / "log.txt")

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from recollect.kernels.triton.stencil import accumulator
+from recollect.kernels.triton.stencil import accumulator, exact_products
 from recollect.ops.multi_token import Mixing, Rows, Settings, key_padding, read, scores
 
 KEYS = 128  # of a program
@@ -153,7 +153,7 @@ def _decode(
         kernel, matrix = (None if x is None else x.to(dtype).contiguous() for x in (kernel, matrix))
         return kernel, matrix, first, left
 
-    with torch.autocast(q.device.type, enabled=False):
+    with exact_products(q):
         row = scores(q, k, scale)[:, :, 0].to(dtype)
         if first is not None:
             row = row.masked_fill(torch.arange(k.shape[1], device=q.device) < first[:, None, None], 0)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from recollect.kernels.triton import softmax, stencil
 from recollect.kernels.triton.decode import can_decode, decode
-from recollect.kernels.triton.stencil import Frame
+from recollect.kernels.triton.stencil import Frame, exact_products
 from recollect.ops.multi_token import Mixing, Rows, Settings, blocked, dropout_mask, key_padding, read, scores
 from recollect.ops.operators import Inputs, operator
 
@@ -248,12 +248,6 @@ def query_gradient(call: Call, top: int, bottom: int, grad: Tensor, grads: Gradi
     queries = rows @ call.k[:, :n_keys].transpose(1, 2)
     grads.q[:, top:bottom] = queries.view(call.batch, call.n_heads, bottom - top, -1).transpose(1, 2)
     grads.k[:, :n_keys] += (rows.mT @ grouped(call.q[:, top:bottom].transpose(1, 2), groups)).transpose(1, 2)
-
-
-def exact_products(x: Tensor) -> torch.autocast:
-    """Products in the inputs' own precision. Autocast reaches into the forward pass and not into the backward one, whose logits,
-    computed again, would not be those of the log-sum-exp: weights that do not sum to one, and gradients wrong by any factor."""
-    return torch.autocast(x.device.type, enabled=False)
 
 
 def _ahead(call: Inputs) -> tuple[Tensor, Tensor, Rows]:

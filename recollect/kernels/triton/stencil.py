@@ -330,6 +330,12 @@ def accumulator(dtype: torch.dtype) -> tuple[tl.dtype, str]:
     return tl.float32, "tf32x3" if dtype == torch.float32 else "tf32"
 
 
+def exact_products(x: Tensor) -> torch.autocast:
+    """PyTorch's products in the inputs' own precision. Autocast reaches into the forward pass and not into the backward one, whose
+    logits, computed again, would not be those of the log-sum-exp: weights that do not sum to one, and gradients wrong by any factor."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
 def apply_side(
     x: Tensor,
     y: Tensor,
