@@ -9,9 +9,9 @@ both at one token; with c_t = the sum over rows of G_t S_t,
 
     d log D_t = c_t - b_t db_t - k_t dk_t,     c_{t-1} = d log D_t + a_t da_t + q_{t-1} dq_{t-1},
 
-so it is a cumulative sum of what the two passes leave. Its terms nearly cancel: over 300 tokens it errs 1e-6 in fp32 where the token
-loop errs 2e-7; every other gradient errs as the loop's. NOT YET MEASURED ON A GPU: checked by Triton's interpreter, and compiled for
-NVIDIA GPUs in the tests.
+so it is a cumulative sum of what the two passes leave. Its terms nearly cancel, and their roundings add up. So every `SPAN` tokens it
+starts anew: the first pass keeps G there, the second makes c of it. NOT YET MEASURED ON A GPU: checked by Triton's interpreter, and
+compiled for NVIDIA GPUs in the tests.
 
 Axis legend: B batch, T time, H heads, K key dim, V value dim.
 """
@@ -21,11 +21,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 ROWS = 16  # of the state in one program
+SPAN = 16  # tokens of a cumulative sum
 NO_DECAY, PER_HEAD, PER_KEY, PER_VALUE = range(4)
 
 
@@ -131,6 +133,7 @@ def _reverse_kernel(
     grad_b,
     grad_added,
     grad_state,
+    held,
     n_tokens,
     n_heads,
     n_entries,
@@ -138,12 +141,14 @@ def _reverse_kernel(
     V: tl.constexpr,
     KW: tl.constexpr,
     N: tl.constexpr,
+    EVERY: tl.constexpr,
     DECAY: tl.constexpr,
     DELTA: tl.constexpr,
     WIDE: tl.constexpr,
     HAS_RESET: tl.constexpr,
 ):
-    """The state's gradient from the last token to the first; sums over rows are partial, one slice a program."""
+    """The state's gradient from the last token to the first; sums over rows are partial, one slice a program. held [B, H, N, V, K]:
+    that of the state after the last token of each span but for what the token itself reads."""
     head = tl.program_id(0).to(tl.int64)
     row, key = tl.program_id(1) * N + tl.arange(0, N), tl.arange(0, KW)
     inside = (row < V)[:, None] & (key < K)[None, :]
@@ -153,6 +158,9 @@ def _reverse_kernel(
     for back in range(n_tokens):
         t = n_tokens - 1 - back
         token = (head // n_heads * n_tokens + t) * n_heads + head % n_heads
+        if DECAY != 0 and (t % EVERY == EVERY - 1) | (back == 0):
+            span = (head * tl.cdiv(n_tokens, EVERY) + t // EVERY) * (V * K)
+            tl.store(held + span + row[:, None] * K + key[None, :], g, mask=inside)
         out = _rows(grad_y, token, row, V, True)
         g += out[:, None] * _columns(q, token, key, K)
         written = _rows(v, token, row, V, True)
@@ -187,6 +195,8 @@ def _again_kernel(
     state,
     grad_q,
     grad_a,
+    held,
+    ends,
     n_tokens,
     n_heads,
     n_entries,
@@ -194,12 +204,14 @@ def _again_kernel(
     V: tl.constexpr,
     KW: tl.constexpr,
     N: tl.constexpr,
+    EVERY: tl.constexpr,
     DECAY: tl.constexpr,
     DELTA: tl.constexpr,
     WIDE: tl.constexpr,
     HAS_RESET: tl.constexpr,
 ):
-    """The states once more, for the gradients of what reads them: q and a."""
+    """The states once more, for the gradients of what reads them, q and a, and their products with what is held, `ends`: summed over
+    keys [B, H, N, V] for decays per value, else over rows, one slice a program [B, H, N, K]."""
     head = tl.program_id(0).to(tl.int64)
     row, key = tl.program_id(1) * N + tl.arange(0, N), tl.arange(0, KW)
     inside = (row < V)[:, None] & (key < K)[None, :]
@@ -218,6 +230,15 @@ def _again_kernel(
         s = _written(s, added, k, v, b, decay, token, row, key, K, V, DECAY, DELTA)
         out = _rows(grad_y, token, row, V, True)
         tl.store(grad_q + slice_ + token * K + key, tl.sum(s * out[:, None], axis=0), mask=key < K)
+        if DECAY != 0 and (t % EVERY == EVERY - 1) | (t == n_tokens - 1):
+            n_spans = tl.cdiv(n_tokens, EVERY)
+            span = head * n_spans + t // EVERY
+            kept = tl.load(held + span * (V * K) + row[:, None] * K + key[None, :], mask=inside, other=0.0)
+            if DECAY == 3:
+                tl.store(ends + span * V + row, tl.sum(s * kept, axis=1), mask=row < V)
+            else:
+                part = (tl.program_id(1).to(tl.int64) * tl.num_programs(0) * n_spans + span) * K
+                tl.store(ends + part + key, tl.sum(s * kept, axis=0), mask=key < K)
 
 
 def _arguments(
@@ -288,7 +309,6 @@ def _backward(
     grad_last: Tensor,
     y: Tensor,
     read: Tensor,
-    last: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -306,12 +326,19 @@ def _backward(
     n_slices = triton.cdiv(v.shape[-1], ROWS)
     grid, sizes = (batch * n_heads, n_slices), (n_tokens, n_heads, q.numel())
     grad_v, grad_added, grad_state = v.new_empty(v.shape), v.new_empty(v.shape), torch.empty_like(state)
+    options["EVERY"], spans = SPAN, (batch, n_heads, triton.cdiv(n_tokens, SPAN) if log_decay is not None else 0)
+    held, ends = (
+        v.new_empty(*spans, *state.shape[2:]),
+        v.new_empty(1 if on_values else n_slices, *spans, state.shape[3 - on_values]),
+    )
     to_q, to_k, to_a, to_b = (q.new_empty(n_slices, *q.shape) for _ in range(4))
     _reverse_kernel[grid](
-        *(grad_y, *tokens, *gates, read, grad_last, grad_v, to_k, to_b, grad_added, grad_state, *sizes), **options
+        *(grad_y, *tokens, *gates, read, grad_last, grad_v, to_k, to_b, grad_added, grad_state, held, *sizes), **options
     )
     _, whole_k, whole_v, _, whole_b = tokens
-    _again_kernel[grid](*(grad_y, whole_k, whole_v, whole_b, *gates, read, grad_added, state, to_q, to_a, *sizes), **options)
+    _again_kernel[grid](
+        *(grad_y, whole_k, whole_v, whole_b, *gates, read, grad_added, state, to_q, to_a, held, ends, *sizes), **options
+    )
     grad_q, grad_k = to_q.sum(0), to_k.sum(0)
     found = [grad_q, grad_k, grad_v]
     grad_a = grad_b = grad_q.new_zeros(())
@@ -323,12 +350,10 @@ def _backward(
             power = 1.0 if strength is None else strength
             reads = [(y, grad_y), (v, -grad_v)] + ([] if a is None else [(read, -power * grad_added)])
             before = 0.0 if a is None else read * power * grad_added
-            ends = (grad_last * last).sum(-1)
         else:
             reads = [(q, grad_q), (k, -grad_k)] + ([] if b is None else [(b, -grad_b)])
             before = 0.0 if a is None else a * grad_a
-            ends = (grad_last * last).sum(-2)
-        found.append(_decay_gradient(reads, before, ends, log_decay, reset))
+        found.append(_decay_gradient(reads, before, ends.sum(0).transpose(1, 2), log_decay, reset))
     if strength is not None:
         part = grad_added * read
         found.append(part if strength.shape[-1] > 1 else part.sum(-1, keepdim=True))
@@ -338,33 +363,35 @@ def _backward(
 def _decay_gradient(
     reads: list[tuple[Tensor, Tensor]], before: Tensor | float, ends: Tensor, log_decay: Tensor, reset: Tensor | None
 ) -> Tensor:
-    """The gradient of the log decays, as in this file's head: sums over the tokens from each one on.
+    """The gradient of the log decays, as in this file's head: sums over the tokens from each one to its span's end.
 
     Args:
         reads: (vector, its gradient) pairs [B, T, H, channels], negative where the state is written; before: the same for what reads
-            the state before the token. ends: [B, H, channels], the last state times its gradient.
+            the state before the token. ends: [B, N, H, channels], the state at each span's end times its gradient.
     """
     steps = sum(x.double() * grad for x, grad in reads)  # nearly cancel: what is left is small beside them
     assert isinstance(steps, Tensor)
-    total = (steps + before).flip(1).cumsum(1).flip(1) - before + ends[:, None]
+    n_tokens, missing = steps.shape[1], -steps.shape[1] % SPAN
+    spans = F.pad(steps + before, (0, 0, 0, 0, 0, missing)).unflatten(1, (-1, SPAN))
+    total = (spans.flip(2).cumsum(2).flip(2) + ends[:, :, None]).flatten(1, 2)[:, :n_tokens] - before
     total = (total.sum(-1) if log_decay.dim() == 3 else total).to(log_decay.dtype)
     return total if reset is None else total.masked_fill(reset.view(*reset.shape, *[1] * (total.dim() - 2)), 0.0)
 
 
 @_backward.register_fake
-def _(grad_y, grad_last, y, read, last, q, k, v, a, b, log_decay, strength, reset, state, on_values):
+def _(grad_y, grad_last, y, read, q, k, v, a, b, log_decay, strength, reset, state, on_values):
     return [x.new_empty(x.shape) for x in (q, k, v, a, b, log_decay, strength, state) if x is not None]
 
 
 def _keep(ctx, inputs, output):
     *tensors, ctx.on_values = inputs
-    ctx.save_for_backward(*output, *tensors)
+    ctx.save_for_backward(*output[:2], *tensors)
 
 
 def _differentiate(ctx, grad_y, _, grad_last):
     saved = ctx.saved_tensors
     grads = iter(_backward(grad_y, grad_last, *saved, ctx.on_values))
-    tokens = saved[3:-2]
+    tokens = saved[2:-2]
     return *(None if x is None else next(grads) for x in tokens), None, next(grads), None
 
 
