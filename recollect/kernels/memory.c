@@ -538,13 +538,13 @@ static void write_piece(const Place *p, const real *anchor, Writes *w, const int
     if (HAS_DELTA) load(p, call->delta, call->delta_channels, delta);
     for (int half = 0; half <= OUT && !MOMENTUM; half++)
         EACH(c) {
-            vec all = splat(1);
+            vec all = splat(0); /* not the product of alpha: its rounding, mostly the same at every token, would grow with the length */
             for (int t = 0; t < TOKENS; t++) {
-                const vec a = t < p->entry->count ? exp_of(LOAD(w->alpha[half][t] + c)) : splat(1);
-                STORE(w->alpha[half][t] + c, a);
-                all *= a;
+                const vec log_alpha = LOAD(w->alpha[half][t] + c);
+                STORE(w->alpha[half][t] + c, exp_of(log_alpha));
+                all += log_alpha;
             }
-            STORE(w->total[half] + c, all);
+            STORE(w->total[half] + c, exp_of(all));
         }
     turn(x, w->k);
     through(w->back, anchor, x, SET, 1);

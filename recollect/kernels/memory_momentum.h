@@ -21,14 +21,15 @@ typedef struct {
 static real exp_real(real x) { return sizeof(real) == 4 ? expf((float)x) : exp(x); }
 
 static void mixture_of(const Place *p, Mixture *m) {
+    real kept = 0, slowed = 0; /* logs: products' roundings, mostly the same at every token, would grow with the length */
     memset(m, 0, sizeof *m);
     for (int t = 0; t < p->entry->count; t++) {
         const ptrdiff_t at = row_of(p, t);
         const real alpha = exp_real(p->call->log_alpha[at]), mu = exp_real(p->call->log_momentum[at]);
         m->alpha[t] = alpha;
         m->mu[t] = mu;
-        m->slow[t] = (t ? m->slow[t - 1] : 1) * mu;
-        m->keep[t] = (t ? m->keep[t - 1] : 1) * alpha;
+        m->slow[t] = exp_real(slowed += p->call->log_momentum[at]);
+        m->keep[t] = exp_real(kept += p->call->log_alpha[at]);
         m->boost[t] = (t ? m->boost[t - 1] * alpha : 0) + m->slow[t];
         for (int i = 0; i < t; i++) {
             m->pulled[t][i] = m->pulled[t - 1][i] * mu;

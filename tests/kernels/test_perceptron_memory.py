@@ -30,7 +30,8 @@ class Model(NamedTuple):
     """What the kernel is compiled for; steps: the largest eta, such that the memory leaves its first weights.
 
     Tolerance: Memora's plain form, its oracle, moves by 1.2e-12 with the last bits of its inputs (the kernel by a tenth of that);
-    lp of 1, a thousand times steeper at 0 than elsewhere, by 3.1e-11.
+    the loop of lp of 3 and 4 by up to 5.0e-12 and 1.9e-12 in 24 draws, that of lp of 1, a thousand times steeper at 0 than elsewhere,
+    by 3.1e-11.
     """
 
     bias: AttentionalBias
@@ -42,13 +43,13 @@ class Model(NamedTuple):
 
 MODELS = {
     "l2": Model(l2()),
-    "lp3": Model(lp(3.0)),
+    "lp3": Model(lp(3.0), tolerance=1.9e-12),
     "huber": Model(huber()),
     "huber of the norm": Model(huber("norm")),
     "l1": Model(l1()),
     "lp1": Model(lp(1.0), tolerance=3.1e-11),
     "lp2": Model(lp(2.0)),
-    "lp4": Model(lp(4.0)),
+    "lp4": Model(lp(4.0), tolerance=1.9e-12),
     "l_infinity": Model(l_infinity()),
     "pseudo_huber": Model(pseudo_huber()),
     "value_shift": Model(value_shift()),
@@ -241,6 +242,17 @@ def test_compiled_memory_in_single_precision_is_as_exact_as_the_token_loop(chunk
                 pair[n] += float((results[name] - value).detach().norm() / value.detach().norm().clamp(min=1e-30))
     for name, (actual, plain) in errors.items():
         assert actual <= 2 * plain, f"{name}: {actual / 8:.1e}, the loop {plain / 8:.1e}"
+
+
+@pytest.mark.parametrize("model", ["l2", "titans"])
+def test_roundings_of_decays_do_not_add_up(model: str) -> None:
+    """Prevents a decay over a piece that is a product: rounded alike at every token, it drifts, here 4 times as far."""
+    single = {name: part.detach() for name, part in draw(1000, model, channels=False, dtype=torch.float32).items()}
+    for name, value in (("log_alpha", -0.001), ("log_momentum", -0.001), ("eta", 1e-4)):
+        single[name].fill_(value)
+    exact = run({name: part.double() for name, part in single.items()}, 16, model, "chunked")["state 0"]
+    errors = [float((run(single, 16, model, backend)["state 0"] - exact).norm()) for backend in ("native", "chunked")]
+    assert errors[0] <= 2 * errors[1], errors
 
 
 @pytest.mark.parametrize("model", ["huber", "l_infinity", "moneta", "moneta, 3", "memora", "titans, huber"])

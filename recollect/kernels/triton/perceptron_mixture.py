@@ -62,12 +62,12 @@ def _last(x):
 @triton.jit
 def _mixture(eta, log_alpha, log_momentum, row, real, PRECISION: tl.constexpr):
     """entered [t, j], pulled and weight [t, i], keep, slow and boost [t]; entered: what is left in Z_t of S_j."""
-    keep, slow = tl.exp(_number(log_alpha, row, real)), tl.exp(_number(log_momentum, row, real))
-    entered = tl.where(real[None, :], _between(keep), 0.0)
-    pulled = _between(slow) * _number(eta, row, real)[None, :]
-    slow = tl.cumprod(slow, axis=0)
+    kept, slowed = _number(log_alpha, row, real), _number(log_momentum, row, real)
+    entered = tl.where(real[None, :], _between(tl.exp(kept)), 0.0)
+    pulled = _between(tl.exp(slowed)) * _number(eta, row, real)[None, :]
+    keep, slow = tl.exp(tl.cumsum(kept, axis=0)), tl.exp(tl.cumsum(slowed, axis=0))  # as in `whole`
     boost = tl.sum(entered * slow[None, :], axis=1)
-    return entered, pulled, product(entered, pulled, PRECISION), tl.cumprod(keep, axis=0), slow, boost
+    return entered, pulled, product(entered, pulled, PRECISION), keep, slow, boost
 
 
 @triton.jit

@@ -131,9 +131,10 @@ def put_hidden(x, o, value, HIDDEN: tl.constexpr, BO: tl.constexpr):
 
 
 @triton.jit
-def whole(alpha, to_end):
-    """[1, KW]: the decay over the piece."""
-    return tl.sum(tl.where((tl.arange(0, SIZE) == 0)[:, None], alpha * to_end, 0.0), axis=0)[None, :]
+def whole(logs):
+    """[1, KW]: the decay over the piece, whose tokens' logs these are. Not a product of theirs: its roundings, mostly the same at every
+    token, would grow with the length."""
+    return tl.exp(tl.sum(logs, axis=0))[None, :]
 
 
 @triton.jit

@@ -70,19 +70,19 @@ def prepare(
         _, next_row, behind = tokens_of(order, entry, batch, head, n_tokens, n_heads, 1)
         query, keys = channels(q, row, real, KEY, KW, True), channels(k, row, real, KEY, KW, True)
         step = channels(eta, row, real, KEY, KW, ETA_WIDE)
-        alpha = tl.exp(channels(log_alpha_in, row, real, KEY, KW, IN_WIDE))
-        after = tl.exp(channels(log_alpha_in, next_row, behind, KEY, KW, IN_WIDE))
+        logs = channels(log_alpha_in, row, real, KEY, KW, IN_WIDE)
+        alpha, after = tl.exp(logs), tl.exp(channels(log_alpha_in, next_row, behind, KEY, KW, IN_WIDE))
         to_end = tl.cumprod(after, axis=0, reverse=True)
         put(decayed + tile, at, real, query * tl.cumprod(alpha, axis=0), KEY, KW, True)
         put(in_end + tile, at, real, step * keys * to_end, KEY, KW, True)
-        put_line(total + (program * n_rows + n) * 2 * KEY, whole(alpha, to_end), KEY, KW)
+        put_line(total + (program * n_rows + n) * 2 * KEY, whole(logs), KEY, KW)
         f_in = step * keys
         if LINK == SIMPLEX:
             f_in = evened(f_in, KEY, KW)
         put_square(s + program * n_tokens * 16, at, real, scores(query, f_in, alpha, after, KW, PRECISION))
-        alpha = tl.exp(channels(log_alpha, row, real, KEY, KW, ALPHA_WIDE))
+        logs = channels(log_alpha, row, real, KEY, KW, ALPHA_WIDE)
         to_end = tl.cumprod(tl.exp(channels(log_alpha, next_row, behind, KEY, KW, ALPHA_WIDE)), axis=0, reverse=True)
-        put_line(total + ((program * n_rows + n) * 2 + 1) * KEY, whole(alpha, to_end), KEY, KW)
+        put_line(total + ((program * n_rows + n) * 2 + 1) * KEY, whole(logs), KEY, KW)
         put(rest + tile, at, real, step * to_end, KEY, KW, True)
 
 
