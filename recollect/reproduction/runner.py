@@ -11,6 +11,7 @@ from rich.console import Console
 
 from recollect.comparison import Request, compare
 from recollect.comparison.report.records import Run, read
+from recollect.comparison.report.summary import describe
 from recollect.evaluation.suites import Local, build_suite
 from recollect.reproduction.after import file_name, make
 from recollect.reproduction.continuing import continue_both
@@ -81,6 +82,12 @@ def run(
             runs = {stage.names.get(label, label): found.runs[label] for label in found.labels}
             trained[stage.column] = Trained(runs, int(found.plan["training"]["length"]))
             columns.append(_column(stage.column, found.metric, runs))
+            notes += [
+                f"No result: {name}, {stage.column}, seed {run.seed}: {describe(run, found.metric)}"
+                for name, each in runs.items()
+                for run in each
+                if run.status != "finished"
+            ]
             last = [each.last for seeds_of in runs.values() for each in seeds_of if each.last]
             seconds += sum(point.seconds for point in last)
             parameters += [point.parameters for point in last]

@@ -271,6 +271,19 @@ def test_an_experiment_runs_to_its_page_and_is_not_run_again(tmp_path: Path, tex
     assert measured.parameters[0] <= measured.parameters[1]
 
 
+def test_a_run_without_a_result_is_named_with_its_reason(tmp_path: Path, text: str) -> None:
+    """Prevents a dash in a table that nobody can explain."""
+    request = {"task": "text", "data": [TEXT], "mixers": ["attention"], "lr": 1e30, "clip": 0, "warmup": 0}
+    experiment = of_stages("toy", (Training(column="bits/byte", request=request, names={"attention": "Transformer"}),))
+    measured = run(experiment, "tiny", tmp_path / "out", seeds=1, text=[text], jobs=1, overrides={**SMALL, "budget": "4steps"})
+    assert measured.columns[0].cells == {"Transformer": [None]}
+    (note,) = measured.notes
+    assert note.startswith("No result: Transformer, bits/byte, seed 0: failed")
+    assert "training diverged at step" in note
+    report.write(tmp_path / "out", experiment, "tiny", measured)
+    assert "training diverged at step" in (tmp_path / "out" / "report.html").read_text()
+
+
 def test_a_folder_is_of_one_experiment(tmp_path: Path, text: str) -> None:
     """Prevents tables of one experiment from being overwritten by those of another that trains alike."""
     (tmp_path / "out").mkdir()
