@@ -87,7 +87,8 @@ def lp(p: float = 3.0) -> AttentionalBias:
     """p-th power error: loss sum of (r^2 + eps)^(p/2) / p, less its value at r = 0; gradient r (r^2 + eps)^((p-2)/2).
 
     The 1/p makes the gradient sign(r) |r|^(p-1), so that eta keeps one scale across p (the paper's factor p is absorbed by eta).
-    p > 2 amplifies outliers: bound the values.
+    p > 2 amplifies outliers: bound the values. p near 1 is steep at r = 0 (1000 at p = 1), and gradients through a long text can grow
+    without bound: `l1` is the gentler one.
 
     Args:
         p: exponent >= 1. 2 is `l2`; 3, the default, is Moneta's; 1 is another smoothing of `l1`.
