@@ -257,7 +257,7 @@ def halo(mixing: Mixing) -> int:
 
 def _blocks(call: Inputs) -> tuple[Tensor, Tensor, Rows]:
     """Blocks of query rows, each the oracle on a slice with a halo of rows above it."""
-    q, k, v, mixing, start, rows, settings, block = call
+    q, k, v, mixing, start, rows, settings, block, _ = call
     n_queries, earlier = q.shape[1], k.shape[1] - q.shape[1]
     out, last = q.new_empty(*q.shape[:3], v.shape[-1]), rows
     for low, top, bottom in spans(n_queries, block, halo(mixing)):

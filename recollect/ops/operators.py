@@ -43,7 +43,8 @@ class Settings(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """One call: what an operator takes. `block`: query rows at a time, for forms that leave the choice to their caller."""
+    """One call: what an operator takes. `block`: query rows at a time, for forms that leave the choice to their caller; `band`: what
+    logits of a query's last keys are too large by, for forms that `recollect.ops.widened` prepares."""
 
     q: Tensor
     k: Tensor
@@ -53,18 +54,19 @@ class Inputs(NamedTuple):
     rows: Rows
     settings: Settings
     block: int
+    band: Tensor | None = None
 
     @classmethod
     def of(cls, tensors: Sequence[Any], options: Sequence[Any]) -> Inputs:
-        """From an operator's ten tensors and five numbers."""
-        q, k, v, *rest = tensors
+        """From an operator's eleven tensors and five numbers."""
+        q, k, v, *rest, band = tensors
         *settings, block = options
-        return cls(q, k, v, Mixing(*rest[:4]), rest[4], Rows(*rest[5:]), Settings(*settings), block)
+        return cls(q, k, v, Mixing(*rest[:4]), rest[4], Rows(*rest[5:]), Settings(*settings), block, band)
 
     @property
     def differentiable(self) -> list[Tensor]:
         """All that is given and can have a gradient, in order."""
-        return [x for x in (self.q, self.k, self.v, *self.mixing, *self.rows) if x is not None]
+        return [x for x in (self.q, self.k, self.v, *self.mixing, *self.rows, self.band) if x is not None]
 
 
 # Outputs, the log-sum-exps [B, H, T] that the backward form wants (or nothing, []), and the rows to carry on with.
@@ -96,19 +98,20 @@ def operator(
         start: Tensor | None,
         raw: Tensor | None,
         weights: Tensor | None,
+        band: Tensor | None,
         scale: float,
         pad_key: str,
         dropout_p: float,
         seed: int,
         block: int,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        tensors = (q, k, v, kq_pre, head_pre, kq_post, head_post, start, raw, weights)
+        tensors = (q, k, v, kq_pre, head_pre, kq_post, head_post, start, raw, weights, band)
         out, lse, last = forward(Inputs.of(tensors, (scale, pad_key, dropout_p, seed, block)))
         raw, weights = (q.new_empty(0) if x is None else x.contiguous() for x in last)
         return out.contiguous(), lse, raw, weights
 
     @ahead.register_fake
-    def _(q, k, v, kq_pre, head_pre, kq_post, head_post, start, raw, weights, scale, pad_key, dropout_p, seed, block):
+    def _(q, k, v, kq_pre, head_pre, kq_post, head_post, start, raw, weights, *others):
         dtype, (batch, length, n_heads, _) = torch.promote_types(q.dtype, torch.float32), q.shape
         rows = (q.new_empty(0) if x is None else x.new_empty(x.shape, dtype=dtype) for x in (raw, weights))
         lse = q.new_empty((batch, n_heads, length) if keeps else 0, dtype=dtype)
@@ -130,24 +133,42 @@ def operator(
         start: Tensor | None,
         raw: Tensor | None,
         weights: Tensor | None,
+        band: Tensor | None,
         scale: float,
         pad_key: str,
         dropout_p: float,
         seed: int,
         block: int,
     ) -> list[Tensor]:
-        tensors = (q, k, v, kq_pre, head_pre, kq_post, head_post, start, raw, weights)
+        tensors = (q, k, v, kq_pre, head_pre, kq_post, head_post, start, raw, weights, band)
         call = Inputs.of(tensors, (scale, pad_key, dropout_p, seed, block))
         return [x.contiguous() for x in backward(call, lse, grad_out, Rows(grad_raw, grad_weights))]
 
     @back.register_fake
-    def _(grad_out, grad_raw, grad_weights, lse, q, k, v, kq_pre, head_pre, kq_post, head_post, start, raw, weights, *options):
+    def _(
+        grad_out,
+        grad_raw,
+        grad_weights,
+        lse,
+        q,
+        k,
+        v,
+        kq_pre,
+        head_pre,
+        kq_post,
+        head_post,
+        start,
+        raw,
+        weights,
+        band,
+        *options,
+    ):
         rows = (raw, weights) if of_rows else ()
-        return [x.new_empty(x.shape) for x in (q, k, v, kq_pre, head_pre, kq_post, head_post, *rows) if x is not None]
+        return [x.new_empty(x.shape) for x in (q, k, v, kq_pre, head_pre, kq_post, head_post, *rows, band) if x is not None]
 
     def keep(ctx, inputs, output):
-        ctx.save_for_backward(output[1], *inputs[:10])
-        ctx.options = inputs[10:]
+        ctx.save_for_backward(output[1], *inputs[:11])
+        ctx.options = inputs[11:]
         ctx.set_materialize_grads(False)
 
     def differentiate(ctx, grad_out, _, *grad_rows):
@@ -158,7 +179,8 @@ def operator(
     ahead.register_autograd(differentiate, setup_context=keep)
 
     def run(call: Inputs) -> tuple[Tensor, Rows]:
-        tensors, options = (call.q, call.k, call.v, *call.mixing, call.start, *call.rows), (*call.settings, call.block)
+        tensors = (call.q, call.k, call.v, *call.mixing, call.start, *call.rows, call.band)
+        options = (*call.settings, call.block)
         if not torch.compiler.is_compiling():
             out, *last = _Function.apply(forward, backward, of_rows, options, *tensors)
             return out, Rows(*last)
@@ -192,13 +214,11 @@ def _wanted(tensors: Sequence[Any], grad_out: Tensor | None, grad_rows: Sequence
     """The gradient of the outputs, zeros if there is none, and those of the rows that are carried on."""
     q, _, v, *_ = tensors
     grad_out = q.new_zeros(*q.shape[:3], v.shape[-1]) if grad_out is None else grad_out
-    return grad_out, *(None if x is None else grad for x, grad in zip(tensors[8:], grad_rows, strict=True))
+    return grad_out, *(None if x is None else grad for x, grad in zip(tensors[8:10], grad_rows, strict=True))
 
 
 def _spread(found: Sequence[Tensor], tensors: Sequence[Any], of_rows: bool) -> list[Tensor | None]:
-    """The gradients that were found, each at its tensor's place among the ten."""
-    rest, places = (
-        iter(found),
-        [*(x is not None for x in tensors[:7]), False, *(of_rows and x is not None for x in tensors[8:])],
-    )
+    """The gradients that were found, each at its tensor's place among the eleven."""
+    of_parts, rows = [x is not None for x in tensors[:7]], [of_rows and x is not None for x in tensors[8:10]]
+    rest, places = iter(found), [*of_parts, False, *rows, tensors[10] is not None]
     return [next(rest) if place else None for place in places]

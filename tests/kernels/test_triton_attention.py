@@ -207,7 +207,7 @@ def test_it_can_be_compiled_as_one_graph() -> None:
     assert_equal(everything(named, lambda: [compiled(**named)]), everything(named, lambda: [run(**named)]), 0.0)
     inputs = [x.detach() for x in named.values()]
     rows = torch.zeros(2, 4, 5, 6, dtype=torch.float64)
-    given = (*inputs[:4], None, inputs[4], None, None, rows, rows, 0.5, "both", 0.0, 0, 0)
+    given = (*inputs[:4], None, inputs[4], None, None, rows, rows, None, 0.5, "both", 0.0, 0, 0)
     torch.library.opcheck(torch.ops.recollect.multi_token.default, given)
     out, lse, raw, weights = torch.ops.recollect.multi_token.default(*given)
     back = torch.ops.recollect.multi_token_backward.default

@@ -102,7 +102,7 @@ def test_operators_keep_the_rules_of_pytorch(form: str) -> None:
     names = {"blocked": "multi_token_blocks", "native": "multi_token_native"}
     rows = torch.zeros(2, 4, 5, 6, dtype=torch.float64)
     start = document_starts(torch.tensor([[0, 0, 1, 1, 1, 1]] * 2))
-    inputs = (*(named[name] for name in ("q", "k", "v", *Mixing._fields)), start, rows, rows.clone())
+    inputs = (*(named[name] for name in ("q", "k", "v", *Mixing._fields)), start, rows, rows.clone(), None)
     torch.library.opcheck(getattr(torch.ops.recollect, names[form]).default, (*inputs, 0.5, "both", 0.0, 0, 4))
 
 

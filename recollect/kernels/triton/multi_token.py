@@ -2,7 +2,8 @@
 
 Faster equal of `recollect.ops.multi_token.materialized` (its oracle), forward and backward, in fp64, fp32, bf16 and fp16. Memory
 linear in the number of keys: a block's maps are scratch, and what is kept is a log-sum-exp a row. The backward pass recomputes block
-after block, from the last to the first, and hands the gradient of the rows above a block up to it. Results do not depend on the
+after block, from the last to the first, and hands the gradient of the rows above a block up to it. In half precision, where no heads
+are mixed before the softmax, the convolution there is a wider product instead (`recollect.ops.widened`). Results do not depend on the
 order in which programs run, nor on autocast: the precision is that of the inputs. NOT YET MEASURED ON A GPU: checked by Triton's
 interpreter, and compiled for NVIDIA GPUs in the tests.
 
@@ -20,9 +21,11 @@ from torch import Tensor
 from recollect.kernels.triton import softmax, stencil
 from recollect.kernels.triton.decode import can_decode, decode
 from recollect.kernels.triton.stencil import Frame, exact_products
-from recollect.ops.multi_token import Mixing, Rows, Settings, blocked, dropout_mask, key_padding, read, scores
+from recollect.ops.multi_token import Mixing, Rows, Settings, blocked, dropout_mask, key_padding, read, scores, visible
 from recollect.ops.operators import Inputs, operator
+from recollect.ops.widened import widened
 
+WIDENED = 128  # largest head whose convolution before the softmax may be a wider product (docs/kernels.md); 0: never
 BLOCK_ENTRIES = 2**22  # of one map of a block: three maps of it fit the last-level cache of a large GPU
 
 
@@ -43,9 +46,17 @@ class Call:
     """One call: inputs, both sides, and the blocks of its query rows."""
 
     def __init__(
-        self, q: Tensor, k: Tensor, v: Tensor, mixing: Mixing, settings: Settings, start: Tensor | None, rows: Rows
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mixing: Mixing,
+        settings: Settings,
+        start: Tensor | None,
+        rows: Rows,
+        band: Tensor | None = None,
     ) -> None:
-        self.q, self.k, self.v, self.settings, self.rows = q, k, v, settings, rows
+        self.q, self.k, self.v, self.settings, self.rows, self.band = q, k, v, settings, rows, band
         self.batch, self.n_queries, self.n_heads, _ = q.shape
         self.earlier = k.shape[1] - q.shape[1]
         self.dtype = torch.promote_types(q.dtype, torch.float32)
@@ -74,6 +85,13 @@ class Call:
     def map(self, n_rows: int, n_keys: int, dtype: torch.dtype | None = None) -> Tensor:
         """An uninitialised map [B, H, rows, keys]."""
         return self.q.new_empty(self.batch, self.n_heads, n_rows, n_keys, dtype=dtype or self.dtype)
+
+    def banded(self, top: int, n_rows: int, n_keys: int) -> tuple[Tensor, Tensor]:
+        """Of the band's rows top .. top + n_rows: the keys of its entries [1, 1, rows, E], and which have none (there stands any)."""
+        assert self.band is not None
+        query = torch.arange(top, top + n_rows, device=self.q.device)[:, None]
+        keys = (query - torch.arange(self.band.shape[-1], device=self.q.device))[None, None]
+        return keys.clamp(0, n_keys - 1), keys < 0
 
     def above(self, x: Tensor, n_rows: int, carried: Tensor | None) -> Tensor:
         """x with the rows before the first query on top: carried ones, zeros above them."""
@@ -112,6 +130,10 @@ def block_maps(call: Call, top: int, bottom: int, lse: Tensor, *, known: bool) -
     mid_pre = torch.empty_like(weights) if known and pre.matrix is not None else None
     frame, precision = call.at(first_weight), call.q.dtype
     stencil.apply_side(raw[:, :, pre.halo :], weights, frame, *pre, precision, fill=float("-inf"), keep=mid_pre)
+    if call.band is not None:
+        keys, none = call.banded(first_weight, bottom - first_weight, n_keys)
+        band = call.band[:, :, first_weight:bottom].masked_fill(none, 0)
+        weights.scatter_add_(3, keys.expand_as(band), -band)
     sums = lse[:, :, first_weight:bottom].contiguous()
     softmax.softmax_(weights, sums, frame, known=known)
     if not known:
@@ -167,6 +189,7 @@ class Gradients:
     def __init__(self, call: Call, out: Tensor, raw: Tensor | None, weights: Tensor | None) -> None:
         self.out, self.raw, self.weights = out, raw, weights
         self.q, self.k, self.v = torch.empty_like(call.q), *(torch.zeros_like(x, dtype=call.dtype) for x in (call.k, call.v))
+        self.band = None if call.band is None else torch.empty_like(call.band, memory_format=torch.contiguous_format)
         self.handed: dict[str, Tensor] = {}
         self.sums: dict[str, Tensor] = {}
 
@@ -186,6 +209,10 @@ def backward(call: Call, lse: Tensor, grads: Gradients) -> None:
         skip = maps.raw.shape[2] - (bottom - top) - call.pre.halo
         grad = side_backward(call, top, bottom, "pre", grad, maps.raw[:, :, skip:], maps.mid_pre, grads)
         grad = plus_returned(call, top, bottom, grad, grads.raw)
+        if grads.band is not None:
+            keys, none = call.banded(top, bottom - top, grad.shape[3])
+            part = grads.band[:, :, top:bottom]
+            part.copy_(-grad.gather(3, keys.expand_as(part)).masked_fill(none, 0))
         query_gradient(call, top, bottom, grad.to(call.q.dtype), grads)
 
 
@@ -253,18 +280,19 @@ def query_gradient(call: Call, top: int, bottom: int, grad: Tensor, grads: Gradi
 def _ahead(call: Inputs) -> tuple[Tensor, Tensor, Rows]:
     """Outputs, log-sum-exps and the rows to carry on with."""
     with exact_products(call.q):
-        return forward(Call(call.q, call.k, call.v, call.mixing, call.settings, call.start, call.rows))
+        return forward(Call(call.q, call.k, call.v, call.mixing, call.settings, call.start, call.rows, call.band))
 
 
 def _back(given: Inputs, lse: Tensor, grad_out: Tensor, grad_rows: Rows) -> list[Tensor]:
-    """Gradients of q, k, v and the learned parts."""
-    call = Call(given.q, given.k, given.v, given.mixing, given.settings, given.start, given.rows)
+    """Gradients of q, k, v, the learned parts and the band."""
+    call = Call(given.q, given.k, given.v, given.mixing, given.settings, given.start, given.rows, given.band)
     grads = Gradients(call, grad_out, *grad_rows)
     with exact_products(given.q):
         backward(call, lse, grads)
     names = ("kernel_pre", "matrix_pre", "kernel_post", "matrix_post")
     parts = [grads.sums[name].to(x.dtype) for name, x in zip(names, given.mixing, strict=True) if x is not None]
-    return [grads.q, grads.k.to(given.k.dtype), grads.v.to(given.v.dtype), *parts]
+    band = [] if grads.band is None else [grads.band]
+    return [grads.q, grads.k.to(given.k.dtype), grads.v.to(given.v.dtype), *parts, *band]
 
 
 _run = operator("multi_token", _ahead, _back, keeps=True, of_rows=False)
@@ -278,4 +306,29 @@ def fused(
         return decode(q, k, v, mixing, settings, start, rows)
     if torch.is_grad_enabled() and any(row is not None and row.requires_grad for row in rows):
         return blocked(q, k, v, mixing, settings, start, rows)
+    if is_widened(q, k, mixing, start):
+        return _widened(q, k, v, mixing, settings, rows)
     return _run(Inputs(q, k, v, mixing, start, rows, settings, 0))
+
+
+def is_widened(q: Tensor, k: Tensor, mixing: Mixing, start: Tensor | None) -> bool:
+    """Whether the convolution before the softmax becomes a product: no heads are mixed there, tensor cores multiply the inputs as they
+    are, and there are no documents and no earlier keys."""
+    kernel = mixing.kq_pre
+    if kernel is None or kernel.dim() != 3 or mixing.head_pre is not None or start is not None or q.shape[1] != k.shape[1]:
+        return False
+    return q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] <= WIDENED
+
+
+def _widened(q: Tensor, k: Tensor, v: Tensor, mixing: Mixing, settings: Settings, rows: Rows) -> tuple[Tensor, Rows]:
+    """The same without a convolution before the softmax, of wider queries and keys."""
+    assert mixing.kq_pre is not None
+    dtype, halo = torch.promote_types(q.dtype, torch.float32), mixing.kq_pre.shape[-2] - 1
+    with exact_products(q):
+        wide = widened(q, k, mixing.kq_pre.to(dtype), settings.scale, settings.pad_key)
+        n_rows = min(halo, q.shape[1])
+        raw = scores(q[:, q.shape[1] - n_rows :], k, settings.scale).to(dtype)
+        raw = raw.masked_fill(~visible(n_rows, k.shape[1], device=q.device), 0)
+    mixing, last = mixing._replace(kq_pre=None), F.pad(raw, (0, 0, halo - n_rows, 0))
+    out, carried = _run(Inputs(wide.q, wide.k, v, mixing, None, rows._replace(raw=None), settings, 0, wide.band))
+    return out, carried._replace(raw=None if rows.raw is None else last)
