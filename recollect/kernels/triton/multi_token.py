@@ -45,17 +45,8 @@ class Side(NamedTuple):
 class Call:
     """One call: inputs, both sides, and the blocks of its query rows."""
 
-    def __init__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mixing: Mixing,
-        settings: Settings,
-        start: Tensor | None,
-        rows: Rows,
-        band: Tensor | None = None,
-    ) -> None:
+    def __init__(self, given: Inputs) -> None:
+        q, k, v, mixing, start, rows, settings, _, band = given
         self.q, self.k, self.v, self.settings, self.rows, self.band = q, k, v, settings, rows, band
         self.batch, self.n_queries, self.n_heads, _ = q.shape
         self.earlier = k.shape[1] - q.shape[1]
@@ -280,12 +271,12 @@ def query_gradient(call: Call, top: int, bottom: int, grad: Tensor, grads: Gradi
 def _ahead(call: Inputs) -> tuple[Tensor, Tensor, Rows]:
     """Outputs, log-sum-exps and the rows to carry on with."""
     with exact_products(call.q):
-        return forward(Call(call.q, call.k, call.v, call.mixing, call.settings, call.start, call.rows, call.band))
+        return forward(Call(call))
 
 
 def _back(given: Inputs, lse: Tensor, grad_out: Tensor, grad_rows: Rows) -> list[Tensor]:
     """Gradients of q, k, v, the learned parts and the band."""
-    call = Call(given.q, given.k, given.v, given.mixing, given.settings, given.start, given.rows, given.band)
+    call = Call(given)
     grads = Gradients(call, grad_out, *grad_rows)
     with exact_products(given.q):
         backward(call, lse, grads)
