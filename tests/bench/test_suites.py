@@ -78,7 +78,8 @@ def test_the_check_of_the_triton_form_crosses_its_blocks() -> None:
     kernel = pytest.importorskip("recollect.kernels.triton.multi_token")
     here = setting("mta")._replace(heads=512)
     x = attention.inputs(here, attention.crossing(here, attention.entries_of(here, backend="triton")))
-    call = kernel.Call(x.q, x.k, x.v, x.mixing, multi_token.Settings(1.0, "both"), None, multi_token.Rows())
+    settings = multi_token.Settings(1.0, "both")
+    call = kernel.Call(multi_token.Inputs(x.q, x.k, x.v, x.mixing, None, multi_token.Rows(), settings, 0))
     assert len(call.blocks()) >= 2
 
 

@@ -89,8 +89,10 @@ def test_an_error_says_why() -> None:
         multi_token_attention(q, q, q, **mixing._asdict(), backend="native")
     with pytest.raises(RuntimeError, match=r"'fla' cannot run delta_rule_scan here: .*; pass backend='chunked'"):
         delta_rule_scan(q, q, q, q[..., 0], backend="fla")
-    with pytest.raises(RuntimeError, match=r"'native' cannot run scan of memory 'mlp' here: it has no bias 'value_shift'"):
-        written("value_shift", 4, backend="native")
+    with pytest.raises(
+        RuntimeError, match=r"'native' cannot run scan of memory 'mlp' here: it has no bias 'huber' with \('switch', "
+    ):
+        written("huber", 4, backend="native", options=("switch",))
 
 
 def written(bias: str, n_tokens: int, *, backend: str | None = None, memory=mlp, options: tuple = ()) -> None:
@@ -106,10 +108,10 @@ def written(bias: str, n_tokens: int, *, backend: str | None = None, memory=mlp,
 @needs_compiler
 def test_memories_tell_too() -> None:
     """Prevents a bias without a kernel from running slowly unseen; one matrix has no kernel on a CPU to be missed."""
-    (text,) = said(lambda: written("value_shift", 1024))
+    (text,) = said(lambda: written("huber", 1024, options=("switch",)))
     assert "scan of memory 'mlp' runs as 'chunked', several times slower than 'native', which cannot: it has no bias" in text
     assert said(lambda: written("l2", 1024)) == []
-    assert said(lambda: written("value_shift", 1024, memory=matrix)) == []
+    assert said(lambda: written("huber", 1024, memory=matrix, options=("switch",))) == []
 
 
 # Bias and options -> whether a perceptron has it: compiled for a CPU, in Triton.
@@ -118,14 +120,14 @@ BUILT_IN: dict[tuple[str, tuple], tuple[bool, bool]] = {
     ("l2", ()): (True, True),
     ("l1", ()): (True, True),
     ("lp", ()): (True, True),
-    ("lp", (1.5,)): (False, True),
-    ("l_infinity", ()): (False, True),
+    ("lp", (1.5,)): (True, True),
+    ("l_infinity", ()): (True, True),
     ("huber", ()): (True, True),
     ("huber", ("norm",)): (True, True),
     ("huber", ("switch",)): (False, False),
     ("huber", ("switch_rms",)): (False, False),
-    ("pseudo_huber", ()): (False, True),
-    ("value_shift", ()): (False, True),
+    ("pseudo_huber", ()): (True, True),
+    ("value_shift", ()): (True, True),
 }
 
 
