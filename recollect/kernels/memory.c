@@ -713,17 +713,18 @@ static void store_state(const real *state, real *in, real *out) {
         for (int o = 0; o < HIDDEN; o++) out[c * HIDDEN + o] = state[AREA + o * KEY + c];
 }
 
-/* Whether a full chunk ended before entry n of a call, at which entries of its state came nearer to zero. */
-INLINE int settled(const Call *call, const Entry *entry, int32_t n) {
-    return LINK == IDENTITY && call->retention > 0 && entry->flags == CHUNK && n > 0;
-}
+/* Whether full chunks end with entries nearer to zero. */
+INLINE int shrinks(const Call *call) { return LINK == IDENTITY && call->retention > 0; }
 
-/* Entries of a state nearer to zero by the threshold, those below it at zero. */
+/* Whether one ended so before entry n of a call. */
+INLINE int settled(const Call *call, const Entry *entry, int32_t n) { return shrinks(call) && entry->flags == CHUNK && n > 0; }
+
+/* Entries of a state nearer to zero by the threshold, those below it at zero; what is no number stays none. */
 static void shrink(const Call *call, real *state) {
     const vec by = splat((real)call->retention);
     for (ptrdiff_t n = 0; n < STATE; n += LANES) {
-        const vec x = LOAD(state + n), above = x - by, below = x + by;
-        STORE(state + n, where((uvec)(x > by), above, where((uvec)(x < -by), below, splat(0))));
+        const vec x = LOAD(state + n);
+        STORE(state + n, x - where((uvec)(x > by), by, where((uvec)(x < -by), -by, x)));
     }
 }
 
@@ -798,8 +799,10 @@ void forward(const Call *call) {
                 carry_piece(w, state);
 #endif
             }
-            if (LINK == IDENTITY && call->retention > 0 && call->closed[p.batch]) shrink(call, state);
-            if (call->closed[p.batch]) COPY(anchor, state);
+            if (call->closed[p.batch]) {
+                if (shrinks(call)) shrink(call, state);
+                COPY(anchor, state);
+            }
             store_state(state, call->in + h * AREA, call->out + h * AREA);
             if (MOMENTUM) store_state(state + STATE, call->momentum_in + h * AREA, call->momentum_out + h * AREA);
             store_state(anchor, call->anchor_in + h * AREA, call->anchor_out + h * AREA);
@@ -1028,7 +1031,8 @@ INLINE void point_back(const Place *p, const Point *point, Work *m, real *d_dual
     if (LINK == SIMPLEX) softmax_back(point->weights, m->d_weights, d_dual);
     if (LINK == SCALED) for (int half = 0; half < 2; half++) {
         const real *x = point->dual + half * AREA, *g = m->d_weights + half * AREA;
-        const real q = (real)p->call->retention, radius = p->call->radius[p->head * 2 + half], size = point->norm[half] + LINK_EPS, factor = point->factor[half];
+        const real q = (real)p->call->retention, radius = p->call->radius[p->head * 2 + half];
+        const real size = point->norm[half] + LINK_EPS, factor = point->factor[half];
         vec sum = splat(0);
         for (ptrdiff_t n = 0; n < AREA; n += LANES) sum += LOAD(x + n) * LOAD(g + n);
         const real along = radius <= size ? (q - 2) * factor * (m->sums.factor[half] + sum_of(sum)) : 0;

@@ -244,6 +244,15 @@ def test_compiled_memory_in_single_precision_is_as_exact_as_the_token_loop(chunk
         assert actual <= 2 * plain, f"{name}: {actual / 8:.1e}, the loop {plain / 8:.1e}"
 
 
+def test_an_elastic_net_hides_no_nan() -> None:
+    """Prevents entries that are no number from passing for small ones, which a full chunk leaves at zero."""
+    named = {name: part.detach() for name, part in draw(40, "elastic net", channels=False).items()}
+    named["v"][0, 3] = float("nan")
+    found = compiled(named, 16, "elastic net")
+    for name in ("y", "state 0", "state 1", "anchor 0", "anchor 1"):
+        assert found[name][0].isnan().any(), name
+
+
 @pytest.mark.parametrize("model", ["l2", "titans"])
 def test_roundings_of_decays_do_not_add_up(model: str) -> None:
     """Prevents a decay over a piece that is a product: rounded alike at every token, it drifts, here 4 times as far."""

@@ -29,8 +29,8 @@ def product(a, b, PRECISION: tl.constexpr):
 
 @triton.jit
 def shrunk(w, THRESHOLD: tl.constexpr):
-    """Entries nearer to zero by a threshold, those below it at zero."""
-    return tl.where(w > THRESHOLD, w - THRESHOLD, tl.where(w < -THRESHOLD, w + THRESHOLD, 0.0))
+    """Entries nearer to zero by a threshold, those below it at zero; what is no number stays none."""
+    return w - tl.where(w > THRESHOLD, THRESHOLD, tl.where(w < -THRESHOLD, -THRESHOLD, w))
 
 
 @triton.jit
