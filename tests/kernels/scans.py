@@ -70,20 +70,26 @@ def assert_equal(actual: list[Tensor], expected: list[Tensor], tolerance: float 
         assert error <= tolerance, f"{n}: {error:.1e}"
 
 
-def assert_as_exact(draws: Iterable[dict[str, Tensor]], results: Callable[[dict[str, Tensor], str], list[Tensor]]) -> None:
-    """In fp32 the mean error over the draws, against the chunks in fp64, is at most twice the chunks' own, for each result."""
+def assert_as_exact(
+    draws: Iterable[dict[str, Tensor]],
+    results: Callable[[dict[str, Tensor], str], list[Tensor]],
+    *,
+    oracle: str = "chunked",
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """In this dtype the mean error over the draws, against the oracle in fp64, is at most twice the oracle's own, for each result."""
     errors: dict[int, list[float]] = {}
     for named in draws:
         exact, *single = (
-            results({name: x.detach().to(dtype).requires_grad_() for name, x in named.items()}, form)
-            for form, dtype in (("chunked", torch.float64), ("triton", torch.float32), ("chunked", torch.float32))
+            results({name: x.detach().to(kind).requires_grad_() for name, x in named.items()}, form)
+            for form, kind in ((oracle, torch.float64), ("triton", dtype), (oracle, dtype))
         )
         for n, (value, *pair) in enumerate(zip(exact, *single, strict=True)):
             sums = errors.setdefault(n, [0.0, 0.0])
             for m, x in enumerate(pair):
                 sums[m] += float((x.double() - value).detach().norm() / value.detach().norm().clamp(min=1e-30))
     for n, (ours, theirs) in errors.items():
-        assert ours <= 2 * theirs, f"{n}: {ours:.1e}, the chunks {theirs:.1e}"
+        assert ours <= 2 * theirs, f"{n}: {ours:.1e}, the oracle {theirs:.1e}"
 
 
 def assert_one_graph(outputs: Callable[[dict[str, Tensor]], list[Tensor]], named: dict[str, Tensor]) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from recollect.ops import Mixing, Rows, multi_token_attention, multi_token_rows
+from tests.kernels.scans import assert_as_exact
 from tests.kernels.test_triton_attention import assert_equal, everything
 from tests.ops.test_multi_token import module_inputs
 
@@ -96,21 +97,12 @@ def test_it_can_be_compiled_as_one_graph(in_fp64: list[Tensor]) -> None:
 def test_low_precision_is_that_of_the_definition(dtype: torch.dtype) -> None:
     """Prevents sums of wider keys that lose what the convolution kept: error at most twice the definition's in the same dtype, mean of
     three draws."""
-    errors: dict[str, list[float]] = {}
-    for length in (17, 18, 19):
-        low = {name: x.detach().to(dtype).requires_grad_() for name, x in inputs(length).items()}
-        exact = {name: x.detach().double().requires_grad_() for name, x in low.items()}
-        runs = ((exact, "materialized"), (low, "triton"), (low, "materialized"))
-        right, actual, plain = (
-            everything(named, lambda named=named, form=form: [multi_token_attention(**named, backend=form)])
-            for named, form in runs
-        )
-        for name, x, a, b in zip(("out", *low), right, actual, plain, strict=True):
-            found = errors.setdefault(name, [0.0, 0.0])
-            for n, value in enumerate((a, b)):
-                found[n] += float(((value.double() - x).norm() / x.norm()).detach())
-    for name, (ours, theirs) in errors.items():
-        assert ours <= 2 * theirs, f"{name}: {ours / 3:.1e}, the definition {theirs / 3:.1e}"
+    assert_as_exact(
+        ({name: x.detach().to(dtype) for name, x in inputs(length).items()} for length in (17, 18, 19)),
+        lambda named, form: everything(named, lambda: [multi_token_attention(**named, backend=form)]),
+        oracle="materialized",
+        dtype=dtype,
+    )
 
 
 def test_it_is_taken_where_it_was_derived_to_win() -> None:
