@@ -13,6 +13,7 @@
 #else
 #include "products.h"
 #endif
+#include "pages.h"
 
 /* One side of the softmax: what it has learned, and its functions (stencil.c). NULL where a part is missing. */
 typedef struct {
@@ -22,7 +23,7 @@ typedef struct {
     real *kernel_grad, *matrix_grad;   /* [segments][batch][as above], zeros at first */
     void (*forward)(const Strip *, const real *, ptrdiff_t, const real *, const real *, real *, ptrdiff_t, real *, ptrdiff_t, int, real *,
                     ptrdiff_t);
-    void (*mix_gradient)(const Strip *, const real *, ptrdiff_t, const real *, ptrdiff_t, int, real *);
+    void (*mix_gradient)(const Strip *, const real *, ptrdiff_t, const real *, ptrdiff_t, int, int, real *);
     void (*mix_backward)(const Strip *, real *, ptrdiff_t, const real *);
     void (*correlate)(const Strip *, const real *, const real *, ptrdiff_t, real *);
     void (*convolution_backward)(const Strip *, const real *, const real *, real *, const real *);
@@ -267,65 +268,65 @@ static void forward_task(const Task *t) {
 }
 
 /* Add the gradient of the last rows that the call returned to the rows of a map that are among them, where they are no constant zeros. */
-static void add_last(const Task *t, Map m, ptrdiff_t top, ptrdiff_t n, const real *grad, ptrdiff_t n_last) {
+static void add_last(const Task *t, ptrdiff_t h, Map m, ptrdiff_t top, ptrdiff_t n, const real *grad, ptrdiff_t n_last) {
     const Call *c = t->c;
     const Strip s = strip_at(t, NULL, top, n);
     const ptrdiff_t first = c->queries - n_last;
-    for (ptrdiff_t h = 0; grad && h < c->group; h++)
-        for (ptrdiff_t r = first > top ? first - top : 0; r < n; r++) {
-            const real *from = grad + ((t->head + h) * n_last + top + r - first) * c->keys;
-            real *row = row_of(t, m, h, r);
-            for (ptrdiff_t j = start_of(&s, r); j <= s.first + r; j++) row[j] += from[j];
-        }
+    for (ptrdiff_t r = first > top ? first - top : 0; grad && r < n; r++) {
+        const real *from = grad + ((t->head + h) * n_last + top + r - first) * c->keys;
+        real *row = row_of(t, m, h, r);
+        for (ptrdiff_t j = start_of(&s, r); j <= s.first + r; j++) row[j] += from[j];
+    }
 }
 
 /* The gradient of a softmax's input, in place of that of its output. */
-static void softmax_backward(const Task *t, Map grad, Map soft, ptrdiff_t in_soft, ptrdiff_t top, ptrdiff_t n) {
-    const Call *c = t->c;
+static void softmax_backward(const Task *t, ptrdiff_t h, Map grad, Map soft, ptrdiff_t in_soft, ptrdiff_t top, ptrdiff_t n) {
     const Strip s = strip_at(t, NULL, top, n);
-    SHARED for (ptrdiff_t h = 0; h < c->group; h++)
-        for (ptrdiff_t r = 0; r < n; r++) {
-            real *d = row_of(t, grad, h, r), total = 0;
-            const real *p = row_of(t, soft, h, in_soft + r);
-            for (ptrdiff_t j = start_of(&s, r); j <= s.first + r; j++) total += p[j] * d[j];
-            for (ptrdiff_t j = start_of(&s, r); j <= s.first + r; j++) d[j] = p[j] * (d[j] - total);
-        }
+    for (ptrdiff_t r = 0; r < n; r++) {
+        real *d = row_of(t, grad, h, r), total = 0;
+        const real *p = row_of(t, soft, h, in_soft + r);
+        for (ptrdiff_t j = start_of(&s, r); j <= s.first + r; j++) total += p[j] * d[j];
+        for (ptrdiff_t j = start_of(&s, r); j <= s.first + r; j++) d[j] = p[j] * (d[j] - total);
+    }
 }
 
-/* Head mixing backward, in place on the first n rows of `grad`; the matrix's gradient is summed where the rows are the task's own. */
+/* Head mixing backward of rows of a strip. The gradient of the matrix, from the output heads first .. last (of MIXED each). */
+static void matrix_back(const Task *t, const Side *side, const Strip *s, ptrdiff_t h, ptrdiff_t row, Map grad, Map mid, ptrdiff_t in_mid,
+                        ptrdiff_t first, ptrdiff_t last, real *sums) {
+    side->mix_gradient(s, row_of(t, grad, h, row), stride_of(t, grad), row_of(t, mid, h, in_mid + row), stride_of(t, mid), (int)first,
+                       (int)last, sums + h * side->group * LANES);
+}
+
+/* Then that of the map, in place on the first n rows of `grad`; sums: NULL where the rows are not the task's own. */
 static void mix_back(const Task *t, const Side *side, Map grad, Map mid, ptrdiff_t in_mid, ptrdiff_t top, ptrdiff_t n, real *sums) {
     const Call *c = t->c;
     if (!side->matrix) return;
     const Strip s = strip_at(t, side, top, n);
-    const ptrdiff_t parts = (side->group + MIXED - 1) / MIXED, tiles = (n + ROWS - 1) / ROWS;
-    if (sums) {
-        SHARED for (ptrdiff_t i = 0; i < c->group / side->group * parts; i++) {
-            const ptrdiff_t h = i / parts * side->group;
-            side->mix_gradient(&s, row_of(t, grad, h, 0), stride_of(t, grad), row_of(t, mid, h, in_mid), stride_of(t, mid),
-                               (int)(i % parts * MIXED), sums + h * side->group * LANES);
-        }
+    const ptrdiff_t groups = c->group / side->group, parts = (side->group + MIXED - 1) / MIXED;
+    if (sums && c->team > 1) { /* threads share the output heads */
+        SHARED for (ptrdiff_t i = 0; i < groups * parts; i++)
+            matrix_back(t, side, &s, i / parts * side->group, 0, grad, mid, in_mid, i % parts, i % parts + 1, sums);
     }
-    SHARED for (ptrdiff_t i = 0; i < c->group / side->group * tiles; i++) {
-        const ptrdiff_t h = i / tiles * side->group, row = i % tiles * ROWS;
-        const Strip part = part_of(&s, row, n - row < ROWS ? n - row : ROWS);
-        side->mix_backward(&part, row_of(t, grad, h, row), stride_of(t, grad), side->transposed + (t->head + h) % c->heads * side->group);
+    SHARED for (ptrdiff_t i = 0; i < groups * n; i++) { /* by rows, each of which stays in the second-level cache for both */
+        const ptrdiff_t h = i / n * side->group, row = i % n;
+        const Strip one = part_of(&s, row, 1);
+        if (sums && c->team == 1) matrix_back(t, side, &one, h, row, grad, mid, in_mid, 0, parts, sums);
+        side->mix_backward(&one, row_of(t, grad, h, row), stride_of(t, grad), side->transposed + (t->head + h) % c->heads * side->group);
     }
 }
 
-static void correlate_rows(const Task *t, const Side *side, Map in, ptrdiff_t in_row, Map grad, ptrdiff_t low, ptrdiff_t top, ptrdiff_t n,
-                           real *sums) {
+static void correlate_rows(const Task *t, const Side *side, ptrdiff_t h, Map in, ptrdiff_t in_row, Map grad, ptrdiff_t low, ptrdiff_t top,
+                           ptrdiff_t n, real *sums) {
     const Call *c = t->c;
     const Strip s = strip_at(t, side, top, n);
-    SHARED for (ptrdiff_t h = 0; h < c->group; h++)
-        side->correlate(&s, row_of(t, in, h, in_row), row_of(t, grad, h, 0) - low * c->ld, low, sums + h * side->taps * LANES);
+    side->correlate(&s, row_of(t, in, h, in_row), row_of(t, grad, h, 0) - low * c->ld, low, sums + h * side->taps * LANES);
 }
 
-static void convolve_back(const Task *t, const Side *side, Map grad, Map grad_in, Map soft, ptrdiff_t in_soft, ptrdiff_t top, ptrdiff_t n) {
-    const Call *c = t->c;
+static void convolve_back(const Task *t, const Side *side, ptrdiff_t h, Map grad, Map grad_in, Map soft, ptrdiff_t in_soft, ptrdiff_t top,
+                          ptrdiff_t n) {
     const Strip s = strip_at(t, side, top, n);
-    SHARED for (ptrdiff_t h = 0; h < c->group; h++)
-        side->convolution_backward(&s, row_of(t, grad, h, 0), side->flipped ? side->flipped + (t->head + h) % c->heads * side->taps : NULL,
-                                   row_of(t, grad_in, h, 0), soft.rows ? row_of(t, soft, h, in_soft) : NULL);
+    side->convolution_backward(&s, row_of(t, grad, h, 0), side->flipped ? side->flipped + (t->head + h) % t->c->heads * side->taps : NULL,
+                               row_of(t, grad_in, h, 0), soft.rows ? row_of(t, soft, h, in_soft) : NULL);
 }
 
 /* Keys that the queries of a segment see. */
@@ -360,21 +361,23 @@ static void backward_strip(const Task *t, ptrdiff_t top, ptrdiff_t bottom, int o
     }
     apply_mask(t, t->d_post, top, n);
     mix_back(t, post, t->d_post, t->mid_post, 0, top, n, own ? t->matrix_post : NULL);
-    if (post->kernel && own) correlate_rows(t, post, t->soft, post->halo, t->d_post, 0, top, n, t->sums_post);
+    /* What follows is done head by head: the maps of one stay in the second-level cache from step to step. */
     const int returned = c->grad_weights && bottom > c->queries - c->n_weights;
-    convolve_back(t, post, t->d_post, t->d_pre, returned ? none : t->soft, post->halo, top, n);
-    if (returned) {
-        add_last(t, t->d_pre, top, n, c->grad_weights, c->n_weights);
-        softmax_backward(t, t->d_pre, t->soft, post->halo, top, n);
+    SHARED for (ptrdiff_t h = 0; h < c->group; h++) {
+        if (post->kernel && own) correlate_rows(t, post, h, t->soft, post->halo, t->d_post, 0, top, n, t->sums_post);
+        convolve_back(t, post, h, t->d_post, t->d_pre, returned ? none : t->soft, post->halo, top, n);
+        if (!returned) continue;
+        add_last(t, h, t->d_pre, top, n, c->grad_weights, c->n_weights);
+        softmax_backward(t, h, t->d_pre, t->soft, post->halo, top, n);
     }
     mix_back(t, pre, t->d_pre, t->mid_pre, post->halo, top, n, own ? t->matrix_pre : NULL);
     if (!own) return;
-    if (pre->kernel) {
-        correlate_rows(t, pre, t->raw, up, t->d_pre, 0, top, n, t->sums_pre);
-        convolve_back(t, pre, t->d_pre, t->d_raw, none, 0, top, n);
-        add_last(t, t->d_raw, top, n, c->grad_raw, c->n_raw);
-    }
     SHARED for (ptrdiff_t h = 0; h < c->group; h++) {
+        if (pre->kernel) {
+            correlate_rows(t, pre, h, t->raw, up, t->d_pre, 0, top, n, t->sums_pre);
+            convolve_back(t, pre, h, t->d_pre, t->d_raw, none, 0, top, n);
+            add_last(t, h, t->d_raw, top, n, c->grad_raw, c->n_raw);
+        }
         const ptrdiff_t head = t->head + h, width = c->width;
         const real *grad = row_of(t, t->d_raw, h, 0);
         read_rows(&s, grad, c->woven_k + head * woven_items(c->keys, width), width, c->grad_q + (head * c->queries + top) * width);
@@ -406,10 +409,12 @@ static void backward_task(const Task *t) {
         top = bottom - c->strip > end ? bottom - c->strip : end;
         backward_strip(t, top, bottom, bottom <= high);
     }
-    if (low == 0 && pre->kernel && c->carried_raw)
-        correlate_rows(t, pre, t->raw, post->halo, t->d_pre, pre->halo, -pre->halo, pre->halo, t->sums_pre);
-    if (low == 0 && post->kernel && c->carried_weights)
-        correlate_rows(t, post, t->soft, 0, t->d_post, post->halo, -post->halo, post->halo, t->sums_post);
+    for (ptrdiff_t h = 0; low == 0 && h < c->group; h++) { /* what carried rows give */
+        if (pre->kernel && c->carried_raw)
+            correlate_rows(t, pre, h, t->raw, post->halo, t->d_pre, pre->halo, -pre->halo, pre->halo, t->sums_pre);
+        if (post->kernel && c->carried_weights)
+            correlate_rows(t, post, h, t->soft, 0, t->d_post, post->halo, -post->halo, post->halo, t->sums_post);
+    }
     add_up(t->sums_pre, c->group * pre->taps, pre->kernel_grad + number * pre->taps);
     add_up(t->sums_post, c->group * post->taps, post->kernel_grad + number * post->taps);
     if (pre->matrix) add_up(t->matrix_pre, c->group * pre->group, pre->matrix_grad + number * pre->group);
@@ -440,6 +445,8 @@ static void do_task(const Call *c, ptrdiff_t number, real *scratch, int backward
 
 void run(const Call *c, int backward) {
     const ptrdiff_t tasks = c->batch * c->heads / c->group * c->segments;
+    const size_t bytes = (size_t)(c->scratch_size * (c->team > 1 ? 1 : c->threads)) * sizeof(real);
+    if (bytes > 1 << 23) large_pages(c->scratch, bytes); /* of less, zeroing whole ones would cost more */
     if (c->team > 1) {
         for (ptrdiff_t number = 0; number < tasks; number++) do_task(c, number, c->scratch, backward);
         return;

@@ -14,10 +14,8 @@
  * Every product is one tile loop: out[m][:] = sum over c of w[m][c] * x[c][:].
  */
 #include "common.h"
+#include "pages.h"
 #include <stdlib.h>
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
 
 #define TOKENS 16
 #define AREA (HIDDEN * KEY)
@@ -740,15 +738,6 @@ static void shrink_back(const real *state, real *d) {
 static void start_state(const Place *p, real *state) {
     load_state(p->call->start_in + p->head * AREA, p->call->start_out + p->head * AREA, state);
     if (MOMENTUM) memset(state + STATE, 0, STATE * sizeof(real));
-}
-
-/* Ask for large pages: a fresh buffer of small ones costs a fault per 4 KiB, a tenth of the time of a step. */
-static void large_pages(real *buffer, size_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-    const uintptr_t page = 1 << 21, low = ((uintptr_t)buffer + page - 1) / page * page, high = ((uintptr_t)buffer + bytes) / page * page;
-    if (low < high) madvise((void *)low, high - low, MADV_HUGEPAGE);
-#endif
-    (void)buffer, (void)bytes;
 }
 
 void forward(const Call *call) {

@@ -16,6 +16,7 @@ typedef __m512i item_vec;
 typedef vec item_vec;
 #endif
 
+enum { LINE = 64 }; /* bytes of a cache line */
 enum { KEYS = 60, WHOLE = LANES }; /* keys whose values stay in the first-level cache; widths are multiples of WHOLE */
 _Static_assert(KEYS % ROWS == 0 && KEYS % PER_ITEM == 0, "KEYS are whole tiles of whole items");
 
@@ -25,16 +26,22 @@ INLINE ptrdiff_t turned_items(ptrdiff_t length, ptrdiff_t width) { return woven_
 INLINE ptrdiff_t gradient_size(ptrdiff_t keys, ptrdiff_t width) { return keys * width; }
 
 /* out[r] = sum over low <= n < high of weights[r * row + n * step] * x[n * stride], nr rows, nv vectors wide; added to out if `add`: the
- * new sums first, then the total, which is less rounding than one long sum. */
+ * new sums first, then the total, which is less rounding than one long sum. What a strip multiplies or adds to comes from beyond the
+ * second-level cache, slowly, and the processor does not foresee it: meanwhile a line a step is asked for from `next` on. */
 INLINE void tile(const item *weights, ptrdiff_t row, ptrdiff_t step, const item *x, ptrdiff_t stride, ptrdiff_t low, ptrdiff_t high, real *out,
-                 ptrdiff_t out_stride, const int nr, const int nv, const int add) {
+                 ptrdiff_t out_stride, const int nr, const int nv, const int add, const char *next) {
     vec acc[ROWS][VECS];
 #pragma GCC unroll 8
     for (int r = 0; r < nr; r++)
 #pragma GCC unroll 8
         for (int v = 0; v < nv; v++) acc[r][v] = splat(0);
+#pragma GCC unroll 8
+    for (int r = 0; r < nr; r++)
+#pragma GCC unroll 8
+        for (int v = 0; v < nv; v++) __builtin_prefetch(out + r * out_stride + v * LANES, 1);
     for (ptrdiff_t n = low; n < high; n++) {
         item_vec value[VECS];
+        __builtin_prefetch(next + (n - low) * LINE);
 #pragma GCC unroll 8
         for (int v = 0; v < nv; v++) value[v] = LOAD_ITEMS(x + n * stride + v * LANES);
 #pragma GCC unroll 8
@@ -58,12 +65,13 @@ static void logits(const Strip *s, const item *q, ptrdiff_t width, const item *p
         for (ptrdiff_t top = 0; top < s->rows; top += ROWS) {
             const ptrdiff_t nr = s->rows - top < ROWS ? s->rows - top : ROWS, keys = s->first + top + nr - key;
             const item *rows = q + top * n, *panel = panels + key * n;
+            const char *next = (const char *)(panel + PANEL * n + top * PANEL / s->rows * n);
             real *out = map + top * s->ld + key;
             if (keys > PANEL - LANES) {
                 switch (nr) { /* a tile for every number of rows: the last strip is seldom whole */
 #define TILE(rows_)                                                                       \
     case rows_:                                                                           \
-        tile(rows, n, 1, panel, PANEL, 0, n, out, s->ld, rows_ < ROWS ? rows_ : ROWS, VECS, 0); \
+        tile(rows, n, 1, panel, PANEL, 0, n, out, s->ld, rows_ < ROWS ? rows_ : ROWS, VECS, 0, next); \
         break;
                     TILE(1) TILE(2) TILE(3) TILE(4) TILE(5) TILE(6)
 #undef TILE
@@ -71,10 +79,10 @@ static void logits(const Strip *s, const item *q, ptrdiff_t width, const item *p
             } else
                 for (ptrdiff_t v = 0; v < keys; v += LANES) {
                     if (nr == ROWS)
-                        tile(rows, n, 1, panel + v, PANEL, 0, n, out + v, s->ld, ROWS, 1, 0);
+                        tile(rows, n, 1, panel + v, PANEL, 0, n, out + v, s->ld, ROWS, 1, 0, next);
                     else
                         for (ptrdiff_t r = 0; r < nr; r++)
-                            tile(rows + r * n, n, 1, panel + v, PANEL, 0, n, out + r * s->ld + v, s->ld, 1, 1, 0);
+                            tile(rows + r * n, n, 1, panel + v, PANEL, 0, n, out + r * s->ld + v, s->ld, 1, 1, 0, next);
                 }
         }
     for (ptrdiff_t r = 0; r < s->rows; r++) clear_outside(map + r * s->ld, s, start_of(s, r), s->first + r + 1);
@@ -109,7 +117,10 @@ static void read_rows(const Strip *s, const real *map, const item *x, ptrdiff_t 
             ptrdiff_t row;
             const item *weights = along(map + top * s->ld + key, s->ld, nr, columns, room, room_for(KEYS), &row), *from = x + key / PER_ITEM * width;
             real *y = out + top * width;
-#define READ(nr_, nv_) tile(weights + row_ * row, row, 1, from + offset, width, 0, n, y + row_ * width + offset, width, nr_, nv_, 1)
+            const char *next = (const char *)(from + KEYS / PER_ITEM * width + top * KEYS / s->rows / PER_ITEM * width);
+#define READ(nr_, nv_)                                                                                                        \
+    tile(weights + row_ * row, row, 1, from + offset, width, 0, n, y + row_ * width + offset, width, nr_, nv_, 1,                 \
+         next + offset / (VECS * LANES) * n * LINE)
             EACH_TILE(READ, nr, width)
 #undef READ
         }
@@ -131,7 +142,10 @@ static void accumulate(const Strip *s, const real *map, const item *x, ptrdiff_t
             const ptrdiff_t nr = last - key < ROWS ? last - key : ROWS, low = key > s->first ? (key - s->first + odd) / PER_ITEM : 0;
             const item *part = weights + key - first;
             real *into = y + key * width;
-#define ADD(nr_, nv_) tile(part + row_, 1, step, x + offset, width, low, n, into + row_ * width + offset, width, nr_, nv_, 1)
+            const char *next = (const char *)(into + ROWS * width);
+#define ADD(nr_, nv_)                                                                                         \
+    tile(part + row_, 1, step, x + offset, width, low, n, into + row_ * width + offset, width, nr_, nv_, 1, \
+         next + offset / (VECS * LANES) * n * LINE)
             EACH_TILE(ADD, nr, width)
 #undef ADD
         }

@@ -97,6 +97,11 @@ INLINE Operand as_columns(const item *at, ptrdiff_t width) {
     return (Operand){at, width * sizeof(item), TILE * sizeof(item), TILE * width * sizeof(item)};
 }
 
+/* Ask for what is multiplied or added to next: it comes from beyond the second-level cache. */
+INLINE void ask_for(const void *at, size_t bytes) {
+    for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char *)at + i);
+}
+
 /* map[r][j] = q[r] . k[j] on the visible keys, zero elsewhere. */
 static void logits(const Strip *s, const item *q, ptrdiff_t width, const item *panels, real *map) {
     const ptrdiff_t n = items_of(width);
@@ -115,6 +120,7 @@ static void logits(const Strip *s, const item *q, ptrdiff_t width, const item *p
         for (ptrdiff_t key = start_of(s, 0) / BLOCK * BLOCK; key < s->first + top + nr; key += BLOCK) {
             const Operand columns = as_columns(panels + key / PANEL * PANEL * n + key % PANEL, PANEL);
             real *out = map + top * s->ld + key;
+            if (key % PANEL == 0) ask_for(panels + (key / PANEL + 1) * PANEL * n, PANEL * n * sizeof(item));
             if (odd) {
                 multiply_rows(&rows, &columns, n / TILE, sums[0], BLOCK, nr, 0);
                 for (ptrdiff_t r = 0; r < nr; r++) memcpy(out + r * s->ld, sums[r], sizeof sums[r]);
@@ -138,6 +144,7 @@ static void read_rows(const Strip *s, const real *map, const item *x, ptrdiff_t 
             const ptrdiff_t columns = end - key < SPAN ? whole_steps(end - key) : SPAN;
             ptrdiff_t row;
             const Operand rows = as_rows(along(map + top * s->ld + key, s->ld, nr, columns, weights, SPAN, &row), SPAN / PER_ITEM);
+            ask_for(x + (key + SPAN) / PER_ITEM * width, SPAN / PER_ITEM * width * sizeof(item));
             for (ptrdiff_t d = 0; d < width; d += BLOCK) {
                 const Operand values = as_columns(x + key / PER_ITEM * width + d, width);
                 multiply_rows(&rows, &values, columns / STEP, sums + d, width, nr, 1);
@@ -161,6 +168,7 @@ static void accumulate(const Strip *s, const real *map, const item *x, ptrdiff_t
         const Operand columns = as_columns(down(map + key, s->ld, s->rows, 0, BLOCK, weights, BLOCK, &step), BLOCK);
         for (ptrdiff_t d = 0; d < width; d += BLOCK) {
             const Operand channels = {(const char *)x + d * row + top * (ptrdiff_t)sizeof(half), row, TILE * row, STEP * sizeof(half)};
+            for (ptrdiff_t i = d; i < d + BLOCK; i++) ask_for(y + i * ld + key + BLOCK, BLOCK * sizeof(real));
             multiply(&channels, &columns, room / STEP, y + d * ld + key, ld, 2, 1);
         }
     }

@@ -22,6 +22,10 @@ INLINE void stencil(const real *in, ptrdiff_t in_ld, const real *kernel, real *o
     for (int r = 0; r < nr; r++)
 #pragma GCC unroll 8
         for (int v = 0; v < nv; v++) acc[r][v] = splat(0);
+#pragma GCC unroll 16
+    for (int r = 0; r < nr; r++)
+#pragma GCC unroll 8
+        for (int v = 0; v < nv; v++) __builtin_prefetch(out + r * out_ld + v * LANES, 1);
 #pragma GCC unroll 40
     for (int row = 0; row < nr + CQ - 1; row++) {
         const real *line = in + row * in_ld;
@@ -171,10 +175,17 @@ void forward(const Strip *s, const real *in, ptrdiff_t in_hs, const real *kernel
             for (ptrdiff_t r = 0; r < nr; r++) {
                 real *to_out = out + (top + r) * s->ld + c;
 #if CH > 1
-                for (ptrdiff_t v = 0; v < width; v += LANES) mix_vector(work[0][r] + v, ROWS * WIDE, matrix, to_out + v, out_hs);
-                if (mid)
-                    for (int h = 0; h < CH; h++)
-                        memcpy(mid + h * mid_hs + (top + r) * s->ld + c, work[h][r], (size_t)width * sizeof(real));
+                for (ptrdiff_t v = 0; v < width; v += LANES) { /* and ask for where the next columns go */
+                    mix_vector(work[0][r] + v, ROWS * WIDE, matrix, to_out + v, out_hs);
+                    for (int h = 0; h < CH; h++) __builtin_prefetch(to_out + h * out_hs + v + WIDE, 1);
+                }
+                for (int h = 0; mid && h < CH; h++) {
+                    real *to_mid = mid + h * mid_hs + (top + r) * s->ld + c;
+                    for (ptrdiff_t v = 0; v < width; v += LANES) {
+                        STORE(to_mid + v, LOAD(work[h][r] + v));
+                        __builtin_prefetch(to_mid + v + WIDE, 1);
+                    }
+                }
 #else
                 memcpy(to_out, work[0][r], (size_t)width * sizeof(real));
 #endif
@@ -190,35 +201,48 @@ void forward(const Strip *s, const real *in, ptrdiff_t in_hs, const real *kernel
 }
 
 #if CH > 1
-/* What MIXED output heads from `o` on give to the matrix's gradient: sums [CH][CH][LANES] += grad[o] * mid[p]; mid: the mixing's input. */
-void mix_gradient(const Strip *s, const real *grad, ptrdiff_t grad_hs, const real *mid, ptrdiff_t mid_hs, int o, real *sums) {
-    const ptrdiff_t from = span_from(s, 0), to = span_to(s, from, 0, s->rows);
-    for (int p = 0; p < CH; p += MIXED) {
-        vec acc[MIXED][MIXED];
+/* sums [CH][CH][LANES] += a[o] * b[p] on one row, for MIXED output heads from `o` on and as many input heads from `p` on. */
+INLINE void mix_gradient_tile(const real *a, ptrdiff_t a_hs, const real *b, ptrdiff_t b_hs, ptrdiff_t from, ptrdiff_t to, ptrdiff_t ld, int o, int p,
+                              real *sums) {
+    const real *left[MIXED], *right[MIXED];
+    vec acc[MIXED][MIXED];
 #pragma GCC unroll 4
-        for (int i = 0; i < MIXED; i++)
+    for (int i = 0; i < MIXED; i++) {
+        left[i] = a + (o + i < CH ? o + i : 0) * a_hs;
+        right[i] = b + (p + i < CH ? p + i : 0) * b_hs;
 #pragma GCC unroll 4
-            for (int k = 0; k < MIXED; k++) acc[i][k] = splat(0);
-        for (ptrdiff_t r = 0; r < s->rows; r++)
-            for (ptrdiff_t j = from; j < to; j += LANES) {
-                vec a[MIXED], b[MIXED];
-#pragma GCC unroll 4
-                for (int i = 0; i < MIXED; i++) {
-                    a[i] = o + i < CH ? LOAD(grad + (o + i) * grad_hs + r * s->ld + j) : splat(0);
-                    b[i] = p + i < CH ? LOAD(mid + (p + i) * mid_hs + r * s->ld + j) : splat(0);
-                }
-#pragma GCC unroll 4
-                for (int i = 0; i < MIXED; i++)
-#pragma GCC unroll 4
-                    for (int k = 0; k < MIXED; k++) acc[i][k] += a[i] * b[k];
-            }
-        for (int i = 0; i < MIXED; i++)
-            for (int k = 0; k < MIXED; k++)
-                if (o + i < CH && p + k < CH) {
-                    real *total = sums + ((o + i) * CH + p + k) * LANES;
-                    STORE(total, LOAD(total) + acc[i][k]);
-                }
+        for (int k = 0; k < MIXED; k++) acc[i][k] = splat(0);
     }
+    const real *next_left = left[p / MIXED % MIXED] + ld, *next_right = right[o / MIXED % MIXED] + ld;
+    for (ptrdiff_t j = from; j < to; j += LANES) {
+        vec x[MIXED], y[MIXED];
+        __builtin_prefetch(next_left + j);
+        __builtin_prefetch(next_right + j);
+#pragma GCC unroll 4
+        for (int i = 0; i < MIXED; i++) x[i] = LOAD(left[i] + j), y[i] = LOAD(right[i] + j);
+#pragma GCC unroll 4
+        for (int i = 0; i < MIXED; i++)
+#pragma GCC unroll 4
+            for (int k = 0; k < MIXED; k++) acc[i][k] += x[i] * y[k];
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < MIXED; i++)
+#pragma GCC unroll 4
+        for (int k = 0; k < MIXED; k++)
+            if (o + i < CH && p + k < CH) {
+                real *total = sums + ((o + i) * CH + p + k) * LANES;
+                STORE(total, LOAD(total) + acc[i][k]);
+            }
+}
+
+/* What the output heads first .. last, of MIXED each, give to the matrix's gradient: sums [CH][CH][LANES] += grad[o] * mid[p]; mid: the
+ * mixing's input. Row by row, since every pair of heads reads them; meanwhile the next row is asked for. */
+void mix_gradient(const Strip *s, const real *grad, ptrdiff_t grad_hs, const real *mid, ptrdiff_t mid_hs, int first, int last, real *sums) {
+    const ptrdiff_t from = span_from(s, 0), to = span_to(s, from, 0, s->rows);
+    for (ptrdiff_t r = 0; r < s->rows; r++)
+        for (int o = first * MIXED; o < last * MIXED; o += MIXED)
+            for (int p = 0; p < CH; p += MIXED)
+                mix_gradient_tile(grad + r * s->ld, grad_hs, mid + r * s->ld, mid_hs, from, to, s->ld, o, p, sums);
 }
 
 /* Backward of the head mixing of CH heads, in place: grad := matrix^T grad. grad is zero outside the visible keys and stays so.
@@ -258,6 +282,10 @@ INLINE void correlate_taps(const Strip *s, const real *in, const real *grad, ptr
             const real *line = in + row * s->ld + b0 - s->left;
             for (ptrdiff_t j = c; j < end; j += LANES) {
                 vec d[CQ];
+                if (b0 == 0) { /* the next row, which the first taps are the first to read */
+                    __builtin_prefetch(line + s->ld + j);
+                    __builtin_prefetch(grad + (row + HALO + 1) * s->ld + j);
+                }
 #pragma GCC unroll 40
                 for (int k = 0; k < CQ; k++) {
                     d[k] = LOAD(below[k] + (j - c));
