@@ -204,7 +204,10 @@ def convolve(x: Tensor, kernel: Tensor, before: Tensor | None, start: Tensor | N
     n_heads, group, c_q, c_k = kernel.shape
     n_queries, n_keys = x.shape[-2:]
     tall = x if c_q == 1 or before is None else torch.cat((before.to(x.dtype), x), dim=2)
-    wide = F.pad(tall, key_padding(pad_key, c_k))
+    left, right = key_padding(pad_key, c_k)
+    if start is None and left == right:  # without a copy, which would take as long again where one token is decoded
+        return F.conv2d(tall, kernel, padding=(0, left), groups=n_heads // group), tall[:, :, n_queries:]
+    wide = F.pad(tall, (left, right))
     if start is None:
         return F.conv2d(wide, kernel, groups=n_heads // group), tall[:, :, n_queries:]
     position = torch.arange(n_keys - n_queries, n_keys, device=x.device)

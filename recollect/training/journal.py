@@ -38,16 +38,20 @@ class Journal:
 
 
 class Listener:
-    """The parent's side: `new()` gives the events since the last call, whole lines only."""
+    """The parent's side: `new()` gives the events since the last call, whole lines only, none of them twice."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.offset = 0
+        self.inode = 0
+        self.given: set[bytes] = set()
 
     def new(self) -> list[Event]:
         try:
             with open(self.path, "rb") as file:
-                if file.seek(0, os.SEEK_END) < self.offset:  # a resumed worker has cut it
+                inode = os.fstat(file.fileno()).st_ino
+                replaced, self.inode = inode != self.inode, inode
+                if replaced:  # by a resumed worker, which has kept what happened up to its checkpoint
                     self.offset = 0
                 file.seek(self.offset)
                 data = file.read()
@@ -55,7 +59,9 @@ class Listener:
             return []
         whole = data[: data.rfind(b"\n") + 1]
         self.offset += len(whole)
-        return parse_lines(whole)
+        lines = [line for line in whole.splitlines(keepends=True) if not replaced or line not in self.given]
+        self.given.update(lines)
+        return parse_lines(b"".join(lines))
 
 
 def append_line(path: Path, line: str, *, durable: bool) -> None:
