@@ -144,12 +144,16 @@ def decode_rows(length: int, repeats: int) -> list[Measure]:
     """One token of a layer of the headline size against `length` cached ones."""
     torch.manual_seed(0)
     x, one = torch.randn(1, length, HEADS * SIZE), torch.randn(1, 1, HEADS * SIZE)
-    runs = {}
+    runs, states = {}, {}
     with torch.inference_mode():
         for name in ("attention", "mta", "talking_heads", "diff"):
             mixer = recollect.build(name, dim=HEADS * SIZE, n_heads=HEADS).eval()
-            _, state = mixer(x)
-            runs[name] = lambda mixer=mixer, state=state: mixer(one, state)
+            states[name] = mixer(x)[1]
+
+            def decode(name: str = name, mixer: recollect.Mixer = mixer) -> None:
+                states[name] = mixer(one, states[name])[1]
+
+            runs[name] = decode
         seconds = interleaved(runs, repeats=repeats)
     rows = []
     for name in ("mta", "talking_heads", "diff"):

@@ -9,12 +9,12 @@ import dataclasses
 import math
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from recollect.mixers.base import Mixer, MixerConfig, register
 from recollect.mixers.place import Place, locate, origin
 from recollect.ops.attention import rotary, softmax_attention, visible
+from recollect.ops.growing import appended
 from recollect.ops.multi_token import scores
 
 
@@ -207,7 +207,7 @@ def extend_cache(
     positions, start, place = locate(place, n_cached, n_tokens, batch_size, q.device, mask, document_ids)
     q, k = rotary(q, positions, theta=theta), rotary(k, positions, theta=theta)
     if state is not None and n_cached:
-        k, v = torch.cat((state.k, k), dim=1), torch.cat((state.v, v), dim=1)
+        k, v = appended(state.k, k), appended(state.v, v)
     return q, AttentionState(k, v, place), start
 
 

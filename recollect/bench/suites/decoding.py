@@ -43,14 +43,15 @@ class Context(NamedTuple):
 
 
 class Decoder:
-    """A layer or model, the state after a context, and one token that a step decodes. The state is a value: every step is the same."""
+    """A layer or model, the state after a context, and a token that each step decodes behind the last one: caches grow, as in use."""
 
     def __init__(self, module: nn.Module, read: Read, carried: State, token: Tensor) -> None:
         self.module, self.read, self.carried, self.token = module, read, carried, token
 
     def __call__(self) -> list[Tensor]:
         with torch.inference_mode():
-            return [self.read(self.token, self.carried)[0]]
+            out, self.carried = self.read(self.token, self.carried)
+            return [out]
 
 
 def text(setting: Setting, length: int) -> Tensor:

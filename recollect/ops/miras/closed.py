@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from recollect.ops.attention import softmax_attention
+from recollect.ops.growing import appended
 from recollect.ops.linear_scan import delta_rule_scan, delta_scan, gated_linear_scan, least_squares_scan, slot_scan
 from recollect.ops.miras.inputs import Inputs
 from recollect.ops.miras.spec import MirasSpec, MirasState, held
@@ -137,7 +138,7 @@ def _softmax(inputs: Inputs, state: MirasState | None, reset: Tensor | None, val
     first = torch.zeros(k.shape[0], dtype=torch.int64, device=k.device)
     if state is not None:
         n_cached, first = state.dual[0].shape[1], state.phase
-        k, v = torch.cat((state.dual[0], k), dim=1), torch.cat((state.dual[1], v), dim=1)
+        k, v = appended(state.dual[0], k), appended(state.dual[1], v)
     index = torch.arange(n_cached, n_cached + n_tokens, device=k.device).expand(k.shape[0], -1)
     fresh = torch.zeros_like(index, dtype=torch.bool) if reset is None else reset
     if valid is not None:
