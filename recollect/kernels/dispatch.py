@@ -22,7 +22,7 @@ def offer() -> None:
     attention.BACKENDS.update(native=multi_token.native, triton=triton.attend)
     attention.LACKS.update(native=multi_token.lacks, triton=triton.lacks_attention)
     attention.PREFERRED.extend([("native", multi_token.meant), ("triton", triton.meant_attention)])
-    attention.DECODERS.append(("triton", triton.meant_attention))
+    attention.DECODERS.extend([("native", multi_token.meant_to_decode), ("triton", triton.meant_attention)])
     SCANS.update(native=miras.native, triton=miras.triton)
     SCANS_LACK.update(native=miras.lacks, triton=miras.lacks_on_gpu)
     PREFERRED_SCANS.extend([("native", miras.meant), ("triton", miras.meant_on_gpu)])

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from recollect.kernels.compile import attention, stencil
+from recollect.kernels.decode import decode
 from recollect.kernels.layout import Plan, Side, SideStruct
 from recollect.kernels.missing import unbuilt
 from recollect.ops.multi_token import Mixing, Rows, Settings, blocked
@@ -24,6 +25,12 @@ from recollect.ops.operators import Inputs, operator
 def meant(q: Tensor, mixing: Mixing) -> bool:
     """For a CPU."""
     return q.device.type == "cpu"
+
+
+def meant_to_decode(q: Tensor, mixing: Mixing) -> bool:
+    """For one new token on a CPU, without gradients."""
+    learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, *mixing))
+    return q.device.type == "cpu" and not learns and not torch.compiler.is_compiling()
 
 
 def lacks(q: Tensor, mixing: Mixing) -> str:
@@ -155,4 +162,10 @@ def native(
     """The compiled form. Gradients of *carried* rows go through `blocked` instead."""
     if torch.is_grad_enabled() and any(row is not None and row.requires_grad for row in rows):
         return blocked(q, k, v, mixing, settings, start, rows)
+    if (
+        q.shape[1] == 1
+        and meant_to_decode(q, mixing)
+        and not (torch.is_grad_enabled() and (k.requires_grad or v.requires_grad))
+    ):
+        return decode(q, k, v, mixing, settings, start, rows)
     return _in_strips(Inputs(q, k, v, mixing, start, rows, settings, 0))

@@ -137,7 +137,7 @@ def choose(q: Tensor, k: Tensor, mixing: Mixing, backend: str | None = None) -> 
     if backend is None:
         preferred, plain = PREFERRED, "blocked"
         if q.shape[1] <= DECODE_QUERIES and q.shape[1] < k.shape[1]:
-            preferred, plain = DECODERS if q.shape[1] == 1 else [], "materialized"
+            preferred, plain, n_tokens = DECODERS if q.shape[1] == 1 else [], "materialized", 1  # few: not warned about
         backend = forms.choose("multi_token_attention", (q, mixing), preferred, LACKS, plain=plain, n_tokens=n_tokens)
     elif backend not in known:
         raise ValueError(f"unknown backend {backend!r}; known: {', '.join(sorted(known))}")

@@ -151,3 +151,89 @@ def test_native_logits_of_any_size_stay_finite() -> None:
     plain = multi_token_attention(**{name: tensor.float() for name, tensor in named.items()}, backend="materialized")
     assert torch.isfinite(low).all()
     assert (low - exact).abs().max() <= 2 * (plain - exact).abs().max() + 1e-6
+
+
+PARTS = {
+    "everything": Mixing._fields,
+    "first": ("kq_pre", "head_post"),
+    "heads": ("head_pre", "head_post"),
+    "after": ("kq_post",),
+    "none": (),
+}
+
+
+@pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS)
+@pytest.mark.parametrize("pad_key", ["both", "left", "right"])
+@pytest.mark.parametrize("documents", [False, True])
+def test_native_decoding_equals_the_oracle(parts: tuple[str, ...], pad_key: str, documents: bool) -> None:
+    """Prevents rows that are carried wrongly from token to token, a reach beyond the padding, cuts at the wrong row; with dropout."""
+    named = {name: x.detach() for name, x in module_inputs(41).items()}
+    mixing = Mixing(**{name: named[name] for name in parts})
+    start = document_starts(torch.stack([(torch.arange(41) >= 29).long(), torch.arange(41) // 7])) if documents else None
+    rows: dict[str, Rows] = {"native": Rows(), "materialized": Rows()}
+    for low, high in [(0, 27), *((t, t + 1) for t in range(27, 41))]:
+        outs = []
+        for backend in rows:
+            out, rows[backend] = multi_token_rows(
+                named["q"][:, low:high],
+                named["k"][:, :high],
+                named["v"][:, :high],
+                mixing,
+                rows[backend],
+                start=None if start is None else start[:, low:high],
+                pad_key=pad_key,
+                dropout_p=0.2,
+                seed=3,
+                backend=backend,
+            )
+            outs.append(out)
+        torch.testing.assert_close(*outs, atol=EXACT, rtol=0)
+        for name in Rows._fields:
+            ours, theirs = (getattr(rows[backend], name) for backend in rows)
+            assert (ours is None) == (theirs is None)
+            if ours is not None:
+                torch.testing.assert_close(ours, theirs, atol=EXACT, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_native_decoding_errs_no_more_than_the_definition(dtype: torch.dtype) -> None:
+    """Prevents logits or weights that are rounded where the definition keeps fp32."""
+    named = {name: x.detach() for name, x in module_inputs(70).items()}
+    q, k, v = (named.pop(name) for name in ("q", "k", "v"))
+    exact = multi_token_attention(q, k, v, **named, backend="materialized")[:, -1:]
+    low = [x.to(dtype) for x in (q, k, v)]
+    mixing = Mixing(**{name: x.float() for name, x in named.items()})
+    errors = []
+    for backend in ("native", "materialized"):
+        _, rows = multi_token_rows(low[0][:, :-1], low[1][:, :-1], low[2][:, :-1], mixing, Rows(), backend="materialized")
+        out, _ = multi_token_rows(low[0][:, -1:], low[1], low[2], mixing, rows, backend=backend)
+        assert out.dtype == dtype
+        errors.append((out.double() - exact).abs().max())
+    assert errors[0] <= 2 * errors[1]
+
+
+def test_gradients_of_one_token_are_those_of_the_oracle() -> None:
+    """Prevents decoding, which has none, where they are wanted: of keys alone, too."""
+    named = module_inputs(20)
+    for wanted in ("q", "k", "kq_pre"):
+        given = {name: x.detach() for name, x in named.items()}
+        given["q"] = given["q"][:, -1:]
+        given[wanted] = given[wanted].requires_grad_()
+        grads = [
+            torch.autograd.grad(multi_token_attention(**given, backend=backend).sin().sum(), given[wanted])[0]
+            for backend in ("native", "materialized")
+        ]
+        torch.testing.assert_close(*grads, atol=EXACT, rtol=0)
+
+
+def test_one_token_on_a_cpu_takes_the_form_for_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prevents decoding by many small steps, or by a form that copies the whole cache."""
+    from recollect.kernels import multi_token
+
+    taken = []
+    monkeypatch.setattr(multi_token, "decode", lambda *call: taken.append(1) or (call[0], call[-1]))
+    with torch.no_grad():
+        named = module_inputs(20)
+        named["q"] = named["q"][:, -1:]
+        multi_token_attention(**named)
+    assert taken
