@@ -30,10 +30,11 @@ _lock = threading.Lock()
 
 
 def appended(cache: Tensor, new: Tensor) -> Tensor:
-    """`torch.cat((cache, new), dim=1)` of cache [B, S, ...] and new [B, T, ...], without copying what is cached where that can be seen
-    to be safe: no gradients, one dtype, not under `torch.compile`.
+    """`torch.cat((cache, new), dim=1)` of cache [B, S, ...] and new [B, T, ...], without copying what is cached where that is safe:
+    where no gradients are computed (what a graph has saved must not be written to, not even elsewhere in its buffer) and outside
+    `torch.compile`.
     """
-    plain = not (cache.requires_grad or new.requires_grad) and not torch.compiler.is_compiling()
+    plain = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
     alike = (cache.dtype, cache.device, cache.shape[:1], cache.shape[2:]) == (
         new.dtype,
         new.device,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import threading
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,6 +14,13 @@ from torch import Tensor
 import recollect
 from recollect import state
 from recollect.ops.growing import LEAST, _rooms, appended
+
+
+@pytest.fixture(autouse=True)
+def decoding() -> Iterator[None]:
+    """Without gradients, as one decodes."""
+    with torch.no_grad():
+        yield
 
 
 def tokens(n: int, *, seed: int = 0, batch: int = 2) -> Tensor:
@@ -61,8 +69,9 @@ def test_threads_may_continue_one_cache() -> None:
 
     def go(seed: int) -> None:
         cache = old
-        for i in range(30):
-            cache = appended(cache, tokens(1, seed=100 * seed + i))
+        with torch.no_grad():  # of a thread
+            for i in range(30):
+                cache = appended(cache, tokens(1, seed=100 * seed + i))
         results[seed] = cache
 
     threads = [threading.Thread(target=go, args=(seed,)) for seed in range(4)]
@@ -75,12 +84,17 @@ def test_threads_may_continue_one_cache() -> None:
 
 
 def test_gradients_go_through() -> None:
-    """Prevents writing where a gradient is wanted."""
+    """Prevents writing where a gradient is wanted: to what is appended, or to the buffer of a cache that a graph has saved."""
     cache, new = appended(tokens(5), tokens(1)), tokens(2, seed=1).requires_grad_()
-    longer = appended(cache, new)
-    (grad,) = torch.autograd.grad(longer.square().sum(), new)
-    assert torch.equal(grad, 2 * new)
-    assert appended(longer, tokens(1)).requires_grad
+    with torch.enable_grad():
+        longer = appended(cache, new)
+        (grad,) = torch.autograd.grad(longer.square().sum(), new)
+        assert torch.equal(grad, 2 * new)
+        weight = torch.ones(4, requires_grad=True)
+        y = cache @ weight
+        appended(cache, tokens(1))
+        (grad,) = torch.autograd.grad(y.sum(), weight)
+        torch.testing.assert_close(grad, cache.sum((0, 1, 2)))
 
 
 def test_inference_mode_and_its_outside_may_take_turns() -> None:
@@ -120,21 +134,20 @@ def test_a_mixer_decodes_without_copying_its_cache(name: str) -> None:
     torch.manual_seed(0)
     mixer = recollect.build(name, dim=16, n_heads=2).eval()
     x = torch.randn(1, 12, 16)
-    with torch.no_grad():
-        whole, _ = mixer(x)
-        other, _ = mixer(torch.cat((x[:, :9], x[:, :3]), 1))
-        _, cached = mixer(x[:, :8])
-        _, cached = mixer(x[:, 8:9], cached)
-        places = [t.data_ptr() for n, t in state.leaves(cached) if n.rpartition(".")[2] in ("k", "v")]
-        assert len(places) == 2
-        ends = []
-        for tail in (x[:, 9:], x[:, :3]):
-            now, outputs = cached, []
-            for t in range(3):
-                y, now = mixer(tail[:, t : t + 1], now)
-                outputs.append(y)
-            ends.append(torch.cat(outputs, 1))
-            kept = [t.data_ptr() for n, t in state.leaves(now) if n.rpartition(".")[2] in ("k", "v")]
-            assert (kept == places) == (len(ends) == 1)
+    whole, _ = mixer(x)
+    other, _ = mixer(torch.cat((x[:, :9], x[:, :3]), 1))
+    _, cached = mixer(x[:, :8])
+    _, cached = mixer(x[:, 8:9], cached)
+    places = [t.data_ptr() for n, t in state.leaves(cached) if n.rpartition(".")[2] in ("k", "v")]
+    assert len(places) == 2
+    ends = []
+    for tail in (x[:, 9:], x[:, :3]):
+        now, outputs = cached, []
+        for t in range(3):
+            y, now = mixer(tail[:, t : t + 1], now)
+            outputs.append(y)
+        ends.append(torch.cat(outputs, 1))
+        kept = [t.data_ptr() for n, t in state.leaves(now) if n.rpartition(".")[2] in ("k", "v")]
+        assert (kept == places) == (len(ends) == 1)
     torch.testing.assert_close(ends[0], whole[:, 9:])
     torch.testing.assert_close(ends[1], other[:, 9:])
