@@ -74,22 +74,17 @@ def _map(raw: Tensor, above: Tensor | None, own: Side, pad: int) -> Tensor:
 def _apply(own: Side, x: Tensor, out: Tensor, n_keys: int, pad: int, start: Tensor | None, mode: int) -> None:
     """One side of a query: map x [B, H, R, W] to its row out [B, H, W]."""
     strip = Strip(rows=1, first=n_keys - 1, ld=x.shape[3], pad=pad, end=x.shape[3] - pad, left=own.reach[0])
-    sums = x.new_empty(own.group)
-    run, size = FORWARD(("forward", own.code)), x.element_size()
+    run, given = FORWARD(("forward", own.code)), ctypes.addressof(strip)
+    sums, step, out_step = x.new_empty(own.group), x.stride(1), out.stride(1)
     for b in range(x.shape[0]):
-        strip.start = None if start is None else start[b].data_ptr()
+        strip.start = None if start is None else _at(start, b)
         for head in range(0, x.shape[1], own.group):
-            run(
-                ctypes.addressof(strip),
-                x[b, head].data_ptr() + pad * size,
-                x.stride(1),
-                None if own.kernel is None else own.kernel[head].data_ptr(),
-                None if own.matrix is None else own.matrix[head // own.group].data_ptr(),
-                out[b, head].data_ptr() + pad * size,
-                out.stride(1),
-                None,
-                0,
-                mode,
-                sums.data_ptr(),
-                1,
-            )
+            kernel = None if own.kernel is None else _at(own.kernel, head)
+            matrix = None if own.matrix is None else _at(own.matrix, head // own.group)
+            row, to = _at(x, b, head, 0, pad), _at(out, b, head, pad)
+            run(given, row, step, kernel, matrix, to, out_step, None, 0, mode, sums.data_ptr(), 1)
+
+
+def _at(x: Tensor, *index: int) -> int:
+    """The address of x[index]."""
+    return x.data_ptr() + x.element_size() * sum(i * step for i, step in zip(index, x.stride(), strict=False))
