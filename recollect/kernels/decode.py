@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from recollect.kernels.compile import POINTER, SIZE
-from recollect.kernels.layout import Side, side
+from recollect.kernels.layout import Side, side, starts
 from recollect.ops.attention import visible
 from recollect.ops.multi_token import Mixing, Rows, Settings, dropout_mask, read, scores
 
@@ -44,8 +44,8 @@ def decode(
     pad = -(-max(*pre.reach, *post.reach) // WIDEST) * WIDEST
     raw = scores(q, k, settings.scale).to(dtype)
     if start is not None:
-        start = start.to(torch.int64).expand(q.shape[0], 1).contiguous()
-        raw = raw.masked_fill(~visible(1, n_keys, start=start, device=q.device), 0)
+        start = starts(start, q.shape[0], 1, n_keys)
+        raw = raw.masked_fill(~visible(1, n_keys, start=start[:, :1], device=q.device), 0)
     seen = slice(pad, pad + n_keys)
     logits, weights = _map(raw, rows.raw, pre, pad), _map(raw, rows.weights, post, pad)
     logits[:, :, -1, seen] = raw[:, :, 0]

@@ -122,6 +122,22 @@ def products(q: Tensor, k: Tensor, v: Tensor) -> tuple[ctypes.CDLL, torch.dtype,
     return code, dtype, False
 
 
+def starts(start: Tensor, batch: int, n_queries: int, n_keys: int) -> Tensor:
+    """int64 [B, T + 32], checked because the kernels write where it says; the rows past the end are for looking ahead.
+
+    Raises:
+        ValueError: unless it broadcasts to [B, T], decreases nowhere and lies in 0 .. the query's position.
+    """
+    shape = (batch, n_queries)
+    if start.dim() != 2 or any(got not in (1, full) for got, full in zip(start.shape, shape, strict=True)):
+        raise ValueError(f"start or document_ids must be [B, T] with B={batch}, T={n_queries} here; got {tuple(start.shape)}")
+    start = start.expand(shape).to(torch.int64)
+    position = torch.arange(n_keys - n_queries, n_keys)
+    if ((start < 0) | (start > position)).any() or (start.diff(dim=1) < 0).any():
+        raise ValueError("start must not decrease and must lie in 0 .. the query's position; it does not")
+    return torch.cat((start, start[:, -1:].expand(-1, 32)), 1)
+
+
 class Plan:
     """One call: inputs in kernel layout, both sides, and the struct that describes them."""
 
@@ -137,7 +153,7 @@ class Plan:
         self.code, self.product, self.tiles = products(q, k, v)
         self.lanes = self.code.lanes()
         self.q, self.k, self.v = self.heads(q.to(self.dtype) * settings.scale), self.heads(k), self.heads(v)
-        self.start = None if start is None else self.starts(start)
+        self.start = None if start is None else starts(start, self.batch, self.n_queries, self.n_keys)
         self.kept: list[Tensor] = []
         self.call = self._describe()
 
@@ -234,23 +250,6 @@ class Plan:
             return given, given
         given = [self.new(self.n_maps, width, self.code.gradient_length(seen)).zero_() for seen in self.seen_by]
         return given, [x[..., :seen].mT for x, seen in zip(given, self.seen_by, strict=True)]
-
-    def starts(self, start: Tensor) -> Tensor:
-        """int64 [B, T + 32], checked because the kernels write where it says; the rows past the end are for looking ahead.
-
-        Raises:
-            ValueError: unless it broadcasts to [B, T], decreases nowhere and lies in 0 .. the query's position.
-        """
-        shape = (self.batch, self.n_queries)
-        if start.dim() != 2 or any(got not in (1, full) for got, full in zip(start.shape, shape, strict=True)):
-            raise ValueError(
-                f"start or document_ids must be [B, T] with B={shape[0]}, T={shape[1]} here; got {tuple(start.shape)}"
-            )
-        start = start.expand(shape).to(torch.int64)
-        position = torch.arange(self.n_keys - self.n_queries, self.n_keys)
-        if ((start < 0) | (start > position)).any() or (start.diff(dim=1) < 0).any():
-            raise ValueError("start must not decrease and must lie in 0 .. the query's position; it does not")
-        return torch.cat((start, start[:, -1:].expand(-1, 32)), 1)
 
     def pack(self, *several: Tensor) -> Tensor:
         """Keys, and values, [BH, S, K'] one after the other as panels, as attention.c wants them."""

@@ -212,6 +212,15 @@ def test_native_decoding_errs_no_more_than_the_definition(dtype: torch.dtype) ->
     assert errors[0] <= 2 * errors[1]
 
 
+@pytest.mark.parametrize("first", [-1, 20, 10**9])
+def test_decoding_checks_where_it_starts(first: int) -> None:
+    """Prevents a write outside a row."""
+    named = {name: x.detach() for name, x in module_inputs(20).items()}
+    named["q"] = named["q"][:, -1:]
+    with pytest.raises(ValueError, match="must lie in 0"):
+        multi_token_attention(**named, start=torch.tensor([[first]]), backend="native")
+
+
 def test_gradients_of_one_token_are_those_of_the_oracle() -> None:
     """Prevents decoding, which has none, where they are wanted: of keys alone, too."""
     named = module_inputs(20)
