@@ -212,6 +212,22 @@ def law_state_is_a_value(make: Maker) -> None:
     assert_same_state(carried, kept, 0.0, "the state given, after the next one was overwritten")
 
 
+def law_state_may_be_continued_twice(make: Maker) -> None:
+    """Also where no gradients are computed, and caches grow in place: a continuation changes neither the state it starts from nor the
+    state that an earlier continuation ended with."""
+    mixer = make().requires_grad_(False)
+    with torch.no_grad():
+        _, carried = mixer(sequence(2, 7))
+        _, carried = mixer(sequence(2, 1, seed=1), carried)
+        kept = states.map_state(torch.clone, carried)
+        y, first = mixer(sequence(2, 3, seed=2), carried)
+        kept_first = states.map_state(torch.clone, first)
+        mixer(sequence(2, 3, seed=3), carried)
+        assert_same_state(carried, kept, 0.0, "the state given")
+        assert_same_state(first, kept_first, 0.0, "where the first continuation ended")
+        assert_bitwise(mixer(sequence(2, 3, seed=2), carried)[0], y, "a third continuation")
+
+
 def law_state_shape(make: Maker) -> None:
     """Every leaf is batch first; `init_state` has the structure of what a call returns and means the start of the sequence."""
     mixer, x = make(), sequence(3, 5)

@@ -254,6 +254,12 @@ MUTANTS = [
         "attention",
     ),
     by_law(
+        "a second continuation written over the first",
+        Edit("recollect.ops.growing", "appended", "room.written == n and", "room.written >= n and"),
+        "law_state_may_be_continued_twice",
+        "attention",
+    ),
+    by_law(
         "state without a row per sequence",
         Edit(PLACE, "origin", "torch.zeros(batch_size,", "torch.zeros(1,"),
         "law_state_shape",
@@ -261,7 +267,7 @@ MUTANTS = [
     ),
     by_law(
         "every row of the map carried on",
-        Edit(MULTI_TOKEN, "convolve", "groups=n_heads // group), tall[:, :, n_queries:]", "groups=n_heads // group), tall"),
+        Edit(MULTI_TOKEN, "convolve", "carried, (left, right) = tall[:, :, n_queries:]", "carried, (left, right) = tall"),
         "law_state_growth",
     ),
     by_law(
@@ -366,7 +372,7 @@ MUTANTS = [
     by_law(
         "a number drawn at the start that no checkpoint holds",
         (
-            Edit(MIXER, "Projections.reset_parameters", "std = ", "self.tilt = torch.rand(()).item()\n    std = "),
+            Edit(MIXER, "Projections.reset_parameters", "std = ", "self.tilt = nn.Linear(1, 1).weight.item()\n    std = "),
             Edit(MIXER, "Projections.out", "self.o(heads.flatten(2))", "self.o(heads.flatten(2)) * self.tilt"),
         ),
         "law_state_dict_is_complete",

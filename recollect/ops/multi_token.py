@@ -204,19 +204,19 @@ def convolve(x: Tensor, kernel: Tensor, before: Tensor | None, start: Tensor | N
     n_heads, group, c_q, c_k = kernel.shape
     n_queries, n_keys = x.shape[-2:]
     tall = x if c_q == 1 or before is None else torch.cat((before.to(x.dtype), x), dim=2)
-    left, right = key_padding(pad_key, c_k)
+    carried, (left, right) = tall[:, :, n_queries:], key_padding(pad_key, c_k)
     if start is None and left == right:  # without a copy, which would take as long again where one token is decoded
-        return F.conv2d(tall, kernel, padding=(0, left), groups=n_heads // group), tall[:, :, n_queries:]
+        return F.conv2d(tall, kernel, padding=(0, left), groups=n_heads // group), carried
     wide = F.pad(tall, (left, right))
     if start is None:
-        return F.conv2d(wide, kernel, groups=n_heads // group), tall[:, :, n_queries:]
+        return F.conv2d(wide, kernel, groups=n_heads // group), carried
     position = torch.arange(n_keys - n_queries, n_keys, device=x.device)
     out = x.new_zeros(())
     for a in range(c_q):  # a = how far back; the row is read only if it belongs to the query's document
         shifted = wide[:, :, c_q - 1 - a : c_q - 1 - a + n_queries]
         reached = (position - a >= start)[:, None, :, None]
         out = out + F.conv2d(shifted * reached, kernel[:, :, c_q - 1 - a : c_q - a], groups=n_heads // group)
-    return out, tall[:, :, n_queries:]
+    return out, carried
 
 
 def mix_heads(x: Tensor, matrix: Tensor) -> Tensor:
