@@ -2,8 +2,8 @@
 
 A state is a value: whoever holds an older one finds it unchanged, and may go on from it more than once. So it stays: a cache is a view
 of the first tokens of a longer buffer, and what is appended is written behind them where nobody has written yet. A second continuation
-of one cache copies it, as does that of a cache which was moved, loaded, selected from or otherwise made anew. Nobody may write into one:
-it shares its memory with older and younger ones.
+of one cache copies it, as does that of a cache which was moved, loaded, selected from or otherwise made anew. Nobody may write into
+one: it shares its memory with older and younger ones.
 
 Axis legend: B batch, S cached tokens, T new ones.
 """
