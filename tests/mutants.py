@@ -255,7 +255,7 @@ MUTANTS = [
     ),
     by_law(
         "a second continuation written over the first",
-        Edit("recollect.ops.growing", "appended", "room.written == n and", "room.written >= n and"),
+        Edit("recollect.ops.growing", "Room.takes", "self.written == first", "self.written >= first"),
         "law_state_may_be_continued_twice",
         "attention",
     ),

@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 
 from recollect.kernels.compile import POINTER, SIZE
-from recollect.kernels.layout import Side, side, starts
+from recollect.kernels.layout import WIDEST, Side, padding, side, starts
 from recollect.ops.attention import visible
 from recollect.ops.multi_token import Mixing, Rows, Settings, dropout_mask, read, scores
 
 LINEAR, SOFTMAX = 0, 1  # as in map.h
-WIDEST = 16  # numbers of a vector, at most
 
 
 class Strip(ctypes.Structure):
@@ -41,7 +40,7 @@ def decode(
     n_keys, dtype = k.shape[1], torch.promote_types(q.dtype, torch.float32)
     pre = side(mixing.kq_pre, mixing.head_pre, settings.pad_key, dtype)
     post = side(mixing.kq_post, mixing.head_post, settings.pad_key, dtype)
-    pad = -(-max(*pre.reach, *post.reach) // WIDEST) * WIDEST
+    pad = padding(pre, post)
     raw = scores(q, k, settings.scale).to(dtype)
     if start is not None:
         start = starts(start, q.shape[0], 1, n_keys)

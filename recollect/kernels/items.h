@@ -19,6 +19,7 @@ enum { PER_ITEM = 1 };
 #endif
 
 enum { PANEL = VECS * LANES }; /* keys of a packed panel */
+enum { LINE = 64 };            /* bytes of a cache line */
 
 INLINE ptrdiff_t items_of(ptrdiff_t numbers) { return (numbers + PER_ITEM - 1) / PER_ITEM; }
 

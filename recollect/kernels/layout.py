@@ -19,6 +19,7 @@ from recollect.ops.multi_token import Mixing, Settings, dropout_mask, key_paddin
 STRIP_BYTES, STRIP_ROWS, LONGEST_STRIP = 2**20, 24, 48
 TILED_STRIP = (32, 32)  # the same for tiles
 TILED_QUERIES, TILED_WIDTH = 32, 512  # fewer queries would fill no block of tiles; a wider head no stack
+WIDEST = 16  # numbers of a vector, at most
 MASK_BYTES = 2**25  # of the dropout mask of a call's rows
 # Few heads are cut into segments of rows, so that there is work for several threads; not by their number, which must not change the
 # result. Every segment has its own gradients of the keys and values that it sees.
@@ -122,6 +123,11 @@ def products(q: Tensor, k: Tensor, v: Tensor) -> tuple[ctypes.CDLL, torch.dtype,
     return code, dtype, False
 
 
+def padding(pre: Side, post: Side) -> int:
+    """Zeros on either side of a map's rows: what the convolutions reach, in whole vectors of the widest kind."""
+    return -(-max(*pre.reach, *post.reach) // WIDEST) * WIDEST
+
+
 def starts(start: Tensor, batch: int, n_queries: int, n_keys: int) -> Tensor:
     """int64 [B, T + 32], checked because the kernels write where it says; the rows past the end are for looking ahead.
 
@@ -159,7 +165,7 @@ class Plan:
 
     def _describe(self) -> Call:
         group, threads = math.lcm(self.pre.group, self.post.group), torch.get_num_threads()
-        pad = -(-max(*self.pre.reach, *self.post.reach) // 16) * 16
+        pad = padding(self.pre, self.post)
         ld = -(-self.n_keys // self.lanes) * self.lanes + 2 * pad
         shortest, longest = TILED_STRIP if self.tiles else (STRIP_ROWS, LONGEST_STRIP)
         strip = STRIP_BYTES // (8 * group * ld * self.dtype.itemsize) // shortest * shortest

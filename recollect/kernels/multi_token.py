@@ -29,8 +29,12 @@ def meant(q: Tensor, mixing: Mixing) -> bool:
 
 def meant_to_decode(q: Tensor, mixing: Mixing) -> bool:
     """For one new token on a CPU, without gradients."""
-    learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, *mixing))
-    return q.device.type == "cpu" and not learns and not torch.compiler.is_compiling()
+    return q.device.type == "cpu" and not _wanted(q, *mixing) and not torch.compiler.is_compiling()
+
+
+def _wanted(*tensors: Tensor | None) -> bool:
+    """Whether a gradient of one of them is."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def lacks(q: Tensor, mixing: Mixing) -> str:
@@ -159,13 +163,9 @@ _in_strips = operator("multi_token_native", _forward, _backward, keeps=True, of_
 def native(
     q: Tensor, k: Tensor, v: Tensor, mixing: Mixing, settings: Settings, start: Tensor | None, rows: Rows
 ) -> tuple[Tensor, Rows]:
-    """The compiled form. Gradients of *carried* rows go through `blocked` instead."""
-    if torch.is_grad_enabled() and any(row is not None and row.requires_grad for row in rows):
+    """The compiled form; of one token without gradients, `decode`. Gradients of *carried* rows go through `blocked` instead."""
+    if _wanted(*rows):
         return blocked(q, k, v, mixing, settings, start, rows)
-    if (
-        q.shape[1] == 1
-        and meant_to_decode(q, mixing)
-        and not (torch.is_grad_enabled() and (k.requires_grad or v.requires_grad))
-    ):
+    if q.shape[1] == 1 and meant_to_decode(q, mixing) and not _wanted(k, v):
         return decode(q, k, v, mixing, settings, start, rows)
     return _in_strips(Inputs(q, k, v, mixing, start, rows, settings, 0))

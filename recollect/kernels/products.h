@@ -16,7 +16,6 @@ typedef __m512i item_vec;
 typedef vec item_vec;
 #endif
 
-enum { LINE = 64 }; /* bytes of a cache line */
 enum { KEYS = 60, WHOLE = LANES }; /* keys whose values stay in the first-level cache; widths are multiples of WHOLE */
 _Static_assert(KEYS % ROWS == 0 && KEYS % PER_ITEM == 0, "KEYS are whole tiles of whole items");
 

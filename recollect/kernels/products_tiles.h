@@ -99,7 +99,7 @@ INLINE Operand as_columns(const item *at, ptrdiff_t width) {
 
 /* Ask for what is multiplied or added to next: it comes from beyond the second-level cache. */
 INLINE void ask_for(const void *at, size_t bytes) {
-    for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char *)at + i);
+    for (size_t i = 0; i < bytes; i += LINE) __builtin_prefetch((const char *)at + i);
 }
 
 /* map[r][j] = q[r] . k[j] on the visible keys, zero elsewhere. */

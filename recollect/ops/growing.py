@@ -25,8 +25,13 @@ class Room:
     def __init__(self, buffer: Tensor, written: int) -> None:
         self.buffer, self.written = buffer, written
 
+    def takes(self, first: int, end: int) -> bool:
+        """Whether tokens first .. end may be written: nobody has, and inference mode and its outside write to their own tensors."""
+        fits = self.written == first and end <= self.buffer.shape[1]
+        return fits and self.buffer.is_inference() == torch.is_inference_mode_enabled()
 
-_rooms: WeakIdKeyDictionary = WeakIdKeyDictionary()  # by the tensor that shows all that is written, as long as it lives
+
+_rooms: WeakIdKeyDictionary = WeakIdKeyDictionary()  # by the caches that are views of them, as long as these live
 _lock = threading.Lock()
 
 
@@ -35,22 +40,12 @@ def appended(cache: Tensor, new: Tensor) -> Tensor:
     where no gradients are computed (what a graph has saved must not be written to, not even elsewhere in its buffer) and outside
     `torch.compile`.
     """
-    plain = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    alike = (cache.dtype, cache.device, cache.shape[:1], cache.shape[2:]) == (
-        new.dtype,
-        new.device,
-        new.shape[:1],
-        new.shape[2:],
-    )
-    if not plain or not alike:
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not _alike(cache, new):
         return torch.cat((cache, new), dim=1)
     n, end = cache.shape[1], cache.shape[1] + new.shape[1]
     with _lock:
         room = _rooms.get(cache)
-        own = room is not None and room.written == n and end <= room.buffer.shape[1]
-        if (
-            own and room.buffer.is_inference() == torch.is_inference_mode_enabled()
-        ):  # PyTorch lets none write to the other's tensors
+        if room is not None and room.takes(n, end):
             room.written = end
         else:
             room = None
@@ -62,3 +57,9 @@ def appended(cache: Tensor, new: Tensor) -> Tensor:
     with _lock:
         _rooms[longer] = room
     return longer
+
+
+def _alike(cache: Tensor, new: Tensor) -> bool:
+    """Whether they differ in their number of tokens alone; `torch.cat` promotes, or says what is wrong."""
+    kinds = [(x.dtype, x.device, x.shape[:1], x.shape[2:]) for x in (cache, new)]
+    return kinds[0] == kinds[1]
